@@ -1,0 +1,321 @@
+"""Settings: one frozen tree, one sentence and a unit per field, read from YAML and `--set a.b=c`.
+
+Derived numbers are properties, never second fields. Unknown keys are errors that name the nearest key. A test holds
+the list of fields: a new knob edits that list in the same commit. Imports pydantic and PyYAML only, so that the tool
+server can read settings without torch.
+"""
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hdpo.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    name: str = Field("run", description="Name of the run; its folder is {folder}/{name}.")
+    folder: str = Field("runs", description="Folder that holds all runs.")
+    seed: int = Field(1, description="Seed of data order, sampling and initialisation.")
+    deterministic: bool = Field(
+        False, description="Step the engine only when no tool call is pending, so that a run repeats bit for bit (slower).")
+    resume: bool = Field(True, description="Continue from the newest checkpoint in the run's folder, if there is one.")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+class ModelConfig(Section):
+    path: str = Field("", description="Hugging Face folder of the starting weights (MODEL_PATH).")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute precision; auto is bfloat16 on CUDA and float32 on CPU.")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention of the trainer; auto is flash_attention_2 on CUDA if installed, else sdpa.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in backward to save memory.")
+    min_pixels: int = Field(4 * 32 * 32, description="Smallest image the model sees, pixels; smaller ones are enlarged.")
+    max_pixels: int = Field(5120 * 32 * 32, description="Largest image the model sees, pixels; tools keep the original.")
+
+
+class DataConfig(Section):
+    train: list[str] = Field(default_factory=list, description="Parquet files of training rows (TRAIN_DATA).")
+    val: list[str] = Field(default_factory=list, description="Parquet files of held-out rows (VAL_DATA).")
+    max_prompt_tokens: int = Field(24576, description="Longest prompt, tokens with images expanded.")
+    bad_row: Literal["skip", "stop"] = Field(
+        "skip", description="A row with a broken image or an over-long prompt: skip (named and counted) or stop.")
+    shuffle: bool = Field(True, description="Shuffle rows each epoch, from run.seed.")
+
+
+class RolloutConfig(Section):
+    engine: Literal["auto", "vllm", "hf"] = Field("auto", description="Generation engine; auto is vllm if installed.")
+    prompts_per_step: int = Field(128, description="Prompts of one step over all ranks.")
+    group_size: int = Field(16, description="G, rollouts of a prompt.")
+    temperature: float = Field(1.0, description="Sampling temperature of training rollouts.")
+    max_turns: int = Field(10, description="Tool calls a trajectory may make; the generation after the last must answer.")
+    max_response_tokens: int = Field(16384, description="Tokens after the prompt, over all turns and observations.")
+    max_turn_tokens: int = Field(16384, description="Tokens of one generation.")
+    max_observation_tokens: int = Field(8192, description="Tokens of one observation, images expanded; the rest is cut.")
+    max_images: int = Field(32, description="Images in one trajectory, prompt and tools together.")
+    max_seconds: float = Field(1800.0, description="Wall clock of one trajectory, seconds; later it is aborted.")
+    max_num_seqs: int = Field(256, description="Sequences the engine runs at once, per rank.")
+    max_batched_tokens: int = Field(8192, description="Tokens of one engine step, per rank.")
+    kv_cache_gib: float = Field(0.0, description="KV cache per rank, GiB; 0 lets gpu_memory decide.")
+    gpu_memory: float = Field(0.7, description="Fraction of device memory for the engine while it is awake (CUDA).")
+    tensor_parallel: int = Field(1, description="Ranks that share one engine.")
+    enforce_eager: bool = Field(True, description="Run the engine without CUDA graphs.")
+
+
+class ToolsConfig(Section):
+    url: str = Field("", description="Tool server to use (REMOTE_TOOL_SERVER_URL); empty starts one for the run.")
+    allowed: list[Literal["python", "text_search", "image_search"]] = Field(
+        default_factory=lambda: ["python", "text_search", "image_search"], description="Tools the agent may call.")
+    call_timeout_s: float = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
+    python_timeout_s: float = Field(20.0, description="Wall clock of one Python cell, seconds.")
+    retries: int = Field(2, description="Further attempts at a call that never reached the server.")
+    max_image_searches: int = Field(1, description="Image searches per trajectory; later ones get a fixed reply.")
+    search_provider: str = Field("auto", description="serper, serpapi, brightdata or embedded (SEARCH_PROVIDER); auto: by key.")
+    text_index: str = Field("", description="SQLite FTS5 file of the embedded text search.")
+    image_index: str = Field("", description="Folder of labelled images of the embedded image search.")
+    search_results: int = Field(10, description="Results of one text search.")
+
+
+class RewardConfig(Section):
+    answer_weight: float = Field(0.9, description="Weight of a right answer in the accuracy reward.")
+    format_weight: float = Field(0.1, description="Weight of a well-formed response in the accuracy reward.")
+    rules: dict[str, str] = Field(
+        default_factory=lambda: {"*": "auto"},
+        description="Rule policy per data_source, '*' for the rest: auto, text, number, choice, yesno, maths, list or judge.")
+    judge: bool = Field(True, description="Ask the judge where rules can't say; without it such rollouts are unscored.")
+    max_unscored: float = Field(0.1, description="Share of unscored rollouts in a step above which the run stops.")
+
+
+class JudgeConfig(Section):
+    base_url: str = Field("", description="OpenAI-compatible endpoint (JUDGE_BASE_URL).")
+    model: str = Field("", description="Model name (JUDGE_MODEL); empty takes the first that /models lists.")
+    concurrency: int = Field(128, description="Requests in flight per rank.")
+    timeout_s: float = Field(30.0, description="Deadline of one request, seconds.")
+    deadline_s: float = Field(300.0, description="Deadline of one verdict with all retries, seconds.")
+    votes: int = Field(1, description="Verdicts asked per question; the majority counts.")
+    cache: str = Field("", description="SQLite file of verdicts; empty puts it into the run's folder.")
+    max_prediction_chars: int = Field(4000, description="Longest prediction shown to the judge, characters.")
+
+
+class HdpoConfig(Section):
+    w_acc: float = Field(1.0, description="Weight of the accuracy channel.")
+    w_tool: float = Field(0.15, description="Weight of the tool channel.")
+    tool_estimator: Literal["conditional", "unconditional", "coupled"] = Field(
+        "conditional", description="conditional is HDPO, unconditional GDPO, coupled one channel on the summed reward.")
+    scale: Literal["std", "none"] = Field("std", description="Divide advantages by the group's std, or only centre them.")
+    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = Field(
+        "token_mean", description="What a channel's norm counts: trained tokens, rows, or rows times the response budget.")
+    clip_low: float = Field(0.2, description="Lower clip range of the ratio.")
+    clip_high: float = Field(0.2, description="Upper clip range of the ratio.")
+    dual_clip: float = Field(3.0, description="Bound on the ratio for negative advantages; 0 turns it off.")
+    importance: Literal["token", "none"] = Field(
+        "token", description="Correction for engine versus trainer log-probs: truncated per token, or none.")
+    importance_cap: float = Field(2.0, description="Upper bound of the importance weight.")
+    mask_truncated: bool = Field(False, description="Leave trajectories cut by a budget out of the loss.")
+
+
+class OptimConfig(Section):
+    steps: int = Field(200, description="Optimizer (SFT) or rollout (RL) steps of the run.")
+    lr: float = Field(1e-6, description="Peak learning rate.")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
+    warmup_steps: int = Field(0, description="Steps of linear warm-up.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
+    weight_decay: float = Field(0.01, description="AdamW weight decay.")
+    grad_clip: float = Field(1.0, description="Largest global gradient norm.")
+    rows_per_step: int = Field(256, description="Demonstrations of one SFT step over all ranks (SFT only).")
+    mini_batch_prompts: int = Field(64, description="Prompts of one optimizer step over all ranks (RL only).")
+    ppo_epochs: int = Field(1, description="Passes over one rollout batch (RL only).")
+
+
+class BatchConfig(Section):
+    tokens_per_micro_batch: int = Field(40960, description="Largest packed micro-batch, tokens per rank.")
+    patches_per_micro_batch: int = Field(163840, description="Largest packed micro-batch, image patches per rank.")
+    head_chunk_tokens: int = Field(0, description="Tokens per chunk of the fused loss; 0 chooses by memory.")
+
+
+class EngineSyncConfig(Section):
+    group_mib: int = Field(512, description="Largest gathered parameter group during weight sync, MiB.")
+    parity_tolerance: float = Field(
+        0.0, description="Largest mean |log-prob difference| of trainer and engine, nat; 0 is 1e-4 in fp32, 0.02 in bf16.")
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(50, description="Steps between checkpoints; the last step is always saved.")
+    keep: int = Field(2, description="Checkpoints kept besides the final one; 0 keeps all.")
+
+
+class EvalConfig(Section):
+    every_steps: int = Field(0, description="Steps between evaluations during RL; 0 only by `hdpo eval`.")
+    rows: int = Field(0, description="Held-out rows used, from the front; 0 is all.")
+
+
+class LogConfig(Section):
+    tensorboard: bool = Field(True, description="Write TensorBoard files.")
+    wandb: bool = Field(False, description="Log to Weights & Biases too (WANDB_API_KEY).")
+    rollouts_every: int = Field(1, description="Steps between rollout dumps; 0 writes none.")
+    samples: int = Field(4, description="Trajectories shown in TensorBoard and in the report per step.")
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    tools: ToolsConfig = ToolsConfig()
+    reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
+    hdpo: HdpoConfig = HdpoConfig()
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
+    sync: EngineSyncConfig = EngineSyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.rollout.prompts_per_step % self.optim.mini_batch_prompts:
+            raise ValueError(
+                f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) must be a multiple of "
+                f"optim.mini_batch_prompts ({self.optim.mini_batch_prompts})")
+        if self.rollout.group_size < 2:
+            raise ValueError("rollout.group_size must be at least 2: advantages are relative to the group")
+        return self
+
+    @property
+    def max_model_len(self) -> int:
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+
+ENVIRONMENT = {
+    "MODEL_PATH": "model.path", "TRAIN_DATA": "data.train", "VAL_DATA": "data.val", "JUDGE_BASE_URL": "judge.base_url",
+    "JUDGE_MODEL": "judge.model", "SEARCH_PROVIDER": "tools.search_provider", "REMOTE_TOOL_SERVER_URL": "tools.url",
+}
+"""Environment variables of the reference and the field each one fills when the configuration leaves it at its default.
+
+Secrets (JUDGE_API_KEY, SERPER_API_KEY, ...) are deliberately absent: they are read where they are used and never
+become part of a configuration, a log or a dump.
+"""
+
+
+def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all leaf fields, in order."""
+    paths: list[str] = []
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            paths += field_paths(kind, f"{prefix}{name}.")
+        else:
+            paths.append(prefix + name)
+    return paths
+
+
+def _nearest(path: str) -> str:
+    known = field_paths() + list(Config.model_fields)
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+        path.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(Config.model_fields)}"
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: {name} is not a section")
+    tree[leaf] = value
+
+
+def _has(tree: dict[str, Any], path: str) -> bool:
+    node: Any = tree
+    for name in path.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return False
+        node = node[name]
+    return True
+
+
+def _from_environment(path: str, text: str) -> Any:
+    if path in ("data.train", "data.val"):   # the reference writes "[a.parquet,b.parquet]"
+        return [part.strip().strip("'\"") for part in text.strip().strip("[]").split(",") if part.strip()]
+    return text
+
+
+def _validate(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{source}: unknown key {path}{_nearest(path)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if not path else f" (got {first['input']!r})"
+        raise ConfigError(f"{source}: {path + ': ' if path else ''}{message}{given}") from None
+
+
+def load_config(path: str | os.PathLike[str] | None, overrides: list[str] | tuple[str, ...] = (),
+                environment: dict[str, str] | None = None) -> Config:
+    """Read YAML, then environment variables of the reference for fields it leaves out, then `a.b=c` overrides.
+
+    Raises ConfigError with one line that names the file, the key and the nearest known key.
+    """
+    tree: dict[str, Any] = {}
+    source = str(path) if path else "configuration"
+    if path:
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such configuration file") from None
+        except yaml.YAMLError as exc:
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected a mapping of sections at the top level")
+    env = dict(os.environ if environment is None else environment)
+    for variable, field in ENVIRONMENT.items():
+        if env.get(variable) and not _has(tree, field):
+            _put(tree, field, _from_environment(field, env[variable]))
+    for item in overrides:
+        key, eq, text = item.partition("=")
+        if not eq:
+            raise ConfigError(f"--set {item}: expected KEY=VALUE, for example --set hdpo.w_tool=0.1")
+        if key not in field_paths():
+            raise ConfigError(f"--set {item}: unknown key {key}{_nearest(key)}")
+        _put(tree, key, yaml.safe_load(_float_friendly(text)))
+    return _validate(tree, source)
+
+
+def _float_friendly(text: str) -> str:
+    """YAML 1.1 reads 1e-6 as a string; write it so that it is a number."""
+    try:
+        return repr(float(text)) if "e" in text.lower() and not text.lower().startswith("0x") else text
+    except ValueError:
+        return text
+
+
+def dump_config(config: Config) -> str:
+    """YAML with every field, in order; reading it back gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted name, default, description) of every leaf field: the table of settings in --help and README."""
+    rows: list[tuple[str, Any, str]] = []
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            rows += describe_fields(kind, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, info.get_default(call_default_factory=True), info.description or ""))
+    return rows

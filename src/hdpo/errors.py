@@ -1,0 +1,73 @@
+"""The few failures hdpo names, and the one place where foreign exceptions are given one of those names.
+
+A failure a user can mend derives from `UserError`: the command line prints its single line and exits 2.
+A failure of the world around the policy (sandbox, search, judge, engine) derives from `InfrastructureError`: it is
+never charged to the policy. Everything else is a bug and keeps its traceback.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+class HdpoError(Exception):
+    """Root of every exception raised on purpose."""
+
+
+class UserError(HdpoError):
+    """Bad input. The message is one line that names the field or file and the way out."""
+
+
+class ConfigError(UserError):
+    """An unknown key, a wrong type or values that contradict each other."""
+
+
+class DataError(UserError):
+    """A data file, row or image that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model folder that is missing, incomplete or of an unsupported family."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, truncated or belongs to another configuration."""
+
+
+class InfrastructureError(HdpoError):
+    """The world failed, not the policy: trajectories it touches leave both channels."""
+
+
+class ToolServerError(InfrastructureError):
+    """The tool server is unreachable, or failed to answer within its deadline."""
+
+
+class JudgeError(InfrastructureError):
+    """The judge gave no usable verdict."""
+
+
+class UnscoredLimitError(InfrastructureError):
+    """More trajectories of a step are unscored than the run allows."""
+
+
+class ParityError(HdpoError):
+    """Trainer and engine disagree on log-probabilities; the message names the likely cause."""
+
+
+class NonFiniteError(HdpoError):
+    """A loss or gradient is NaN or infinite."""
+
+
+@contextlib.contextmanager
+def boundary(error: type[HdpoError], what: str, *catch: type[BaseException]) -> Iterator[None]:
+    """Re-raise any of `catch` (default: Exception) as `error("{what}: {reason}")`, keeping the cause.
+
+    For process and network boundaries only; inside the library exceptions pass through untouched.
+    """
+    try:
+        yield
+    except HdpoError:
+        raise
+    except (catch or (Exception,)) as exc:
+        reason = str(exc) or type(exc).__name__
+        raise error(f"{what}: {reason}") from exc

@@ -1,0 +1,109 @@
+"""What the core needs of the world. Each protocol has at least two implementations in this repository.
+
+Nothing here knows a vendor: vllm, deepspeed, docker and openai live under `hdpo.adapters`, one file each.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hdpo.types import Completion, Judgement, Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One generation. `token_ids` are COMPACT: exactly one placeholder id per image; the engine expands them itself."""
+
+    token_ids: list[int]
+    images: tuple[Image, ...]
+    max_tokens: int
+    temperature: float         # 0 = greedy
+    seed: int                  # the same request with the same seed and weights gives the same tokens
+    image_keys: tuple[str, ...] = ()   # unique per image content, so that the engine need not hash pixels; may be empty
+
+
+class Engine(Protocol):
+    """A generation engine inside this process, driven step by step so that trajectories never wait for each other.
+
+    Stop tokens, banned ids and the context length are fixed at construction. Not thread-safe: one thread drives it.
+    """
+
+    max_model_len: int
+
+    def add_request(self, request_id: str, request: GenerateRequest) -> None: ...
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """Advance every running request by at least one token; return those that finished."""
+        ...
+
+    def num_unfinished(self) -> int: ...
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; an aborted request is never returned by `step`."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights. Consumes the iterator once, in order; every later Completion carries `version`."""
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back to the trainer (nothing to do on CPU)."""
+        ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool server answered. Images are encoded files."""
+
+    text: str
+    images: tuple[bytes, ...] = ()
+    ok: bool = True
+    done: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class ToolBackend(Protocol):
+    """The tool server as the agent sees it. Methods are coroutines of one event loop."""
+
+    async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
+        """Execute the sampled action text. Raises ToolServerError when the failure is ours, never for the policy's."""
+        ...
+
+    async def finish(self, trajectory_id: str) -> None:
+        """Release everything the trajectory holds on the server. Never raises."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Judge(Protocol):
+    async def judge(self, question: str, ground_truth: str | list[str], prediction: str) -> Judgement:
+        """CORRECT or WRONG, or UNSCORED when no verdict could be had. Never raises for a failing judge."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LogSink(Protocol):
+    def write(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def write_text(self, step: int, tag: str, text: str) -> None: ...
+
+    def write_image(self, step: int, tag: str, image: Image) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WeightSource(Protocol):
+    """Full (gathered) parameters, in bounded groups. All ranks iterate together: gathering is a collective."""
+
+    def iter_weights(self) -> Iterator[tuple[str, Tensor]]: ...

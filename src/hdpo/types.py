@@ -1,0 +1,228 @@
+"""Every record that flows: Task -> Trajectory (xG) -> RewardedGroup -> Sample (xG) -> TrainBatch -> StepStats.
+
+Records are frozen. No dict with string keys crosses a stage; a failed rollout is data, not an exception. Axes in
+names: C channels (0 accuracy, 1 tool), G rollouts of a prompt, B rows, T tokens, N flat (packed) tokens.
+
+What this file does not hold: behaviour. `torch` is imported for type checking only, so that the tool server and the
+agent's pure parts can use these words without it.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+ACCURACY, TOOL = 0, 1
+"""Indices of the channel axis C."""
+
+
+class StopReason(Enum):
+    """Why one generation ended."""
+
+    TOOL_CALL = "tool_call"    # the closing </tool_call> token was sampled
+    END_OF_TURN = "end_of_turn"  # <|im_end|> was sampled
+    LENGTH = "length"          # the token budget of the request ran out
+    ABORTED = "aborted"        # the engine dropped the request
+
+
+class EndReason(Enum):
+    """Why a trajectory ended. Never tested by truth value."""
+
+    ANSWERED = "answered"              # the last turn ends itself and holds an <answer>
+    UNPARSEABLE = "unparseable"        # the last turn ends itself with neither an answer nor a tool call
+    MAX_TURNS = "max_turns"            # a tool call after the last allowed one; not executed
+    MAX_TOKENS = "max_tokens"          # the response budget ran out
+    CONTEXT_FULL = "context_full"      # the next observation would not fit into the model's context
+    INFRASTRUCTURE = "infrastructure"  # a tool failed on our side; leaves both channels
+    ABORTED = "aborted"                # cut by a wall-clock rule or a shutdown; leaves both channels
+
+    @property
+    def scorable(self) -> bool:
+        """Whether the outcome says something about the policy."""
+        return self not in (EndReason.INFRASTRUCTURE, EndReason.ABORTED)
+
+
+class Verdict(Enum):
+    """Three-valued: an unknown verdict is unscored, never wrong."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNSCORED = "unscored"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One prompt. `messages` are {"role", "content"} with one `<image>` marker per entry of `images`.
+
+    Example: Task("toy_12", "toy/perception", [{"role": "user", "content": "<image>Which digit?"}], (b"\\x89PNG..",), "7")
+    """
+
+    id: str
+    data_source: str
+    messages: list[dict[str, str]]
+    images: tuple[bytes, ...]          # encoded files (PNG, JPEG, ...) at ORIGINAL resolution
+    ground_truth: str | list[str]      # never leaves the trainer
+    extra: dict[str, Any] = field(default_factory=dict)   # the row's extra_info: index, tool_needed when known, ...
+
+    @property
+    def question(self) -> str:
+        """The last user message without image markers."""
+        text = next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        return text.replace("<image>", "").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine sampled for one request; `token_ids` include the stop token."""
+
+    token_ids: list[int]
+    log_probs: list[float]     # natural log, at the sampling temperature, banned ids removed; same length as token_ids
+    stop: StopReason
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call the policy made. Calls that failed for our own reasons carry infrastructure=True and do not count."""
+
+    name: str                  # "python" | "text_search" | "image_search" | "" when unparseable
+    arguments: dict[str, Any]
+    ok: bool                   # the call was well-formed and the tool ran without an error
+    observation: str           # text shown to the model
+    num_images: int = 0
+    seconds: float = 0.0
+    infrastructure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One rollout, append-only while it grows. mask[t] is 1 where the policy sampled token t, 0 where it was given.
+
+    `images` are what the model saw (already bounded), in order of their placeholder runs in `token_ids`.
+    `log_probs[t]` is 0.0 wherever mask[t] is 0.
+    """
+
+    task: Task
+    sample_index: int          # which of the G rollouts of this task
+    token_ids: list[int]       # [L] expanded: one placeholder id per image token
+    mask: list[int]            # [L]
+    log_probs: list[float]     # [L] engine log-probs
+    prompt_length: int
+    images: tuple[Image, ...]
+    calls: tuple[ToolCall, ...]
+    end: EndReason
+    turns: tuple[str, ...]     # decoded text of each sampled turn (for parsing and display only, never re-encoded)
+    weight_version: int = 0
+    seconds: float = 0.0
+    error: str = ""            # why, when end is INFRASTRUCTURE or ABORTED
+
+    @property
+    def num_tool_calls(self) -> int:
+        """T of the paper: calls the policy made, whatever came of them, without those that failed on our side."""
+        return sum(not call.infrastructure for call in self.calls)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def final_turn(self) -> str:
+        return self.turns[-1] if self.turns else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict and who gave it: "rule", "judge", "cache", or "none" (nothing to judge / infrastructure)."""
+
+    verdict: Verdict
+    by: str
+    detail: str = ""           # raw reply of the judge, or the rule's name
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """`correct` is a field: membership of Q is never inferred from a number."""
+
+    accuracy: float            # 0.9 * answer + 0.1 * format
+    tool: float                # 1 / (num_tool_calls + 1) if correct, else 0
+    correct: bool
+    format_ok: bool
+    scored: bool               # False: leaves both channels, group statistics and norms
+
+
+@dataclass(frozen=True, slots=True)
+class RewardedGroup:
+    """The G rollouts of one task with their rewards; lives on one rank. The three tuples have equal length."""
+
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+    judgements: tuple[Judgement, ...]
+    rewards: tuple[Reward, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """The processor's tensors for all images of one sample."""
+
+    pixel_values: Tensor       # [patches, patch_dim]
+    grid_thw: Tensor           # [images, 3] int64
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training row. SFT is a rollout recorded earlier: C = 0 and empty advantages."""
+
+    token_ids: list[int]       # [L]
+    mask: list[int]            # [L] 1 = trained token
+    rollout_log_probs: list[float]   # [L] engine log-probs (zeros for SFT)
+    advantages: tuple[float, ...]    # [C]
+    member: tuple[bool, ...]         # [C] whether the row counts in channel c's norm
+    vision: Vision | None
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Packed rows, exact for Qwen-VL: position_ids [4, 1, N] restart per row and there is no attention mask.
+
+    Token n predicts targets[n] (its successor in the same row); `mask[n]` is 1 where that target is trained. The last
+    token of a row has mask 0. `row[n]` is the row of token n, so a [C, B] advantage expands to [C, N] by indexing.
+    """
+
+    input_ids: Tensor          # [1, N]
+    position_ids: Tensor       # [4, 1, N]
+    targets: Tensor            # [N]
+    mask: Tensor               # [N] float
+    row: Tensor                # [N] int64
+    rollout_log_probs: Tensor  # [N]
+    old_log_probs: Tensor      # [N]; equal to rollout_log_probs until the policy recomputes them
+    advantages: Tensor         # [C, B]
+    member: Tensor             # [C, B] bool
+    vision: Vision | None
+    num_rows: int              # real rows; a filler row (to keep ranks in step) is not counted
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """The micro-batches of one optimizer step; norms are global over ranks and micro-batches."""
+
+    micro_batches: list[MicroBatch]
+    norms: Tensor              # [C] (for SFT [1]): trained tokens that count in each channel, over all ranks
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """Same number of mini-batches, and of micro-batches in each, on every rank."""
+
+    mini_batches: list[MiniBatch]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One line of metrics.jsonl: scalars of one step, already reduced over ranks."""
+
+    step: int
+    scalars: dict[str, float]
