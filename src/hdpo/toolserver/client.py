@@ -1,0 +1,137 @@
+"""The trainer's end of the tool server: `ToolClient`, a `hdpo.protocols.ToolBackend` over HTTP.
+
+A call keeps its request id through all its attempts, so the server executes it once however often it is sent. Images
+travel once per trajectory. Ground truth is never sent.
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+import urllib.request
+import uuid
+from typing import Any
+
+import aiohttp
+
+from hdpo.errors import ToolServerError
+from hdpo.protocols import ToolResult
+from hdpo.toolserver.wire import Call, Reply, WireError, parse_response, request_json
+from hdpo.types import Task
+
+BUSY = (429, 503)
+"""Statuses by which a healthy server asks to come back later; waited out until the deadline."""
+BROKEN = (500, 502, 504)
+"""Statuses that count as failed attempts."""
+MAX_BACKOFF_S = 5.0
+FINISH_TIMEOUT_S = 15.0
+
+
+class ToolClient:
+    """One per process. Its methods run in one event loop; the HTTP session is created by the first of them.
+
+    `timeout` is the deadline of one call with all its attempts, seconds; `retries` are further attempts after a
+    transport error; `token` is sent as a bearer token.
+    """
+
+    def __init__(self, url: str, timeout: float = 400.0, retries: int = 2, token: str | None = None) -> None:
+        url = url.rstrip("/")
+        self.url = url.removesuffix("/get_observation")   # REMOTE_TOOL_SERVER_URL may name the route, as the reference's
+        self.timeout = timeout
+        self.retries = retries
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._session: aiohttp.ClientSession | None = None
+        self._known: set[str] = set()      # trajectories whose images the server has
+        self._closed = False
+
+    async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
+        """Execute one action. Raises ToolServerError when no answer could be had or the server blames itself."""
+        request_id = uuid.uuid4().hex
+        index = str(task.extra.get("index") or "")
+        sent = trajectory_id in self._known
+        call = Call(trajectory_id, action, request_id, images=None if sent else task.images, images_sent=sent, index=index)
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self.timeout):
+                reply = await self._post(call)
+                if reply.metrics.get("need_images"):
+                    reply = await self._post(Call(
+                        trajectory_id, action, request_id, images=task.images, images_sent=True, index=index))
+        except TimeoutError:
+            raise ToolServerError(f"{self.url}: no answer within {self.timeout:g} s") from None
+        if reply.metrics.get("need_images"):
+            raise ToolServerError(f"{self.url}: keeps asking for the images of {trajectory_id}")
+        self._known.add(trajectory_id)
+        if reply.infrastructure:
+            raise ToolServerError(f"{self.url}: {reply.text}")
+        metrics = {**reply.metrics, "seconds": time.monotonic() - started, "timed_out": reply.timed_out}
+        ran = all(reply.metrics.get(name, True) for name in ("code_success", "search_success"))
+        return ToolResult(reply.text, reply.images, ok=reply.valid and ran, done=reply.done, metrics=metrics)
+
+    async def finish(self, trajectory_id: str) -> None:
+        """Release the trajectory's session on the server. Never raises: the server reaps idle sessions anyway."""
+        self._known.discard(trajectory_id)
+        with contextlib.suppress(ToolServerError, TimeoutError):
+            async with asyncio.timeout(FINISH_TIMEOUT_S):
+                await self._post(Call(trajectory_id, "", uuid.uuid4().hex, finish=True))
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _post(self, call: Call) -> Reply:
+        body = json.dumps(request_json(call)).encode()
+        failures, waits = 0, 0
+        while True:
+            status, problem, payload = await self._attempt(body)
+            if status == 200:
+                try:
+                    (reply,) = parse_response(payload)
+                    return reply
+                except (WireError, ValueError) as exc:
+                    raise ToolServerError(f"{self.url}: not a tool server's answer: {exc}") from exc
+            if status in BUSY:
+                waits += 1
+            elif status is None or status in BROKEN:
+                failures += 1
+                if failures > self.retries:
+                    raise ToolServerError(f"{self.url}: {problem} ({failures} attempts)")
+            else:
+                raise ToolServerError(f"{self.url}: {problem}")
+            delay = min(MAX_BACKOFF_S, 0.1 * 2 ** min(failures + waits, 10))
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+
+    async def _attempt(self, body: bytes) -> tuple[int | None, str, Any]:
+        """(status or None, what went wrong, JSON body of a 200)."""
+        if self._closed:
+            raise ToolServerError(f"{self.url}: the client is closed")
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers, connector=aiohttp.TCPConnector(limit=256), timeout=aiohttp.ClientTimeout(None))
+        try:
+            async with self._session.post(
+                    f"{self.url}/get_observation", data=body, headers={"Content-Type": "application/json"}) as response:
+                if response.status == 200:
+                    return 200, "", await response.json(content_type=None)
+                return response.status, f"HTTP {response.status}: {(await response.text())[:500]}", None
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
+            return None, str(exc) or type(exc).__name__, None
+
+
+def wait_until_healthy(url: str, timeout: float = 60.0, interval: float = 0.1) -> dict[str, Any]:
+    """Block until GET /health answers and return its body. Raises ToolServerError after `timeout` seconds."""
+    address = url.rstrip("/").removesuffix("/get_observation") + "/health"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with opener.open(address, timeout=max(0.5, min(5.0, deadline - time.monotonic()))) as response:
+                return json.load(response)
+        except (OSError, ValueError) as exc:   # URLError and HTTPError are OSErrors
+            if time.monotonic() >= deadline:
+                raise ToolServerError(f"{url}: not healthy within {timeout:g} s: {exc}") from exc
+        time.sleep(interval)

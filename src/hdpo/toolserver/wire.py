@@ -1,0 +1,182 @@
+"""The reference's HTTP format of /get_observation, as records and JSON.
+
+Request  {"trajectory_ids": [str], "actions": [str], "extra_fields": [{}]?, "finish": [bool]?, "is_last_step": [bool]?}
+Response {"observations": [str | {"obs", "image": [data URL], "metrics", ...}], "dones": [bool], "valids": [bool],
+          "processing_time_ms": float, "queue_time_ms": float}
+
+Extensions, all optional, so that a reference trainer can use this server and our client a reference server:
+- "request_ids": [str]: a call repeated under the same id is executed once and answered twice.
+- extra_fields[i]["images"] (data URLs) is needed on a trajectory's first call only; later ones carry "images_sent": true.
+  A server that has lost the trajectory answers metrics {"need_images": true} without executing.
+- "infrastructure": true in a dict observation: the failure is the server's, not the policy's.
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_ID = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+_MAGIC = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"BM", "bmp"))
+MAX_BATCH = 256
+"""Calls in one request."""
+
+
+class WireError(Exception):
+    """A request or response that does not follow the format; `field` names the part."""
+
+    def __init__(self, field_name: str, message: str) -> None:
+        super().__init__(f"{field_name}: {message}")
+        self.field = field_name
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One row of a request. `images` is None when the field was absent."""
+
+    trajectory_id: str
+    action: str
+    request_id: str = ""
+    finish: bool = False
+    is_last_step: bool = False
+    images: tuple[bytes, ...] | None = None
+    images_sent: bool = False
+    index: str = ""            # the row's extra_info.index: key of the reference's offline image-search cache
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One row of a response."""
+
+    text: str
+    images: tuple[bytes, ...] = ()
+    valid: bool = True
+    done: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+    timed_out: bool = False
+    infrastructure: bool = False
+
+
+def encode_image(data: bytes) -> str:
+    """Encoded image file -> data URL."""
+    kind = next((name for magic, name in _MAGIC if data.startswith(magic)), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def decode_image(url: Any, field_name: str) -> bytes:
+    """Data URL (or bare base64, as some trainers send) -> encoded image file."""
+    if not isinstance(url, str):
+        raise WireError(field_name, f"expected a data URL, got {type(url).__name__}")
+    head = _DATA_URL.match(url)
+    try:
+        return base64.b64decode(url[head.end() if head else 0:], validate=True)
+    except (binascii.Error, ValueError):
+        raise WireError(field_name, "expected data:image/...;base64,... with valid base64") from None
+
+
+def parse_request(body: Any) -> list[Call]:
+    """Validate a request body. Raises WireError naming the field; the server answers 422."""
+    if not isinstance(body, dict):
+        raise WireError("body", "expected a JSON object")
+    ids = _rows(body, "trajectory_ids", None, str)
+    if not 1 <= len(ids) <= MAX_BATCH:
+        raise WireError("trajectory_ids", f"expected 1 to {MAX_BATCH} ids, got {len(ids)}")
+    size = len(ids)
+    actions = _rows(body, "actions", size, str)
+    finish = _rows(body, "finish", size, bool, False)
+    last = _rows(body, "is_last_step", size, bool, False)
+    request_ids = _rows(body, "request_ids", size, str, "")
+    extras = _rows(body, "extra_fields", size, dict, None)
+    return [_call(f"[{i}]", *row) for i, row in enumerate(zip(ids, actions, request_ids, finish, last, extras))]
+
+
+def _rows(body: dict[str, Any], name: str, size: int | None, kind: type, default: Any = ...) -> list[Any]:
+    rows = body.get(name)
+    if rows is None:
+        if default is ... or size is None:
+            raise WireError(name, "field required")
+        return [default] * size
+    if not isinstance(rows, list):
+        raise WireError(name, f"expected a list, got {type(rows).__name__}")
+    if size is not None and len(rows) != size:
+        raise WireError(name, f"expected {size} entries, one per trajectory id, got {len(rows)}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, kind) and not (kind is dict and row is None):
+            raise WireError(f"{name}[{i}]", f"expected {kind.__name__}, got {type(row).__name__}")
+    return rows
+
+
+def _call(where: str, trajectory_id: str, action: str, request_id: str, finish: bool, last: bool,
+          extra: dict[str, Any] | None) -> Call:
+    if not _ID.fullmatch(trajectory_id):
+        raise WireError(f"trajectory_ids{where}", "expected 1 to 256 printable characters")
+    extra = extra or {}
+    images = extra.get("images")
+    name = f"extra_fields{where}.images"
+    if images is not None and not isinstance(images, list):
+        raise WireError(name, f"expected a list of data URLs, got {type(images).__name__}")
+    return Call(
+        trajectory_id, action, request_id, finish, last,
+        images=None if images is None else tuple(decode_image(url, f"{name}[{i}]") for i, url in enumerate(images)),
+        images_sent=extra.get("images_sent") is True, index=str(extra.get("index") or ""))
+
+
+def request_json(call: Call) -> dict[str, Any]:
+    """The body our client sends for one call. Nothing of the task but its images leaves the trainer."""
+    extra: dict[str, Any] = {"images_sent": True} if call.images_sent else {}
+    if call.images is not None:
+        extra["images"] = [encode_image(image) for image in call.images]
+    if call.index:
+        extra["index"] = call.index
+    return {"trajectory_ids": [call.trajectory_id], "actions": [call.action], "extra_fields": [extra],
+            "finish": [call.finish], "is_last_step": [call.is_last_step], "request_ids": [call.request_id]}
+
+
+def response_json(replies: Sequence[Reply], processing_ms: float, queue_ms: float) -> dict[str, Any]:
+    """The body of a 200 response."""
+    return {"observations": [_observation(reply) for reply in replies], "dones": [reply.done for reply in replies],
+            "valids": [reply.valid for reply in replies],
+            "processing_time_ms": processing_ms, "queue_time_ms": queue_ms}
+
+
+def _observation(reply: Reply) -> str | dict[str, Any]:
+    if not (reply.images or reply.metrics or reply.timed_out or reply.infrastructure):
+        return reply.text
+    observation: dict[str, Any] = {"obs": reply.text, "metrics": reply.metrics, "timeout": reply.timed_out}
+    if reply.images:
+        observation["image"] = [encode_image(image) for image in reply.images]
+    if reply.infrastructure:
+        observation["infrastructure"] = True
+    return observation
+
+
+def parse_response(body: Any) -> list[Reply]:
+    """Read a response of this server or of the reference's. Raises WireError naming the field."""
+    if not isinstance(body, dict):
+        raise WireError("body", "expected a JSON object")
+    observations = _rows(body, "observations", None, object)
+    dones = _rows(body, "dones", len(observations), object)       # the reference sends bool or 0/1
+    valids = _rows(body, "valids", len(observations), object)
+    return [_reply(f"observations[{i}]", *row) for i, row in enumerate(zip(observations, dones, valids))]
+
+
+def _reply(where: str, observation: Any, done: Any, valid: Any) -> Reply:
+    if isinstance(observation, str):
+        return Reply(observation, valid=bool(valid), done=bool(done))
+    if not isinstance(observation, dict) or not isinstance(observation.get("obs"), str):
+        raise WireError(where, 'expected a string or an object with a string "obs"')
+    images = observation.get("image") or []
+    if isinstance(images, str):
+        images = [images]
+    if not isinstance(images, list):
+        raise WireError(f"{where}.image", f"expected a list of data URLs, got {type(images).__name__}")
+    metrics = observation.get("metrics")
+    return Reply(
+        observation["obs"], tuple(decode_image(url, f"{where}.image[{i}]") for i, url in enumerate(images)),
+        valid=bool(valid), done=bool(done), metrics=metrics if isinstance(metrics, dict) else {},
+        timed_out=observation.get("timeout") is True, infrastructure=observation.get("infrastructure") is True)
