@@ -1,0 +1,120 @@
+"""Text of sampled turns -> tool call, answer, format verdict. Pure strings; standard library only.
+
+The trainer and the tool server both import this file, so both sides read a call the same way. The wire format and the
+tags are those of the Metis reference; where its rule can be gamed or crashes, the stricter reading is noted in place.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TOOL_CALL_OPEN, TOOL_CALL_CLOSE = "<tool_call>", "</tool_call>"
+
+EXAMPLES = {
+    "python": '<tool_call>{"name": "python", "arguments": {"code": "print(1 + 1)"}}</tool_call>',
+    "text_search": '<tool_call>{"name": "text_search", "arguments": {"query": "height of Mount Fuji"}}</tool_call>',
+    "image_search": '<tool_call>{"name": "image_search", "arguments": {}}</tool_call>',
+}
+"""One correct call per tool, shown to the model when it gets one wrong."""
+
+TOOL_NAMES = tuple(EXAMPLES)
+_ALIASES = {"search": "text_search"}
+
+_CALL = re.compile(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """A well-formed call: `name` is one of TOOL_NAMES, `arguments` holds exactly the keys that tool takes."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MalformedCall:
+    """Why the text holds no usable call, in words meant for the model."""
+
+    message: str
+
+
+def parse_tool_call(text: str) -> ParsedCall | MalformedCall:
+    """Read the last `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` of `text`.
+
+    python takes {"code": str}; text_search (alias: search) takes {"query": str, or a list whose first item is used};
+    image_search takes nothing. Further argument keys are ignored. Never raises.
+    """
+    blocks = _CALL.findall(text)
+    if not blocks:
+        return _malformed("no <tool_call>...</tool_call> block was found")
+    try:
+        # strict=False: models write real line breaks inside the code string; the meaning is plain, so accept them
+        call = json.loads(blocks[-1], strict=False)
+    except (ValueError, RecursionError) as exc:
+        reason = exc.msg if isinstance(exc, json.JSONDecodeError) else "it can't be read"
+        return _malformed(f"the text between the tags is not valid JSON ({reason})")
+    if not isinstance(call, dict):
+        return _malformed("the JSON between the tags must be an object with the keys name and arguments")
+    name = call.get("name")
+    name = _ALIASES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or name not in EXAMPLES:
+        shown = json.dumps(name)[:80]
+        return _malformed(f"name is {shown}, but the tools are {', '.join(TOOL_NAMES)}")
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return _malformed(f"the arguments of {name} must be a JSON object", name)
+    return _checked(name, arguments)
+
+
+def _checked(name: str, arguments: dict[str, Any]) -> ParsedCall | MalformedCall:
+    if name == "image_search":
+        return ParsedCall(name, {})
+    key = "code" if name == "python" else "query"
+    value = arguments.get(key)
+    if key == "query" and isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str) or not value.strip():
+        return _malformed(f'the arguments of {name} must hold "{key}", a non-empty string', name)
+    # JSON escapes can spell half a surrogate pair, which no later stage could encode
+    return ParsedCall(name, {key: value.encode("utf-8", "replace").decode("utf-8")})
+
+
+def _malformed(problem: str, name: str = "python") -> MalformedCall:
+    return MalformedCall(f"Tool call error: {problem}. A correct call looks like this: {EXAMPLES[name]}")
+
+
+def extract_answer(final_turn: str) -> str | None:
+    """The stripped text of the last well-formed <answer>...</answer> of the final SAMPLED turn; None if there is none.
+
+    An empty answer is "". The reference takes the first tag of the whole response, tool output included, so that a
+    printed or quoted tag could set the answer.
+    """
+    answers = _ANSWER.findall(final_turn)
+    return answers[-1].strip() if answers else None
+
+
+def format_ok(turns: Sequence[str]) -> bool:
+    """The reference's format rule on sampled turns only: reason and tool_call tags balance over all turns, and the
+    final turn holds, after its last </reason>, at least one answer with balanced tags. A <reason> is not required.
+
+    Stricter than counting: a closing tag before its opening tag does not pass.
+    """
+    if not turns:
+        return False
+    text = "\n".join(turns)
+    tail = turns[-1].rpartition("</reason>")[2]
+    return (_balanced(text, "reason") and _balanced(text, "tool_call")
+            and _balanced(tail, "answer") and "<answer>" in tail)
+
+
+def _balanced(text: str, tag: str) -> bool:
+    depth = 0
+    for match in re.finditer(f"<(/?){tag}>", text):
+        depth += -1 if match.group(1) else 1
+        if depth < 0:
+            return False
+    return depth == 0
