@@ -1,0 +1,210 @@
+"""Rollout dumps: one Parquet part per step and rank, with the pictures the model saw. One row is one trajectory.
+
+Every rank writes its own part: gathering trajectories to one rank would need memory that grows with the number of
+ranks. Pictures are encoded files (never base64) of bounded side; those of the prompt are encoded once a group and
+stored once per row group by dictionary encoding. A file appears whole or not at all.
+"""
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from hdpo.agent.parse import extract_answer
+from hdpo.errors import DataError, boundary
+from hdpo.types import Judgement, Reward, RewardedGroup, Task, ToolCall, Trajectory
+
+_DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,([A-Za-z0-9+/=\s]{64,})")
+_LOSSLESS_PIXELS = 256 * 256       # pictures up to this size keep every pixel (PNG); larger ones are JPEG
+
+
+@dataclass(frozen=True, slots=True)
+class DumpedRollout:
+    """One row. `images` [I] are encoded files: `num_prompt_images` of the prompt, then `num_images` of each call."""
+
+    step: int
+    task_id: str
+    data_source: str
+    tool_needed: bool | None
+    sample_index: int
+    prompt: str
+    question: str
+    turns: list[str]
+    calls: list[dict[str, Any]]        # name, arguments, ok, num_images, seconds, infrastructure
+    observations: list[str]            # one per call
+    images: list[bytes]
+    num_prompt_images: int
+    answer: str | None                 # of the last turn; None when it holds none
+    ground_truth: list[str]
+    verdict: str
+    by: str
+    detail: str                        # the judge's raw reply or the rule's name
+    end: str
+    error: str
+    reward_accuracy: float
+    reward_tool: float
+    correct: bool
+    format_ok: bool
+    scored: bool
+    advantages: list[float]            # [C], empty outside training
+    num_tool_calls: int
+    prompt_length: int
+    token_ids: list[int]               # [L]
+    mask: list[int]                    # [L]
+    log_probs: list[float]             # [L]
+    weight_version: int
+    seconds: float
+
+
+_TYPES = {
+    "int": pa.int64(), "str": pa.string(), "bool": pa.bool_(), "bool | None": pa.bool_(), "str | None": pa.string(),
+    "float": pa.float64(), "list[str]": pa.list_(pa.string()), "list[bytes]": pa.list_(pa.binary()),
+    "list[int]": pa.list_(pa.int32()), "list[float]": pa.list_(pa.float32()), "list[dict[str, Any]]": pa.string(),
+}
+SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in dataclasses.fields(DumpedRollout)])
+
+
+def write_rollouts(path: str | os.PathLike[str], groups: Sequence[RewardedGroup], *, step: int, rank: int = 0,
+                   world: int = 1, advantages: Sequence[Sequence[float]] | None = None, image_side: int = 1024,
+                   image_groups: int | None = None) -> Path:
+    """Write this rank's part of `path`, for example `rollouts/step_000012.parquet`; returns the file written.
+
+    With one rank the file is `path` itself, otherwise `step_000012.rank3.parquet`; `read_rollouts(path)` finds either.
+    `advantages` [B][C]: trajectories of group 0 first. `image_side`: longest side kept, pixels. `image_groups`: only
+    that many groups keep their pictures (None: all).
+    """
+    rows: list[DumpedRollout] = []
+    for index, group in enumerate(groups):
+        side = image_side if image_groups is None or index < image_groups else 0
+        prompt_images: list[bytes] = []
+        for trajectory, judgement, reward in zip(group.trajectories, group.judgements, group.rewards, strict=True):
+            count = min(len(group.task.images), len(trajectory.images)) if side else 0
+            prompt_images = prompt_images or [encode_image(image, side) for image in trajectory.images[:count]]
+            images = prompt_images + [encode_image(image, side) for image in trajectory.images[count:] if side]
+            given = list(advantages[len(rows)]) if advantages is not None else []
+            rows.append(_dumped(step, trajectory, judgement, reward, given, images, count))
+    part = _part(Path(path), rank, world)
+    _remove_other_layout(Path(path), rank, world)
+    _write(part, rows)
+    return part
+
+
+def _dumped(step: int, trajectory: Trajectory, judgement: Judgement, reward: Reward, advantages: list[float],
+            images: list[bytes], num_prompt_images: int) -> DumpedRollout:
+    task, truth = trajectory.task, trajectory.task.ground_truth
+    answer = extract_answer(trajectory.final_turn)
+    return DumpedRollout(
+        step=step, task_id=task.id, data_source=task.data_source, tool_needed=task.extra.get("tool_needed"),
+        sample_index=trajectory.sample_index, prompt=_prompt_text(task), question=_storable(task.question),
+        turns=[_storable(turn) for turn in trajectory.turns], calls=[_call_fields(call) for call in trajectory.calls],
+        observations=[_storable(call.observation) for call in trajectory.calls],
+        images=images, num_prompt_images=num_prompt_images,
+        answer=None if answer is None else _storable(answer),
+        ground_truth=[truth] if isinstance(truth, str) else list(truth),
+        verdict=judgement.verdict.value, by=judgement.by, detail=_storable(judgement.detail),
+        end=trajectory.end.value, error=_storable(trajectory.error),
+        reward_accuracy=reward.accuracy, reward_tool=reward.tool, correct=reward.correct, format_ok=reward.format_ok,
+        scored=reward.scored, advantages=advantages, num_tool_calls=trajectory.num_tool_calls,
+        prompt_length=trajectory.prompt_length, token_ids=trajectory.token_ids, mask=trajectory.mask,
+        log_probs=trajectory.log_probs, weight_version=trajectory.weight_version, seconds=trajectory.seconds)
+
+
+def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> list[DumpedRollout]:
+    """Rows of a dump (all its parts) or of every dump in a folder, ordered by step, part and row.
+
+    `columns` reads only those (the others are None), so that a large dump can be scanned without its pictures.
+    Raises DataError when there is no such dump or a part is damaged.
+    """
+    path = Path(path)
+    parts = sorted(path.glob("*.parquet"), key=_part_order) if path.is_dir() else _parts(path)
+    if not parts:
+        raise DataError(f"{path}: no rollout dump there")
+    rows: list[DumpedRollout] = []
+    for part in parts:
+        with boundary(DataError, f"{part}: not a readable rollout dump", pa.ArrowException, OSError):
+            table = pq.read_table(part, columns=None if columns is None else list(columns))
+        rows += [_from_columns(row) for row in table.to_pylist()]
+    return rows
+
+
+def encode_image(image: Image.Image, side: int = 1024) -> bytes:
+    """A PNG or JPEG file of `image`, made smaller where a side is above `side` pixels."""
+    if max(image.size) > side:
+        scale = side / max(image.size)
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    image = image.convert("RGB")
+    buffer = io.BytesIO()
+    if image.width * image.height <= _LOSSLESS_PIXELS:
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _prompt_text(task: Task) -> str:
+    return "\n\n".join(_storable(f"[{message['role']}]\n{message['content']}") for message in task.messages)
+
+
+def _call_fields(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments, "ok": call.ok, "num_images": call.num_images,
+            "seconds": call.seconds, "infrastructure": call.infrastructure}
+
+
+def _storable(text: str) -> str:
+    """Without base64 (pictures have a column of their own) and lone surrogates, which Parquet's UTF-8 cannot hold."""
+    short = _DATA_URL.sub(lambda found: f"[{len(found[1])} characters of base64]", text)
+    return short.encode("utf-8", "replace").decode()
+
+
+def _write(path: Path, rows: Sequence[DumpedRollout]) -> None:
+    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+    columns["calls"] = [_storable(json.dumps(calls)) for calls in columns["calls"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd",
+                       use_dictionary=True, dictionary_pagesize_limit=2**26)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _from_columns(row: dict[str, Any]) -> DumpedRollout:
+    if row.get("calls") is not None:
+        row["calls"] = json.loads(row["calls"])
+    fields: dict[str, Any] = {name: row.get(name) for name in SCHEMA.names}
+    return DumpedRollout(**fields)
+
+
+def _part(path: Path, rank: int, world: int) -> Path:
+    return path if world == 1 else path.with_suffix(f".rank{rank}.parquet")
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.exists():
+        return [path]
+    return sorted(path.parent.glob(f"{path.stem}.rank*.parquet"), key=_part_order)
+
+
+def _part_order(path: Path) -> tuple[str, int]:
+    stem, _, rank = path.stem.partition(".rank")
+    return stem, int(rank or 0)
+
+
+def _remove_other_layout(path: Path, rank: int, world: int) -> None:
+    """Parts that another number of ranks left behind under the same name would be read as rows of this step."""
+    if rank:
+        return
+    stale = [part for part in path.parent.glob(f"{path.stem}.rank*.parquet") if world == 1 or _part_order(part)[1] >= world]
+    for part in stale + ([path] if world > 1 else []):
+        part.unlink(missing_ok=True)

@@ -1,0 +1,239 @@
+"""What one step measured: an accumulator that touches the device once, and the metrics.jsonl file.
+
+Statistics of trajectories are in `hdpo.train.rollout_metrics`; this file is about numbers that training code adds
+while it runs, and about where a step's scalars are kept.
+"""
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from hdpo.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Gather = Callable[[Any], list[Any]]
+"""Collective over ranks: takes this rank's picklable object, returns every rank's, in rank order."""
+
+Kind = Literal["mean", "sum", "max", "min", "time", "p99"]
+
+_LOG_RATIO_BINS = 400
+_LOG_RATIO_STEP = 0.01     # nat per bin of |log ratio|: the percentile's resolution; the last bin holds all above 4
+
+
+def alone(item: Any) -> list[Any]:
+    """The Gather of a single process."""
+    return [item]
+
+
+class Metrics:
+    """Collects one step's numbers. Device tensors stay on the device until `reduce_over_ranks`, which moves them once.
+
+        metrics = Metrics()
+        with metrics.timed("update"):
+            metrics.add("actor/pg_loss", loss.detach(), weight=tokens)
+        scalars = metrics.reduce_over_ranks(gather)      # the same dict on every rank; the accumulator is empty again
+
+    A mean is exact over any split into micro-batches and ranks, because numerator and weight travel apart.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, Kind] = {}
+        self._parts: dict[str, list[Tensor | float]] = {}      # name -> [numerator, weight] of a mean, else [value]
+
+    def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+        """Contribute `value` (scalar) with `weight` to the mean called `name`; weight 0 contributes nothing."""
+        value, weight = _detached(value), _detached(weight)
+        if isinstance(value, Tensor) or isinstance(weight, Tensor):
+            kept = torch.as_tensor(weight) != 0     # a NaN without weight (an empty micro-batch) must not count
+            numerator: Tensor | float = torch.where(kept, value * weight, 0.0)
+        else:
+            numerator = value * weight if weight else 0.0
+        self._merge(name, "mean", [numerator, weight])
+
+    def total(self, name: str, value: Tensor | float) -> None:
+        self._merge(name, "sum", [_detached(value)])
+
+    def maximum(self, name: str, value: Tensor | float) -> None:
+        self._merge(name, "max", [_detached(value)])
+
+    def minimum(self, name: str, value: Tensor | float) -> None:
+        self._merge(name, "min", [_detached(value)])
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall seconds of the block to `time/{phase}`. Over ranks the slowest counts: it is what a step costs."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.synchronize()    # a phase pays for the kernels it queued; a handful of phases a step
+            self._merge(f"time/{phase}", "time", [time.perf_counter() - start])
+
+    def add_mismatch(self, log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> None:
+        """How far trainer (`log_probs`) and engine are apart on sampled tokens; all three [N] (or any equal shape).
+
+        With d = log_probs - rollout_log_probs and the engine as the sampling distribution: k1 = -d (its mean estimates
+        KL(engine || trainer), may be negative), k3 = exp(d) - 1 - d (never negative, less variance), abs = |d|, ratio =
+        exp(|d|), so a ratio of 2 is twice as likely in either direction. p99 is exact to a bin of 0.01 nat.
+        """
+        kept = mask.detach().bool()
+        d = (log_probs.detach() - rollout_log_probs.detach()).float()
+        d = torch.where(kept, d, torch.zeros_like(d)).clamp(-20, 20)
+        count = kept.sum()
+        for name, value in (("k1", -d), ("k3", torch.expm1(d) - d), ("abs", d.abs())):
+            self._merge(f"mismatch/{name}", "mean", [value.sum(), count])
+        self._merge("mismatch/ratio_max", "max", [d.abs().amax().exp() if d.numel() else 1.0])
+        bins = (d.abs() / _LOG_RATIO_STEP).long().clamp(max=_LOG_RATIO_BINS - 1).flatten()
+        self._merge("mismatch/ratio_p99", "p99",
+                    [torch.bincount(bins, weights=kept.flatten().float(), minlength=_LOG_RATIO_BINS)])
+
+    def reduce_over_ranks(self, gather: Gather = alone) -> dict[str, float]:
+        """Move to the host, combine over ranks, clear. Collective when `gather` is; names may differ between ranks."""
+        mine = (self._kinds, self._host())
+        self._kinds, self._parts = {}, {}
+        kinds: dict[str, Kind] = {}
+        merged: dict[str, list[float]] = {}
+        for rank_kinds, rank_values in gather(mine):
+            for name, values in rank_values.items():
+                kinds[name] = kind = rank_kinds[name]
+                over_ranks: Kind = "max" if kind == "time" else kind
+                merged[name] = values if name not in merged else _combine(over_ranks, merged[name], values)
+        finished = {name: _finish(kinds[name], values) for name, values in merged.items()}
+        return {name: value for name, value in finished.items() if value is not None}
+
+    def _merge(self, name: str, kind: Kind, values: list[Tensor | float]) -> None:
+        if self._kinds.setdefault(name, kind) != kind:
+            raise ValueError(f"metric {name} was a {self._kinds[name]} and is now added as a {kind}")
+        held = self._parts.get(name)
+        self._parts[name] = values if held is None else _combine(kind, held, values)
+
+    def _host(self) -> dict[str, list[float]]:
+        """All parts as floats, with one transfer per device."""
+        tensors: dict[torch.device, list[Tensor]] = {}
+        for values in self._parts.values():
+            for value in values:
+                if isinstance(value, Tensor):
+                    tensors.setdefault(value.device, []).append(value.flatten().double())
+        moved = {device: iter(torch.cat(parts).tolist()) for device, parts in tensors.items()}
+        host: dict[str, list[float]] = {}
+        for name, values in self._parts.items():
+            host[name] = []
+            for value in values:
+                if isinstance(value, Tensor):
+                    host[name] += itertools.islice(moved[value.device], value.numel())
+                else:
+                    host[name].append(float(value))
+        return host
+
+
+def _detached(value: Tensor | float) -> Tensor | float:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _combine(kind: Kind, held: list, new: list) -> list:
+    if kind not in ("max", "min"):
+        return [a + b for a, b in zip(held, new, strict=True)]
+    return [_extreme(kind, a, b) for a, b in zip(held, new, strict=True)]
+
+
+def _extreme(kind: Kind, a: Any, b: Any) -> Any:
+    """max or min of floats and tensors; never reads a tensor back, which would wait for the device."""
+    if not isinstance(a, Tensor):
+        a, b = b, a
+    if not isinstance(a, Tensor):
+        return max(a, b) if kind == "max" else min(a, b)
+    return a.clamp(min=b) if kind == "max" else a.clamp(max=b)
+
+
+def _finish(kind: Kind, values: list[float]) -> float | None:
+    if kind == "mean":
+        return values[0] / values[1] if values[1] else None     # nothing was counted: no number, rather than a zero
+    if kind == "p99":
+        return _percentile(values, 0.99)
+    return values[0]
+
+
+def _percentile(counts: list[float], share: float) -> float | None:
+    """The ratio exp(|d|) that `share` of the tokens stay below, from the histogram of |d|; upper edge of its bin."""
+    wanted, seen = share * sum(counts), 0.0
+    if not wanted:
+        return None
+    for index, count in enumerate(counts, start=1):
+        seen += count
+        if seen >= wanted:
+            return math.exp(index * _LOG_RATIO_STEP)
+    return None
+
+
+def memory_scalars() -> dict[str, float]:
+    """GiB in use under the reference's names, for this rank: device (peak since the last reset) and host memory."""
+    scalars = {}
+    if torch.cuda.is_available():
+        scalars["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        scalars["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:     # not Linux
+        return scalars
+    used = int(fields["MemTotal"].split()[0]) - int(fields["MemAvailable"].split()[0])
+    return scalars | {"perf/cpu_memory_used_gb": used / 2**20}
+
+
+class JsonlSink:
+    """metrics.jsonl: one JSON object a step, flushed as it is written. A number that is not finite becomes null.
+
+    `resume_step` is the step the run continues with: lines of that and later steps, and a line torn by a crash, are
+    removed first, so that every step appears once however often the run was interrupted. None starts an empty file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_step is None else [row for row in read_metrics(self.path) if row["step"] < resume_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        """Text is kept in the rollout dumps."""
+
+    def write_image(self, step: int, tag: str, image: Image) -> None:
+        """Pictures are kept in the rollout dumps."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl in file order, each with an integer "step"; a torn last line is left out. Missing file: []."""
+    rows = []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise DataError(f"{path}: line {number} is not JSON") from None
+    return rows
