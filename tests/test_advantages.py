@@ -112,7 +112,8 @@ def test_channels_do_not_touch_each_other():
 @pytest.mark.parametrize("change, message", [
     ({"group": torch.zeros(3, dtype=torch.long)}, "group must have the shape"), ({"group": torch.zeros(4)}, "integer"),
     ({"scored": torch.ones(5)}, "scored must have"), ({"scale": "mad"}, "scale must be"),
-    ({"tool_estimator": "joint"}, "tool_estimator must be"), ({"accuracy_reward": torch.zeros(2, 2)}, "accuracy_reward must be"),
+    ({"tool_estimator": "joint"}, "tool_estimator must be"),
+    ({"accuracy_reward": torch.zeros(2, 2)}, "accuracy_reward must be"),
 ])
 def test_bad_input_is_named(change, message):
     good = {"accuracy_reward": torch.zeros(4), "tool_reward": torch.zeros(4), "correct": torch.ones(4, dtype=torch.bool),

@@ -54,7 +54,7 @@ def fused_linear_hdpo_loss(
     objective = make_objective(old_log_probs, advantages, mask, member, weights, norms, clip_low, clip_high, dual_clip,
                                rollout_weights, precise_dtype(hidden.dtype))
     order = _order(mask, (objective.coefficient * objective.advantages != 0).any(0), keep)
-    chosen = objective if order.index is None else objective.select(order.index)
+    chosen = objective if order.tokens is None else objective.select(order.tokens)
 
     def token_loss(log_probs: Tensor, rows: slice) -> Tensor:
         return chosen.select(rows).loss(log_probs)
@@ -78,7 +78,7 @@ def fused_linear_nll_loss(
     token_weight = mask.to(precise_dtype(hidden.dtype))
     token_weight = token_weight * reciprocal(token_weight.sum() if norm is None else norm, token_weight)
     order = _order(mask, token_weight != 0, keep)
-    chosen = token_weight if order.index is None else token_weight[order.index]
+    chosen = token_weight if order.tokens is None else token_weight[order.tokens]
 
     def token_loss(log_probs: Tensor, rows: slice) -> Tensor:
         return -(log_probs * chosen[rows]).sum()
@@ -123,7 +123,7 @@ class _Head(NamedTuple):
 class _Order(NamedTuple):
     """Which tokens are computed, in which order. The first `num_active` (None: all) take part in the gradient."""
 
-    index: Tensor | None       # [K] int64; None: all, in place
+    tokens: Tensor | None      # [K] int64; None: all, in place
     num_active: int | None
 
 
@@ -143,9 +143,9 @@ def _order(mask: Tensor, active: Tensor, keep: Tensor | None) -> _Order:
 def _run(hidden: Tensor, targets: Tensor, mask: Tensor, head: _Head, order: _Order, token_loss: TokenLoss | None,
          ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, log_probs [N], entropy [N]); tokens outside the order hold 0."""
-    num_tokens, index = len(targets), order.index
-    if index is not None:
-        hidden, targets = hidden.index_select(0, index), targets[index]
+    num_tokens, tokens = len(targets), order.tokens
+    if tokens is not None:
+        hidden, targets = hidden.index_select(0, tokens), targets[tokens]
     elif token_loss is not None:   # masked tokens are computed along: keep a NaN or an ignore-index of theirs out
         hidden = torch.where((mask != 0).unsqueeze(1), hidden, 0.0) if mask.is_cuda else hidden
         targets = torch.where(mask != 0, targets, 0)
@@ -154,8 +154,8 @@ def _run(hidden: Tensor, targets: Tensor, mask: Tensor, head: _Head, order: _Ord
     num_active = len(targets) if order.num_active is None else order.num_active
     loss, log_probs, entropy = _FusedLinearLoss.apply(
         hidden, head.weight, targets, head._replace(weight=head.weight.detach()), token_loss, num_active, grad)
-    if index is not None:
-        log_probs, entropy = (x.new_zeros(num_tokens).index_copy_(0, index, x) for x in (log_probs, entropy))
+    if tokens is not None:
+        log_probs, entropy = (x.new_zeros(num_tokens).index_copy_(0, tokens, x) for x in (log_probs, entropy))
     return loss, log_probs, entropy
 
 
@@ -249,7 +249,7 @@ def _exp_in_place(logits: Tensor, targets: Tensor, log_probs: Tensor, entropy: T
             entropy[rows] = -torch.linalg.vecdot(shifted, exp)
             shifted.copy_(exp)
         entropy.div_(total.squeeze(1)).add_(total.squeeze(1).log())
-    torch.sub(target_logits, (top + total.log()).squeeze(1), out=log_probs)
+    log_probs.copy_(target_logits - top.squeeze(1) - total.squeeze(1).log())   # max first: it cancels exactly
     return total
 
 
