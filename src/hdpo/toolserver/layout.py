@@ -15,13 +15,6 @@ SESSION_LOST = "The Python session was restarted: all variables are lost, except
 MAX_SNIPPET_CHARS = 20_000
 """Longest snippet of a search result, characters."""
 
-CALL_EXAMPLES = {
-    "python": '<tool_call>{"name": "python", "arguments": {"code": "print(1 + 1)"}}</tool_call>',
-    "text_search": '<tool_call>{"name": "text_search", "arguments": {"query": "height of Mount Everest"}}</tool_call>',
-    "image_search": '<tool_call>{"name": "image_search", "arguments": {}}</tool_call>',
-}
-"""One right call of each tool, shown when a call could not be understood."""
-
 
 def python_result(stdout: str, stderr: str, num_images: int) -> str:
     """Result of one cell. Empty streams are left out; neither output nor image says so in a sentence."""
@@ -57,7 +50,11 @@ def image_results(titles: Sequence[str]) -> str:
     return "\n".join(f"{number}. [{title}]" for number, title in enumerate(titles, start=1))
 
 
-def malformed_call(problem: str, tools: Sequence[str]) -> str:
-    """What was wrong with a call and how a right one looks, for each tool the server offers."""
-    examples = "\n".join(CALL_EXAMPLES[tool] for tool in tools if tool in CALL_EXAMPLES)
-    return f"Invalid tool call: {problem}\nA valid call looks like:\n{examples}"
+def tool_not_offered(name: str, tools: Sequence[str]) -> str:
+    """A well-formed call of a tool this server does not run."""
+    return f"Tool call error: {name} is not available here; the tools are {', '.join(tools)}."
+
+
+def timed_out(seconds: float, kept: bool) -> str:
+    """A cell ran longer than its limit; `kept` when it could be interrupted without losing the session."""
+    return f"Execution timed out after {seconds:g} s." + (" Variables set before are kept." if kept else "")

@@ -13,7 +13,6 @@ Extensions, all optional, so that a reference trainer can use this server and ou
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,10 +28,12 @@ MAX_BATCH = 256
 class WireError(Exception):
     """A request or response that does not follow the format; `field` names the part."""
 
-    def __init__(self, field_name: str, message: str) -> None:
-        super().__init__(f"{field_name}: {message}")
-        self.field = field_name
-        self.message = message
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field, self.message = field, message
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def decode_image(url: Any, field_name: str) -> bytes:
     head = _DATA_URL.match(url)
     try:
         return base64.b64decode(url[head.end() if head else 0:], validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise WireError(field_name, "expected data:image/...;base64,... with valid base64") from None
 
 

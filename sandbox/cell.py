@@ -1,0 +1,254 @@
+"""One session's interpreter: a namespace that lives across cells, and everything a cell shows.
+
+Captured: stdout and stderr (of Python and of child processes), the last expression's value, matplotlib figures, PIL
+images by `show()`, `display()` or as last expression. Tracebacks keep the frames of the model's own code only.
+"""
+from __future__ import annotations
+
+import ast
+import builtins
+import io
+import linecache
+import os
+import re
+import signal
+import sys
+import textwrap
+import traceback
+import types
+from typing import Any
+
+MAX_IMAGE_PIXELS = 4096 * 4096
+"""Largest image returned; bigger ones are scaled down."""
+_MAGIC_LINE = re.compile(r"^[%!].*$", re.MULTILINE)
+
+
+class Capture(io.RawIOBase):
+    """A byte stream that keeps the first `limit` bytes and counts the rest."""
+
+    def __init__(self, limit: int, fd: int) -> None:
+        self.limit, self.fd = limit, fd
+        self.kept, self.total = bytearray(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        room = self.limit - len(self.kept)
+        if room > 0:
+            self.kept += view[:room]
+        self.total += len(view)
+        return len(view)
+
+    def clear(self) -> None:
+        self.kept, self.total = bytearray(), 0
+
+    def text(self) -> str:
+        text = self.kept.decode("utf-8", errors="replace")
+        if self.total > len(self.kept):
+            text += f"\n... (output truncated: {self.total} bytes in all)"
+        return text
+
+
+class Interpreter:
+    """The namespace of one trajectory. `run` executes a cell; nothing it does may raise out of it."""
+
+    def __init__(self, images: list[bytes], max_output: int, max_images: int) -> None:
+        self.max_output, self.max_images = max_output, max_images
+        self.pid = os.getpid()
+        self.running = False
+        self.count = 0
+        self.shown: list[bytes] = []
+        self.streams = Capture(max_output, 1), Capture(max_output, 2)
+        self.module = types.ModuleType("__main__")
+        self.names = self.module.__dict__
+        sys.modules["__main__"] = self.module
+        self.names["__builtins__"] = builtins
+        self.names["display"] = self.display
+        self._preload()
+        for number, data in enumerate(images, start=1):
+            self.names[f"image_{number}"] = load_image(data)
+
+    def _preload(self) -> None:
+        import base64
+        import math
+        from io import BytesIO
+
+        import matplotlib.pyplot as plt
+        import numpy as np
+        from PIL import Image
+        from PIL.Image import Image as ImageType
+        self.names.update(base64=base64, math=math, os=os, sin=math.sin, cos=math.cos, BytesIO=BytesIO, plt=plt, np=np,
+                          Image=Image)
+        np.random.seed()   # forked sessions would otherwise share one stream
+        self.plt, self.image_type = plt, ImageType
+        plt.show = self._show_figures
+        ImageType.show = lambda image, *args, **kwargs: self.display(image)
+
+    # -- what a cell shows -------------------------------------------------------------------------------------------
+    def display(self, *values: Any, **_: Any) -> None:
+        """IPython's `display`: images and figures are captured, everything else is printed."""
+        for value in values:
+            if isinstance(value, self.image_type):
+                self._add_image(value)
+            elif hasattr(value, "savefig") and hasattr(value, "canvas"):
+                self._add_figure(value)
+            elif value is not None:
+                print(repr(value))
+
+    def _show_figures(self, *_: Any, **__: Any) -> None:
+        for number in self.plt.get_fignums():
+            self._add_figure(self.plt.figure(number))
+        self.plt.close("all")
+
+    def _add_figure(self, figure: Any) -> None:
+        if figure.axes or figure.get_children()[1:]:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", bbox_inches="tight")
+            self._add(buffer.getvalue())
+        self.plt.close(figure)
+
+    def _add_image(self, image: Any) -> None:
+        scale = (MAX_IMAGE_PIXELS / max(1, image.width * image.height)) ** 0.5
+        if scale < 1:
+            image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+        if image.mode not in ("RGB", "RGBA", "L", "1", "P"):
+            image = image.convert("RGB")
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", compress_level=1)
+        self._add(buffer.getvalue())
+
+    def _add(self, png: bytes) -> None:
+        if len(self.shown) < self.max_images:
+            self.shown.append(png)
+        else:
+            print(f"(only the first {self.max_images} images of a cell are returned)")
+
+    # -- running -----------------------------------------------------------------------------------------------------
+    def run(self, code: str) -> tuple[dict[str, Any], list[bytes]]:
+        """({"ok", "stdout", "stderr"}, PNG files) of one cell."""
+        self.shown = []
+        self._clear_streams()
+        ok = self._guarded(code)
+        if os.getpid() != self.pid:   # a child the cell forked ran off its end: it must not speak for the session
+            os._exit(0)
+        signal.signal(signal.SIGINT, self.on_interrupt)
+        reap()
+        return {"ok": ok, "stdout": self._collect(0), "stderr": self._collect(1)}, self.shown
+
+    def _clear_streams(self) -> None:
+        for name, stream in zip(("stdout", "stderr"), self.streams):
+            stream.clear()
+            os.ftruncate(stream.fd, 0)
+            wrapper = getattr(sys, name)
+            if getattr(wrapper, "buffer", None) is not stream or wrapper.closed:   # first cell, or replaced by the last
+                setattr(sys, name, io.TextIOWrapper(stream, "utf-8", errors="replace", line_buffering=True))
+
+    def _collect(self, which: int) -> str:
+        stream = self.streams[which]
+        _flush((sys.stdout, sys.stderr)[which])
+        size = os.fstat(stream.fd).st_size      # what child processes and C code wrote to the descriptor itself
+        stream.write(os.pread(stream.fd, min(size, self.max_output), 0))
+        stream.total += max(0, size - self.max_output)
+        return stream.text()
+
+    def on_interrupt(self, *_: Any) -> None:
+        """SIGINT means: stop the cell. Outside a cell it comes too late and means nothing."""
+        if self.running and os.getpid() == self.pid:
+            self.running = False
+            raise KeyboardInterrupt
+
+    def _guarded(self, code: str) -> bool:
+        self.count += 1
+        signal.signal(signal.SIGINT, self.on_interrupt)
+        ok = False
+        try:
+            self.running = True
+            self._execute(code, f"<cell {self.count}>")
+            self._show_figures()
+            ok = True
+        except SystemExit as exc:
+            ok = exc.code in (None, 0)
+            if not ok:
+                print(f"SystemExit: {exc.code}", file=sys.stderr)
+        except BaseException as exc:  # noqa: B036,B902,BLE001 - the model's code may raise anything; the session goes on
+            self.running = False
+            self._report(exc)
+        finally:
+            self.running = False
+        if not ok:
+            self.plt.close("all")
+        return ok
+
+    def _execute(self, code: str, name: str) -> None:
+        code = textwrap.dedent(code)
+        try:
+            tree = ast.parse(code, name)
+        except SyntaxError:
+            code = _MAGIC_LINE.sub("pass", code)   # notebook magics such as %matplotlib inline
+            tree = ast.parse(code, name)
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec"), self.names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), name, "eval"), self.names)
+            if value is not None:
+                self.names["_"] = value
+                self._show_value(value)
+
+    def _show_value(self, value: Any) -> None:
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        drawing = type(first).__module__.startswith("matplotlib") and not hasattr(value, "savefig")
+        if not drawing:   # `plt.plot(...)` as last line: its figure is shown, its repr would only cost tokens
+            self.display(value)
+
+    def _report(self, exc: BaseException) -> None:
+        try:
+            report = traceback.TracebackException.from_exception(exc, compact=True)
+            _trim(report, set())
+            sys.stderr.write("".join(report.format()))
+        except BaseException:  # noqa: B036,B902,BLE001 - e.g. __str__ of the model's exception raises, or memory is gone
+            sys.stderr.write(f"{type(exc).__name__} (no details)\n")
+
+
+def _flush(wrapper: Any) -> None:
+    try:
+        wrapper.flush()
+    except (AttributeError, OSError, ValueError):   # the cell closed or replaced its own stdout
+        pass
+
+
+def _trim(report: Any, seen: set[int]) -> None:
+    """Keep the frames of cells only, in the whole chain of causes."""
+    if report is None or id(report) in seen:
+        return
+    seen.add(id(report))
+    report.stack[:] = [frame for frame in report.stack if frame.filename.startswith("<cell")]
+    for part in (report.__cause__, report.__context__, *(getattr(report, "exceptions", None) or ())):
+        _trim(part, seen)
+
+
+def reap() -> None:
+    """Collect children that ended; a session is the init process of its own PID namespace."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def load_image(data: bytes) -> Any:
+    """Encoded file -> PIL image in RGB, upright, at its own resolution. Decoded at first use where the mode allows."""
+    from PIL import Image, ImageOps
+    image = Image.open(io.BytesIO(data))
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,180 @@
+"""Python sessions as plain processes of this machine, forked from one warm template (sandbox/worker.py).
+
+For machines without a container engine. It uses every control the kernel grants an ordinary process (own user, PID,
+mount and network namespaces, seccomp, resource limits, scrubbed environment) but the kernel is shared and the host's
+files are readable: it is NO security boundary. `adapters/docker_sandbox.py` is.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hdpo.errors import UserError
+from hdpo.toolserver.sandbox_link import FrameError, SessionLink, read_frame
+from hdpo.toolserver.sessions import CellResult, SandboxError
+
+log = logging.getLogger(__name__)
+START_TIMEOUT_S = 90.0
+"""Time for the template to import numpy and matplotlib on a busy machine, seconds."""
+
+
+def worker_folder() -> Path:
+    """Folder of sandbox/worker.py: HDPO_SANDBOX_DIR, or the one beside this checkout's src. Raises UserError."""
+    folder = Path(os.environ.get("HDPO_SANDBOX_DIR") or Path(__file__).resolve().parents[3] / "sandbox")
+    if not (folder / "worker.py").is_file():
+        raise UserError(f"{folder}/worker.py: not found; set HDPO_SANDBOX_DIR to the sandbox folder of the repository")
+    return folder
+
+
+@dataclass(slots=True)
+class Session:
+    """A trajectory's images and its present connection; None after its session was lost."""
+
+    images: list[bytes]
+    link: SessionLink | None
+
+
+class SessionPool:
+    """Sessions over templates that listen on unix sockets: what both backends share.
+
+    Implements `hdpo.toolserver.sessions.Sandbox` but for `_socket_for`, which names a live template's socket.
+    """
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    async def _socket_for(self, session_id: str) -> str:
+        """Path of a live template's socket, started if necessary. Raises SandboxError."""
+        raise NotImplementedError
+
+    async def open(self, session_id: str, images: list[bytes]) -> None:
+        """Start a session. Raises SandboxError when a second attempt fails too."""
+        self._sessions[session_id] = Session(images, await self._connect(session_id, images))
+
+    async def _connect(self, session_id: str, images: Sequence[bytes]) -> SessionLink:
+        try:
+            return await SessionLink.open(await self._socket_for(session_id), images)
+        except SandboxError as exc:   # the template may just have died: `_socket_for` replaces it
+            log.warning("%s; trying once more", exc)
+            return await SessionLink.open(await self._socket_for(session_id), images)
+
+    async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
+        """Execute one cell; see the protocol."""
+        session = self._sessions[session_id]
+        lost_before = session.link is not None and not session.link.alive
+        if session.link is None or lost_before:
+            session.link = await self._connect(session_id, session.images)
+        status, result = await session.link.run(code, timeout_s)
+        if status not in ("ok", "interrupted"):
+            session.link = None
+        if lost_before:
+            return CellResult(result.stdout, result.stderr, result.images, result.ok, True, result.timed_out)
+        return result
+
+    async def close(self, session_id: str) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None and session.link is not None:
+            session.link.close()
+
+    async def shutdown(self) -> None:
+        for session_id in list(self._sessions):
+            await self.close(session_id)
+
+
+class ProcessSandbox(SessionPool):
+    """One template process. Everything it forks ends with this process, however that ends.
+
+    `options` are further command-line options of sandbox/worker.py.
+    """
+
+    def __init__(self, options: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._options = list(options)
+        self._process: asyncio.subprocess.Process | None = None
+        self._lifeline: asyncio.StreamWriter | None = None
+        self._folder: Path | None = None
+        self._starting = asyncio.Lock()
+        self.controls: list[str] = []
+
+    async def start(self) -> None:
+        """Start the template now instead of at the first session. Raises SandboxError or UserError."""
+        await self._socket_for("")
+
+    async def _socket_for(self, session_id: str) -> str:
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None:
+                await self._stop()
+                await self._launch()
+            assert self._folder is not None
+            return str(self._folder / "socket")
+
+    async def _launch(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="hdpo-sandbox-"))
+        self._folder.chmod(0o711)     # sessions run as nobody and must reach their own folder, and only that
+        (self._folder / "work").mkdir()
+        (self._folder / "work").chmod(0o711)
+        path = str(self._folder / "socket")
+        ready, theirs = os.pipe()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, str(worker_folder() / "worker.py"), "--socket", path, "--ready-fd", str(theirs),
+                "--work", str(self._folder / "work"), *self._options, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, env=_environment(), cwd="/", pass_fds=(theirs,), start_new_session=True)
+        finally:
+            os.close(theirs)
+        try:
+            await asyncio.wait_for(_wait_readable(ready), START_TIMEOUT_S)
+            reader, self._lifeline = await asyncio.open_unix_connection(path)
+            message, _ = await asyncio.wait_for(read_frame(reader), START_TIMEOUT_S)
+        except (OSError, EOFError, FrameError) as exc:
+            await self._stop()
+            raise SandboxError(f"the sandbox template did not start: {str(exc) or type(exc).__name__}") from exc
+        finally:
+            os.close(ready)
+        self.controls = [str(name) for name in message.get("controls", [])]
+        log.warning("process sandbox: NO security boundary, for trusted or toy use; in force: %s",
+                    ", ".join(self.controls) or "resource limits only")
+
+    async def _stop(self) -> None:
+        if self._lifeline is not None:
+            self._lifeline.close()
+            self._lifeline = None
+        if self._process is not None:
+            if self._process.returncode is None:
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    async def shutdown(self) -> None:
+        """End all sessions, the template and its folder."""
+        await super().shutdown()
+        async with self._starting:
+            await self._stop()
+
+
+async def _wait_readable(fd: int) -> None:
+    """Until the other end writes or is closed."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def _environment() -> dict[str, str]:
+    """What the template may know: where programs, fonts and locales are. Nothing else is inherited."""
+    keep = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {name: os.environ[name] for name in keep if name in os.environ} | threads | {"MPLBACKEND": "Agg"}

@@ -1,0 +1,129 @@
+"""What the server keeps per trajectory, and the sandbox as the server sees it.
+
+A trajectory's calls run one after the other, each request id once. Sessions idle for too long are closed, so that a
+trainer that dies without `finish` leaves nothing behind.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hdpo.errors import InfrastructureError
+from hdpo.toolserver.wire import Reply
+
+log = logging.getLogger(__name__)
+REMEMBERED_REPLIES = 4
+"""Answered request ids kept per trajectory; calls are sequential, so a retry can only concern the newest."""
+
+
+class SandboxError(InfrastructureError):
+    """No session could be had, or the sandbox failed in a way the cell did not cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """What one cell did. `images` are PNG files the session claims to have drawn, bounded in bytes and pixels."""
+
+    stdout: str
+    stderr: str
+    images: tuple[bytes, ...]
+    ok: bool
+    restarted: bool            # the namespace was lost, before or during this cell
+    timed_out: bool
+
+
+class Sandbox(Protocol):
+    """Runs model-written code, one session per trajectory. Coroutines of one event loop; ids are path-safe."""
+
+    async def open(self, session_id: str, images: list[bytes]) -> None:
+        """Start a session with image_1 .. image_n. Raises SandboxError."""
+        ...
+
+    async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
+        """Execute one cell. What the code does wrong is in the result; SandboxError is for the sandbox's own failures.
+
+        A cell is never executed twice: a session lost with its cell answers `restarted`, and the next cell finds a
+        fresh namespace with the images.
+        """
+        ...
+
+    async def close(self, session_id: str) -> None:
+        """End the session and everything it started. Unknown ids are ignored."""
+        ...
+
+    async def shutdown(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """Server-side state of one rollout."""
+
+    images: tuple[bytes, ...]
+    index: str = ""
+    lost: bool = False                 # an earlier server process held its session
+    session_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    session_open: bool = False
+    image_searches: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    replies: OrderedDict[str, asyncio.Task[Reply]] = field(default_factory=OrderedDict)
+    used: float = field(default_factory=time.monotonic)
+
+    def once(self, request_id: str, work: Callable[[], Coroutine[Any, Any, Reply]]) -> asyncio.Task[Reply]:
+        """The task that answers `request_id`; started now unless it was before. Empty ids are never the same."""
+        self.used = time.monotonic()
+        task = self.replies.get(request_id) if request_id else None
+        if task is None:
+            task = asyncio.ensure_future(self._in_turn(work))
+            self.replies[request_id or uuid.uuid4().hex] = task
+            while len(self.replies) > REMEMBERED_REPLIES:
+                self.replies.popitem(last=False)
+        return task
+
+    async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> Reply:
+        async with self.lock:
+            try:
+                return await work()
+            finally:
+                self.used = time.monotonic()
+
+    @property
+    def busy(self) -> bool:
+        return any(not task.done() for task in self.replies.values())
+
+
+class Sessions:
+    """All trajectories of a server."""
+
+    def __init__(self, sandbox: Sandbox | None, idle_limit_s: float) -> None:
+        self.sandbox = sandbox
+        self.idle_limit_s = idle_limit_s
+        self.trajectories: dict[str, Trajectory] = {}
+
+    def get(self, trajectory_id: str) -> Trajectory | None:
+        return self.trajectories.get(trajectory_id)
+
+    def create(self, trajectory_id: str, images: tuple[bytes, ...], index: str, lost: bool) -> Trajectory:
+        trajectory = self.trajectories[trajectory_id] = Trajectory(images, index, lost)
+        return trajectory
+
+    async def finish(self, trajectory_id: str) -> None:
+        """Release the trajectory; a call still running is answered from the death of its session."""
+        trajectory = self.trajectories.pop(trajectory_id, None)
+        if trajectory is not None and trajectory.session_open and self.sandbox is not None:
+            await self.sandbox.close(trajectory.session_id)
+
+    async def reap_idle(self) -> None:
+        """Close trajectories nobody asked about for `idle_limit_s`. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(max(0.05, min(30.0, self.idle_limit_s / 4)))
+            limit = time.monotonic() - self.idle_limit_s
+            for trajectory_id, trajectory in list(self.trajectories.items()):
+                if trajectory.used < limit and not trajectory.busy:
+                    log.info("closing a trajectory idle for more than %g s", self.idle_limit_s)
+                    await self.finish(trajectory_id)
