@@ -186,23 +186,23 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Packed rows, exact for Qwen-VL: position_ids [4, 1, N] restart per row and there is no attention mask.
+    """Rows packed one after another, exact for Qwen-VL: position_ids [4, 1, N] restart per row and there is no mask.
 
-    Token n predicts targets[n] (its successor in the same row); `mask[n]` is 1 where that target is trained. The last
-    token of a row has mask 0. `row[n]` is the row of token n, so a [C, B] advantage expands to [C, N] by indexing.
+    Token n of a row predicts its successor. Only the M positions whose successor is trained reach the head: they are
+    listed in `trained`, on the CPU, when the batch is packed, so that the device never has to be asked how many they are.
     """
 
-    input_ids: Tensor          # [1, N]
-    position_ids: Tensor       # [4, 1, N]
-    targets: Tensor            # [N]
-    mask: Tensor               # [N] float
-    row: Tensor                # [N] int64
-    rollout_log_probs: Tensor  # [N]
-    old_log_probs: Tensor      # [N]; equal to rollout_log_probs until the policy recomputes them
-    advantages: Tensor         # [C, B]
+    input_ids: Tensor          # [1, N] int64
+    position_ids: Tensor       # [4, 1, N] int64: text positions, then temporal, height, width
+    trained: Tensor            # [M] int64, indices into N
+    targets: Tensor            # [M] int64
+    weight: Tensor             # [M] float32, the token's share in its channel norms (1 for token_mean)
+    row: Tensor                # [M] int64, row of each trained token
+    rollout_log_probs: Tensor  # [M] float32, from the engine
+    advantages: Tensor         # [C, B] float32
     member: Tensor             # [C, B] bool
     vision: Vision | None
-    num_rows: int              # real rows; a filler row (to keep ranks in step) is not counted
+    num_rows: int              # B; a filler row (it keeps ranks in step) is not counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ class MiniBatch:
     """The micro-batches of one optimizer step; norms are global over ranks and micro-batches."""
 
     micro_batches: list[MicroBatch]
-    norms: Tensor              # [C] (for SFT [1]): trained tokens that count in each channel, over all ranks
+    norms: Tensor              # [C] (for SFT [1]) float32: summed weights of each channel's tokens, over all ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from hdpo.agent.parse import extract_answer
 from hdpo.errors import DataError, boundary
 from hdpo.types import Judgement, Reward, RewardedGroup, Task, ToolCall, Trajectory
 
-_DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,([A-Za-z0-9+/=\s]{64,})")
+_DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,([A-Za-z0-9+/=\r\n]{64,})")
 _LOSSLESS_PIXELS = 256 * 256       # pictures up to this size keep every pixel (PNG); larger ones are JPEG
 
 
@@ -119,10 +119,12 @@ def _dumped(step: int, trajectory: Trajectory, judgement: Judgement, reward: Rew
         log_probs=trajectory.log_probs, weight_version=trajectory.weight_version, seconds=trajectory.seconds)
 
 
-def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> list[DumpedRollout]:
+def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None,
+                  task_ids: Sequence[str] | None = None) -> list[DumpedRollout]:
     """Rows of a dump (all its parts) or of every dump in a folder, ordered by step, part and row.
 
-    `columns` reads only those (the others are None), so that a large dump can be scanned without its pictures.
+    `columns` reads only those (the others are None), so that a large dump can be scanned without its pictures; `task_ids`
+    reads only rows of those tasks.
     Raises DataError when there is no such dump or a part is damaged.
     """
     path = Path(path)
@@ -132,7 +134,8 @@ def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None
     rows: list[DumpedRollout] = []
     for part in parts:
         with boundary(DataError, f"{part}: not a readable rollout dump", pa.ArrowException, OSError):
-            table = pq.read_table(part, columns=None if columns is None else list(columns))
+            table = pq.read_table(part, columns=None if columns is None else list(columns),
+                                  filters=None if task_ids is None else [("task_id", "in", list(task_ids))])
         rows += [_from_columns(row) for row in table.to_pylist()]
     return rows
 

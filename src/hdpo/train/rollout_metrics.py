@@ -6,6 +6,7 @@ has one. "Needed" means the task is known to need a tool; a statistic over nothi
 """
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -102,7 +103,7 @@ def _rate(rows: Sequence[RolloutRow]) -> float | None:
 
 
 def _share(rows: Sequence[RolloutRow], values: Iterable[float]) -> float | None:
-    return sum(values) / len(rows) if rows else None
+    return math.fsum(values) / len(rows) if rows else None     # fsum: the same for any order of rows
 
 
 def rollout_scalars(rows: Sequence[RolloutRow], *, weights: tuple[float, float] = (1.0, 0.15)) -> dict[str, float]:

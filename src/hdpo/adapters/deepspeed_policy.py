@@ -1,0 +1,168 @@
+"""The ZeRO-3 policy: accelerate sets DeepSpeed up, this file steps it, gathers it and saves it.
+
+DeepSpeed averages gradients over ranks and divides by accumulation steps; our norms are already global, so the loss is
+multiplied by the world size and the accumulation boundary is set by hand. One process without a launcher works too: it
+is a world of one.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdpo.adapters.policy_model import (
+    HeadJob, assert_rope_fp32, load_policy_model, model_inputs, resolve_attention, resolve_dtype)
+from hdpo.config import BatchConfig, ModelConfig, OptimConfig
+from hdpo.errors import CheckpointError, NonFiniteError, boundary
+from hdpo.train.world import World
+from hdpo.types import MicroBatch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs  # noqa: E402
+from accelerate.utils import set_seed  # noqa: E402
+
+
+def zero3_config(dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
+    """The DeepSpeed configuration. `keep_in_fp32_modules` guards the rotary frequencies (see assert_rope_fp32)."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,   # boundaries are set by hand; our norms replace DeepSpeed's division
+        "gradient_clipping": grad_clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"keep_in_fp32_modules": ["inv_freq"]},
+        "zero_optimization": {
+            "stage": 3, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 10_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
+
+
+def ensure_launched() -> None:
+    """Give torch.distributed the variables a launcher would have set, when there is none."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+class DeepSpeedPolicy:
+    """Trainable weights. Every method is a collective: all ranks call it in the same order."""
+
+    def __init__(self, model: ModelConfig, optim: OptimConfig, image_token_id: int, seed: int) -> None:
+        ensure_launched()
+        self.dtype = resolve_dtype(model.dtype)
+        self.source = Path(model.path)
+        self.image_token_id = image_token_id
+        on_cpu = not torch.cuda.is_available()
+        # Without an explicit gloo backend two CPU processes both believe they are rank 0.
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"           # also without `accelerate launch`
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)       # the launcher's fields give way to ours
+        plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip), zero3_init_flag=True)
+        self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        self.world = World().connect()
+        set_seed(seed)   # the same on every rank; what must differ is seeded per rollout
+        module = load_policy_model(model.path, self.dtype, resolve_attention(model.attention),
+                                   model.gradient_checkpointing)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        self.engine, _ = self.accelerator.prepare(module, optimizer)
+        assert_rope_fp32(self.engine)
+        self.device = self.engine.device
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def run(self, micro: MicroBatch, job: HeadJob) -> tuple[Tensor, ...]:
+        """One forward; returns what the job returns. Use under torch.no_grad() for log-probs."""
+        return self.engine(job=job, **model_inputs(micro, self.image_token_id, self.device, self.dtype))
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients of a loss whose norms are global; `last` closes the optimizer step."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()   # advances DeepSpeed's micro-step counter; nothing is updated
+
+    def step(self, lr: float, loss_is_finite: bool) -> float:
+        """Clip and update. Returns the global gradient norm before clipping.
+
+        Raises NonFiniteError, before anything is changed, when some rank's loss was not finite.
+        """
+        if self.world.any(not loss_is_finite):
+            raise NonFiniteError("the loss is NaN or infinite on some rank; weights were left as they are")
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def iter_weights(self, group_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """All parameters in full, by Hugging Face name, gathered in groups of at most `group_bytes` (sized by ds_numel).
+
+        Tied parameters come under each of their names. A tensor is valid until the iterator advances.
+        """
+        group: list[tuple[str, Tensor]] = []
+        size = 0
+        for name, param in self.engine.module.named_parameters(remove_duplicate=False):
+            nbytes = getattr(param, "ds_numel", param.numel()) * param.element_size()
+            if group and size + nbytes > group_bytes:
+                yield from self._gathered(group)
+                group, size = [], 0
+            group.append((name.removeprefix("model."), param))
+            size += nbytes
+        yield from self._gathered(group)
+
+    def _gathered(self, group: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        unique = list({id(p): p for _, p in group}.values())
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(unique):
+            for name, param in group:
+                yield name, param.data
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_model(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder (rank 0 writes, all ranks gather)."""
+        state = self.accelerator.get_state_dict(self.engine)
+        if self.world.is_main:
+            model = self.engine.module.model
+            named = {name.removeprefix("model."): value.cpu().contiguous() for name, value in state.items()}
+            model.save_pretrained(folder, state_dict=named, safe_serialization=True)
+            for file in self.source.iterdir():   # tokenizer, processor, templates
+                if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and not (folder / file.name).exists():
+                    if not file.name.endswith(".index.json"):
+                        shutil.copy2(file, folder / file.name)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what resuming needs besides the model folder: each rank's shard of weights and optimizer."""
+        with boundary(CheckpointError, f"cannot write {folder}", OSError, RuntimeError):
+            self.engine.save_checkpoint(str(folder), tag="zero3", save_latest=False)
+
+    def load_state(self, folder: Path) -> None:
+        with boundary(CheckpointError, f"cannot resume from {folder}: damaged or of another run"):
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag="zero3")
+            if loaded is None:
+                raise CheckpointError(f"cannot resume from {folder}: it has no ZeRO-3 state for this number of ranks")
+
+    def close(self) -> None:
+        self.world.barrier()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+__all__ = ["BatchConfig", "DeepSpeedPolicy", "ensure_launched", "zero3_config"]

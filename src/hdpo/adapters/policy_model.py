@@ -1,0 +1,113 @@
+"""A transformers vision-language model as the policy sees it: packed rows in, a head job out.
+
+`PolicyModel.forward` runs the backbone once and hands the hidden states of the trained positions to `lm_head`, whose
+forward is replaced by one that runs a *job* on (hidden, weight): a fused loss or a log-prob computation. The job runs
+inside lm_head's own forward because that is where ZeRO-3 has the weight gathered and its reduction hook armed; read
+anywhere else, `lm_head.weight` is an empty shard.
+"""
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hdpo.adapters import torchvision_shim
+from hdpo.errors import ModelError
+from hdpo.types import MicroBatch
+
+torchvision_shim.activate()
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel  # noqa: E402
+
+HeadJob = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""(hidden [M, H], weight [V, H]) -> tensors; runs inside lm_head's forward."""
+
+
+def resolve_dtype(setting: str) -> torch.dtype:
+    """model.dtype: auto is bfloat16 on CUDA and float32 on CPU."""
+    if setting == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, setting)
+
+
+def resolve_attention(setting: str) -> str:
+    if setting != "auto":
+        return setting
+    from transformers.utils import is_flash_attn_2_available
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def check_model_folder(path: str) -> Any:
+    """The model's configuration. Raises ModelError with one line when the folder can't be a model."""
+    if not path:
+        raise ModelError("model.path is not set: give --set model.path=FOLDER or MODEL_PATH=FOLDER")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"model.path: no such folder: {path}")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.path: {path} holds no config.json: not a Hugging Face model folder")
+    if not list(folder.glob("*.safetensors")) + list(folder.glob("pytorch_model*.bin")):
+        raise ModelError(f"model.path: {path} holds no weights (*.safetensors)")
+    return AutoConfig.from_pretrained(path)
+
+
+class PolicyModel(nn.Module):
+    """Wraps the model; parameters keep the names of the Hugging Face folder behind the prefix `model.`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        model.lm_head.forward = types.MethodType(_head_forward, model.lm_head)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, trained: Tensor, vision: dict[str, Tensor],
+                job: HeadJob) -> tuple[Tensor, ...]:
+        out = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **vision)
+        hidden = out.last_hidden_state[0].index_select(0, trained)
+        return self.model.lm_head(hidden, job)
+
+
+def _head_forward(self: nn.Linear, hidden: Tensor, job: HeadJob | None = None) -> Any:
+    if job is None:
+        return nn.functional.linear(hidden, self.weight, self.bias)
+    return job(hidden, self.weight)
+
+
+def load_policy_model(path: str, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> PolicyModel:
+    """Read the folder's weights (sharded at once when a ZeRO-3 configuration is active) and prepare it for packing."""
+    config = check_model_folder(path)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    assert_rope_fp32(model)
+    return PolicyModel(model)
+
+
+def assert_rope_fp32(model: nn.Module) -> None:
+    """Rotary frequencies must be fp32: `zero.Init` casts them to bf16 unless told otherwise, and nothing reports it.
+
+    In bf16 the worst frequency is off by tens of radians at 16k tokens, so trainer and engine become different models.
+    """
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise ModelError(f"{name} is {buffer.dtype}, must be float32: keep data_types.keep_in_fp32_modules in the "
+                             "DeepSpeed configuration")
+
+
+def model_inputs(micro: MicroBatch, image_token_id: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of PolicyModel.forward but for the job, on the device."""
+    vision: dict[str, Tensor] = {}
+    if micro.vision is not None:
+        vision = {
+            "pixel_values": micro.vision.pixel_values.to(device, dtype, non_blocking=True),
+            "image_grid_thw": micro.vision.grid_thw.to(device, non_blocking=True),
+            "mm_token_type_ids": (micro.input_ids == image_token_id).int().to(device, non_blocking=True),
+        }
+    return {"input_ids": micro.input_ids.to(device, non_blocking=True),
+            "position_ids": micro.position_ids.to(device, non_blocking=True),
+            "trained": micro.trained.to(device, non_blocking=True), "vision": vision}

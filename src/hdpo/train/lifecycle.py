@@ -1,0 +1,52 @@
+"""What every loop needs around its steps: stopping politely, the learning rate, when something is due."""
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from hdpo.config import OptimConfig
+
+
+class StopSignal:
+    """Remembers SIGTERM and Ctrl-C. The first asks the loop to save and leave; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.event.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.event.set()
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        return self.event.is_set()
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up, then the schedule down to 0 at `steps`. A function of the step alone."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * (0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps is due after `step` steps are done; 0 is never."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,144 @@
+"""Reinforcement learning, synchronous and colocated: sync, roll out, sleep, score, pack, update, log, evaluate, save."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hdpo.agent.chat import ChatFormat
+from hdpo.agent.rollout import Rollouts
+from hdpo.config import Config
+from hdpo.data.tasks import TaskStream
+from hdpo.errors import UnscoredLimitError
+from hdpo.evaluate import evaluate
+from hdpo.protocols import Engine
+from hdpo.reward.scoring import Scorer
+from hdpo.train import checkpoint
+from hdpo.train.batching import PackingSpec, make_train_batch
+from hdpo.train.lifecycle import StopSignal, due, learning_rate
+from hdpo.train.objectives import HdpoObjective
+from hdpo.train.runlog import RunLog
+from hdpo.train.samples import group_advantages, to_samples
+from hdpo.train.sync import check_parity, sync_weights
+from hdpo.train.update import old_log_probs, update
+from hdpo.train.world import World
+from hdpo.types import RewardedGroup, Sample, Task, TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class RlParts:
+    policy: Any                # adapters/deepspeed_policy.DeepSpeedPolicy
+    engine: Engine
+    chat: ChatFormat
+    rollouts: Rollouts
+    scorer: Scorer
+    tasks: TaskStream
+    held_out: Sequence[Task]
+    spec: PackingSpec
+    log: RunLog
+
+
+def train(config: Config, parts: RlParts) -> bool:
+    """Every rank runs this function; a prompt's group stays on one rank. Returns False when stopped before its end."""
+    policy, engine, rollouts, scorer, tasks, log = (
+        parts.policy, parts.engine, parts.rollouts, parts.scorer, parts.tasks, parts.log)
+    world, run, steps = policy.world, config.run.path, config.optim.steps
+    start, position = checkpoint.resume(run, policy, config)
+    if position is not None:
+        tasks.restore(position)
+    objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
+                              config.batch.head_chunk_tokens)
+    open_gate(config, parts, start)
+
+    with StopSignal() as stop:
+        rollouts.stop = stop.event
+        for step in log.steps(start, steps, "RL"):
+            position = tasks.state()
+            with log.timed("sync"):
+                sync_weights(policy, engine, step, config.sync.group_mib)
+            with log.timed("rollout"):
+                groups = rollouts.collect(
+                    tasks.take(config.rollout.prompts_per_step)[world.rank::world.size], step=step, weight_version=step,
+                    group_size=config.rollout.group_size, temperature=config.rollout.temperature, on_finished=scorer.submit)
+            engine.sleep()
+            if world.any(stop.requested):
+                return leave(config, parts, step, position)
+            with log.timed("score"):
+                rewarded = scorer.score(groups)
+            with log.timed("pack"):
+                advantages, members = group_advantages(rewarded, config.hdpo)
+                batch = make_batch(config, parts, rewarded, advantages, members)
+            check_unscored(config, parts, step, position, rewarded)
+            with log.timed("old_log_prob"):
+                old = old_log_probs(policy, batch, objective.log_probs, config.optim.ppo_epochs)
+            lr = learning_rate(config.optim, step)
+            with log.timed("update"):
+                for _ in range(config.optim.ppo_epochs):
+                    for mini, old_of_mini in zip(batch.mini_batches, old):
+                        log.add("actor/grad_norm", update(policy, mini, objective, lr, old_of_mini))
+            log.write(step + 1, {"actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch},
+                      rewarded, advantages)
+            if due(step + 1, config.eval.every_steps):
+                run_evaluation(config, parts, step + 1)
+            if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
+                checkpoint.save(run, step + 1, policy, tasks.state(), config)
+            if world.any(stop.requested) and step + 1 < steps:
+                return leave(config, parts, step + 1, tasks.state())
+    return True
+
+
+def open_gate(config: Config, parts: RlParts, start: int) -> None:
+    """Refuse to train when trainer and engine disagree: as loaded (fresh runs), and after a sync. Raises ParityError."""
+    stages = [("before the first step", False)] if start == 0 else []
+    for stage, synced in [*stages, ("after sync", True)]:
+        if synced:
+            sync_weights(parts.policy, parts.engine, start, config.sync.group_mib)
+        report = check_parity(parts.policy, parts.engine, parts.chat, parts.spec, stage=stage,
+                              tolerance=config.sync.parity_tolerance)
+        parts.log.note(f"parity {stage}: mean {report.mean:.1e}, max {report.max:.1e} nat")
+    parts.engine.sleep()
+
+
+def make_batch(config: Config, parts: RlParts, rewarded: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]],
+               members: Sequence[Sequence[bool]]) -> TrainBatch:
+    """Split this rank's groups into the step's mini-batches, whole groups at a time, and pack each. Collective."""
+    num_mini = config.rollout.prompts_per_step // config.optim.mini_batch_prompts
+    bounds = [round(i * len(rewarded) / num_mini) for i in range(num_mini + 1)]
+    first = [0]
+    for group in rewarded:
+        first.append(first[-1] + len(group.rewards))
+    minis: list[list[Sample]] = []
+    for low, high in zip(bounds, bounds[1:]):
+        rows = slice(first[low], first[high])
+        minis.append(to_samples(rewarded[low:high], advantages[rows], members[rows], parts.chat, config.hdpo))
+    return make_train_batch(minis, parts.spec, parts.policy.world)
+
+
+def check_unscored(config: Config, parts: RlParts, step: int, position: dict[str, Any],
+                   rewarded: Sequence[RewardedGroup]) -> None:
+    """Stop, after saving, when too many rollouts of the step have no verdict. Collective. Raises UnscoredLimitError."""
+    rewards = [reward for group in rewarded for reward in group.rewards]
+    unscored, total = parts.policy.world.sum([float(sum(not r.scored for r in rewards)), float(len(rewards))])
+    if unscored > config.reward.max_unscored * total:
+        checkpoint.save(config.run.path, step, parts.policy, position, config)
+        raise UnscoredLimitError(
+            f"step {step + 1}: {unscored:.0f} of {total:.0f} rollouts have no verdict (limit reward.max_unscored = "
+            f"{config.reward.max_unscored:g}); look at the tool server and the judge. Saved; the same command goes on from here")
+
+
+def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -> bool:
+    """Save the state after `step` finished steps and tell the user. Collective."""
+    checkpoint.save(config.run.path, step, parts.policy, position, config)
+    parts.log.note(f"stopped after step {step}; the same command goes on from there")
+    return False
+
+
+def run_evaluation(config: Config, parts: RlParts, step: int) -> None:
+    """Greedy rollouts of the held-out rows with the present weights; written to the same line of metrics. Collective."""
+    world: World = parts.policy.world
+    sync_weights(parts.policy, parts.engine, step, config.sync.group_mib)
+    result = evaluate(parts.rollouts, parts.scorer, parts.held_out, gather=world.gather, rank=world.rank, world=world.size,
+                      step=step, weight_version=step)
+    parts.engine.sleep()
+    for sink in parts.log.sinks:
+        sink.write(step, result.scalars())

@@ -1,0 +1,69 @@
+"""One place that tells a run's story: progress line, metrics.jsonl, TensorBoard, rollout dumps."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hdpo.config import Config
+from hdpo.protocols import LogSink
+from hdpo.train.dump import write_rollouts
+from hdpo.train.metrics import Metrics, memory_scalars
+from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars
+from hdpo.train.world import World
+from hdpo.types import RewardedGroup
+
+
+class RunLog(Metrics):
+    """A `Metrics` that knows where a step's numbers go. Only rank 0 has sinks; every rank dumps its own rollouts."""
+
+    def __init__(self, config: Config, world: World, sinks: Sequence[LogSink], shown: Sequence[tuple[str, str]]) -> None:
+        """`shown`: (label, metric name) pairs of the progress line."""
+        super().__init__()
+        self.config, self.world, self.sinks, self.shown = config, world, list(sinks), list(shown)
+        self._bar: tqdm | None = None
+
+    def steps(self, start: int, end: int, what: str) -> Iterator[int]:
+        """Count steps start..end-1 with a progress bar on rank 0."""
+        self._bar = tqdm(total=end, initial=start, desc=what, unit="step", dynamic_ncols=True,
+                         disable=not self.world.is_main)
+        with self._bar:
+            for step in range(start, end):
+                yield step
+                self._bar.update()
+
+    def write(self, step: int, extra: dict[str, float] | None = None, groups: Sequence[RewardedGroup] | None = None,
+              advantages: Sequence[Sequence[float]] | None = None) -> dict[str, float]:
+        """Reduce over ranks and write one line for `step` (counted from 1). Collective; returns the scalars."""
+        scalars = {**(extra or {}), **memory_scalars()}
+        if groups is not None:
+            rows = self.world.gather(rollout_rows(groups, rank=self.world.rank, advantages=advantages))
+            hdpo = self.config.hdpo
+            scalars |= rollout_scalars([row for part in rows for row in part], weights=(hdpo.w_acc, hdpo.w_tool))
+            every = self.config.log.rollouts_every
+            if every and step % every == 0:
+                path = self.config.run.path / "rollouts" / f"step_{step:06d}.rank{self.world.rank}.parquet"
+                write_rollouts(path, groups, step=step, advantages=advantages)
+        scalars |= self.reduce_over_ranks(self.world.gather)
+        timings = {name: value for name, value in scalars.items() if name.startswith("time/")}
+        scalars["time/step"] = sum(timings.values())
+        for sink in self.sinks:
+            sink.write(step, scalars)
+        if self._bar is not None:
+            values = {label: scalars[name] for label, name in self.shown if name in scalars}
+            self._bar.set_postfix_str(" ".join(f"{label} {value:.3g}" for label, value in values.items()))
+        return scalars
+
+    def note(self, text: str) -> None:
+        """A line for the person at the terminal, once."""
+        if self.world.is_main:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def run_folder(config: Config) -> Path:
+    return config.run.path
