@@ -1,0 +1,246 @@
+"""Messages <-> token ids and vision tensors of the Qwen-VL family; rollouts and demonstrations use the same functions.
+
+Tokens are appended, never re-rendered: a prompt is rendered once by the chat template, an observation is tokenised by
+itself and wrapped as a user turn. Text that comes from tools or data cannot turn into control or vision tokens.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+from tokenizers import Tokenizer
+
+from hdpo.agent.builder import Segment
+from hdpo.agent.demonstration import plan_demonstration
+from hdpo.agent.images import bound_image, bounded_size, content_key, num_image_tokens
+from hdpo.agent.observation import cut_middle, images_that_fit
+from hdpo.agent.parse import TOOL_CALL_CLOSE
+from hdpo.errors import ConfigError, DataError, ModelError
+from hdpo.types import Vision
+
+FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+"""`model_type` of config.json and the family's name. They share the words below and the grid rule
+tokens = grid.prod() / merge_size**2; patch and merge size come from the folder's image processor."""
+
+IMAGE_MARKER = "<image>"
+IMAGE_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+END_OF_TURN = "<|im_end|>"
+OBSERVATION_OPEN, OBSERVATION_CLOSE = "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+class ChatFormat:
+    """One model's tokenizer, image processor and image bounds. Made by `load_chat_format`; safe to use from threads.
+
+    stop_ids    </tool_call> and <|im_end|>: where a generation ends
+    banned_ids  all other control tokens (vision placeholders, <|im_start|>, ...): never to be sampled, or the counts of
+                placeholders and images would part. Engine and trainer both leave them out of the softmax
+    min_pixels, max_pixels  the given bounds narrowed to those of the image processor, so that it resizes nothing
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any, min_pixels: int, max_pixels: int) -> None:
+        self._template = tokenizer
+        self._processor = image_processor
+        # Copies of the Rust tokenizer: transformers' wrapper changes shared state while it encodes, which threads trip over
+        description = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        self._control = Tokenizer.from_str(json.dumps(description))          # parses every added token
+        self._turn = Tokenizer.from_str(json.dumps(description))             # parses <tool_call>, no special token
+        self._turn.encode_special_tokens = True
+        self._plain = Tokenizer.from_str(json.dumps(description | {"added_tokens": []}))   # parses none
+        special = {token.content: id for id, token in self._control.get_added_tokens_decoder().items() if token.special}
+        self.image_token_id = self._single_token(IMAGE_PAD)
+        self.tool_call_end_id = self._single_token(TOOL_CALL_CLOSE)
+        self.end_of_turn_id = self._single_token(END_OF_TURN)
+        if self.decode([self.tool_call_end_id]) != TOOL_CALL_CLOSE:
+            raise ModelError(f"the tokenizer hides {TOOL_CALL_CLOSE} in decoded text: it must be added with special=False")
+        self._control_words = tuple(special)
+        self.banned_ids = tuple(sorted(set(special.values()) - {self.end_of_turn_id}))
+        self._image_block = self._encode(self._control, VISION_START + IMAGE_PAD + VISION_END)
+        self._open, self._close = (self._encode(self._control, s) for s in (OBSERVATION_OPEN, OBSERVATION_CLOSE))
+        self.factor = int(image_processor.patch_size * image_processor.merge_size)
+        self.min_pixels, self.max_pixels = self._narrow(min_pixels, max_pixels)
+
+    @property
+    def stop_ids(self) -> tuple[int, int]:
+        return self.tool_call_end_id, self.end_of_turn_id
+
+    def _single_token(self, text: str) -> int:
+        ids = self._encode(self._control, text)
+        if len(ids) != 1:
+            raise ModelError(f"{text} is not a single token of this tokenizer; a Qwen-VL tokenizer is needed")
+        return ids[0]
+
+    def _narrow(self, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+        size = self._processor.size
+        low, high = max(min_pixels, size["shortest_edge"]), min(max_pixels, size["longest_edge"])
+        try:
+            bounded_size(1024, 1024, self.factor, low, high)
+        except ValueError:
+            raise ConfigError(
+                f"model.min_pixels..max_pixels ({min_pixels}..{max_pixels}) and the image processor's own bounds "
+                f"({size['shortest_edge']}..{size['longest_edge']}) leave no image size") from None
+        return low, high
+
+    @staticmethod
+    def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens; tags such as </tool_call> stay. For parsing and display, never re-encoded."""
+        return self._control.decode(list(token_ids), skip_special_tokens=True)
+
+    def encode_turn(self, text: str) -> list[int]:
+        """An assistant turn as the policy would write it: <tool_call> is its own token, control tokens are not parsed."""
+        return self._encode(self._turn, text)
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    def bound(self, image: Image) -> Image:
+        """The image as the model sees it; the same object if it already is."""
+        return bound_image(image, self.factor, self.min_pixels, self.max_pixels)
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """Placeholder tokens of an image of `size` (width, height) after bounding."""
+        return num_image_tokens(
+            bounded_size(*size, self.factor, self.min_pixels, self.max_pixels), self.factor)
+
+    def vision(self, images: Sequence[Image]) -> Vision | None:
+        """The processor's tensors for bounded images; None for none. Checks the grid against the placeholder counts."""
+        if not images:
+            return None
+        output = self._processor(images=list(images), return_tensors="pt")
+        grid = output["image_grid_thw"]
+        counts = (grid.prod(-1) // self._processor.merge_size**2).tolist()
+        expected = [num_image_tokens(image.size, self.factor) for image in images]
+        if counts != expected:
+            raise ModelError(f"the image processor makes {counts} tokens of images that hold {expected} placeholders")
+        return Vision(output["pixel_values"], grid)
+
+    def _segment(self, compact_ids: list[int], images: Sequence[Image]) -> Segment:
+        """Expand the k-th placeholder to the k-th image's token count."""
+        counts = iter([num_image_tokens(image.size, self.factor) for image in images])
+        pad, expanded = self.image_token_id, []
+        for token in compact_ids:
+            expanded += [pad] * next(counts) if token == pad else [token]
+        return Segment(compact_ids, expanded, tuple(images), tuple(content_key(image) for image in images))
+
+    # -- what the policy is given -----------------------------------------------------------------------------------
+
+    def prompt(self, messages: Sequence[dict[str, str]], images: Sequence[Image]) -> Segment:
+        """Render the chat template with generation prompt; the k-th `<image>` of the user messages is images[k].
+
+        Raises DataError if markers and images differ in number or a message holds control tokens.
+        """
+        return self._segment(self.prompt_ids(messages, len(images)), [self.bound(image) for image in images])
+
+    def prompt_length(self, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens of `prompt` with images expanded, from the original (width, height) of each image alone."""
+        return len(self.prompt_ids(messages, len(sizes))) + sum(self.image_tokens(size) - 1 for size in sizes)
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]], num_images: int) -> list[int]:
+        """The compact ids of `prompt`."""
+        markers = sum(m["content"].count(IMAGE_MARKER) for m in messages if m["role"] == "user")
+        if markers != num_images:
+            raise DataError(f"the user messages hold {markers} {IMAGE_MARKER} markers for {num_images} images")
+        rendered = []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            self._refuse_control_words(content)
+            if role == "user":
+                content = content.replace(IMAGE_MARKER, VISION_START + IMAGE_PAD + VISION_END)
+            rendered.append({"role": role, "content": content})
+        text = self._template.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+        ids = self._encode(self._control, text)
+        if ids.count(self.image_token_id) != num_images:
+            raise ModelError("the model's chat template changes the number of image placeholders")
+        return ids
+
+    def _refuse_control_words(self, content: str) -> None:
+        for word in self._control_words:
+            if word in content:
+                raise DataError(f"a message holds the control token {word}")
+
+    def observation(self, text: str, images: Sequence[Image], max_tokens: int, max_images: int | None = None) -> Segment:
+        """A tool's answer as the next user turn, closing the turn before and opening the next (the reference's wrapper).
+
+        At most `max_tokens` tokens with images expanded, wrapper not counted, and `max_images` images. One rule: text
+        keeps a quarter of the room if it needs it, images are kept whole in order while they fit the rest, then text is
+        cut in its middle. Cut tokens and dropped images are named. Images stand at the `<image>` markers if there is one
+        for each, else after the text. No part of the text becomes a control, vision or tool-call token.
+        """
+        bounded = [self.bound(image) for image in images]
+        compact, kept = self.observation_ids(text, [image.size for image in bounded], max_tokens, max_images)
+        return self._segment(compact, [image for image, keep in zip(bounded, kept) if keep])
+
+    def observation_ids(self, text: str, sizes: Sequence[tuple[int, int]], max_tokens: int,
+                        max_images: int | None = None) -> tuple[list[int], list[bool]]:
+        """(compact ids, which images are kept) of `observation`, from image sizes alone."""
+        pieces = text.split(IMAGE_MARKER)
+        if len(pieces) != len(sizes) + 1:
+            pieces = [text] + [""] * len(sizes)
+        ids = [self._encode(self._plain, piece) for piece in pieces]
+        costs = [self.image_tokens(size) + len(self._image_block) - 1 for size in sizes]
+        kept = images_that_fit(costs, sum(map(len, ids)), max_tokens, len(sizes) if max_images is None else max_images)
+        if dropped := kept.count(False):
+            note = f"\n[{dropped} of {len(sizes)} images are not shown: they exceed the limit]"
+            ids[-1] = ids[-1] + self._encode(self._plain, note)
+        room = max_tokens - sum(cost for cost, keep in zip(costs, kept) if keep)
+        ids = cut_middle(ids, room, lambda n: self._encode(self._plain, f"\n[... {n} tokens cut ...]\n"))
+        compact = list(self._open)
+        for piece, keep in zip(ids, [*kept, False]):
+            compact += piece + (self._image_block if keep else [])
+        return compact + self._close, kept
+
+    # -- demonstrations ---------------------------------------------------------------------------------------------
+
+    def encode_demonstration(
+            self, messages: Sequence[dict[str, str]], images: Sequence[Image], *,
+            max_observation_tokens: int = 8192, max_images: int | None = None,
+    ) -> tuple[list[int], list[int], tuple[Image, ...]]:
+        """(token_ids [L], mask [L], bounded images): a recorded conversation as the rollout it could have been.
+
+        See `hdpo.agent.demonstration` for the shape of `messages`. Raises DataError for any other shape.
+        """
+        plan = plan_demonstration(self, messages, [i.size for i in images], max_observation_tokens, max_images)
+        segment = self._segment(plan.compact_ids, [self.bound(images[k]) for k in plan.images])
+        counts = iter([num_image_tokens(image.size, self.factor) for image in segment.images])
+        mask: list[int] = []
+        for token, trained in zip(plan.compact_ids, plan.mask):
+            mask += [trained] * (next(counts) if token == self.image_token_id else 1)
+        return segment.expanded_ids, mask, segment.images
+
+    def demonstration_length(self, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]], *,
+                             max_observation_tokens: int = 8192, max_images: int | None = None) -> int:
+        """Tokens of `encode_demonstration`, from the original (width, height) of each image alone."""
+        plan = plan_demonstration(self, messages, sizes, max_observation_tokens, max_images)
+        return len(plan.compact_ids) + sum(self.image_tokens(sizes[k]) - 1 for k in plan.images)
+
+
+def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatFormat:
+    """Read tokenizer and image processor of a Hugging Face folder; no weights, no network.
+
+    Raises ModelError with one line for a folder that is missing, incomplete or of another family.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    folder = Path(model_path)
+    if not model_path or not folder.is_dir():
+        raise ModelError(f"model.path: no such folder: {model_path or '(empty)'}")
+    try:
+        family = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"{folder}: config.json is missing or unreadable ({exc.__class__.__name__})") from exc
+    if family not in FAMILIES:
+        raise ModelError(f"{folder}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as exc:
+        raise ModelError(f"{folder}: tokenizer or image processor can't be loaded: {' '.join(str(exc).split())}") from exc
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"{folder}: the tokenizer has no chat template")
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ModelError(f"{folder}: tokenizer.json is missing, a fast tokenizer is needed")
+    return ChatFormat(tokenizer, image_processor, min_pixels, max_pixels)
