@@ -5,7 +5,9 @@ import sys
 
 from hdpo.adapters import torchvision_shim
 
-QWEN = "import transformers.models.qwen3_vl.modeling_qwen3_vl, torchvision, torchaudio; print('imported')"
+QWEN = "import transformers.models.qwen3_vl.modeling_qwen3_vl, torchvision, torchaudio\n" \
+    "try: import torchcodec\nexcept ImportError: pass\n" \
+    "print('imported')"
 
 
 def run(code: str, *, site_folder: str | None = None) -> subprocess.CompletedProcess[str]:

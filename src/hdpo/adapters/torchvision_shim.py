@@ -1,16 +1,17 @@
-"""Lets the CUDA builds of torchvision and torchaudio be imported beside a CPU build of torch.
+"""Lets the CUDA builds of torchvision, torchaudio and torchcodec stand beside a CPU build of torch.
 
-PyPI's torchvision and torchaudio are built against CUDA and vLLM's CPU build brings them along. Beside torch+cpu their
-extensions cannot load. For torchvision the operators `nms` and `qnms` are then never declared and its own fake kernels
-for them fail at import; torchaudio refuses to be imported at all. Either way everything of Qwen3-VL becomes
-unimportable, in transformers and in vLLM's helper processes, though none of it is ever called here. So the two
-operators are declared, and torchaudio is told that it has no extension. Where an extension loads, nothing is changed.
+PyPI's builds of the three are made for CUDA and vLLM's CPU build brings them along. Beside torch+cpu their extensions
+cannot load. For torchvision the operators `nms` and `qnms` are then never declared and its own fake kernels for them
+fail at import; torchaudio refuses to be imported at all; torchcodec raises an OSError where vLLM is prepared for an
+ImportError. Each makes Qwen3-VL unimportable, in transformers, in vLLM or in vLLM's helper processes, though nothing of
+them is ever called here. So the operators are declared, torchaudio is told that it has no extension, and torchcodec
+fails as an optional package should. Where an extension loads, nothing is changed.
 
     python -m hdpo.adapters.torchvision_shim --install | --remove
 
 copies this file and a .pth line into the environment's site-packages, so that every interpreter, including helper
 processes, has the hook. That copy runs at interpreter start: this module imports a few words of the standard library
-only, and torch not before torchvision or torchaudio itself is being imported.
+only, and torch not before one of the three itself is being imported.
 """
 from __future__ import annotations
 
@@ -50,14 +51,28 @@ def _tolerate_missing_library(utils: Any) -> None:
     utils._load_lib = load_or_say_no
 
 
+def _fail_as_not_installed(utils: Any) -> None:
+    """After torchcodec's loader ran: a library that can't be loaded is an ImportError, which its users expect."""
+    load = utils.load_image_library
+
+    def load_or_import_error() -> None:
+        try:
+            load()
+        except OSError as exc:
+            raise ImportError(str(exc)) from exc
+
+    utils.load_image_library = load_or_import_error
+
+
 _FIXES: dict[str, Callable[[Any], None]] = {
     "torchvision.extension": _declare_operators,
     "torchaudio._extension.utils": _tolerate_missing_library,
+    "torchcodec._internally_replaced_utils": _fail_as_not_installed,
 }
 
 
 class _FixAfterImport:
-    """A meta path finder that leaves finding to the ordinary one and adds a fix after two modules ran."""
+    """A meta path finder that leaves finding to the ordinary one and adds a fix after the modules named above."""
 
     hdpo_torchvision_shim = True
 
@@ -77,7 +92,7 @@ class _FixAfterImport:
 
 
 def activate() -> None:
-    """Hook the two imports. Idempotent, imports nothing, and also knows the installed copy of itself."""
+    """Hook the imports. Idempotent, imports nothing, and also knows the installed copy of itself."""
     if not any(getattr(finder, "hdpo_torchvision_shim", False) for finder in sys.meta_path):
         sys.meta_path.insert(0, _FixAfterImport())   # type: ignore[arg-type]
 
