@@ -113,7 +113,8 @@ def _tiles(summaries: dict[str, Summary]) -> str:
             continue
         full = max(1.0, first[name] or 0.0, last[name])
         shown = [("before", first), ("after", last)] if first is not last else [("after", last)]
-        bars = "".join(f'<i class="{kind}" style="width:{100 * (part[name] or 0.0) / full:.1f}%"></i>' for kind, part in shown)
+        bars = "".join(f'<i class="{kind}" style="width:{100 * (part[name] or 0.0) / full:.1f}%"></i>'
+                       for kind, part in shown)
         before = f'<small>{escape(_name(stages[0]))} {format_value(name, first[name])}</small>' if first is not last else ""
         tiles.append(f'<div class="tile"><h2>{title}</h2><p>{format_value(name, last[name])}{before}</p>'
                      f'<div class="bars">{bars}</div></div>')

@@ -21,7 +21,7 @@ class WandbSink:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("log.wandb is true but wandb is not installed; pip install wandb, or set log.wandb=false") from None
+            raise ConfigError("log.wandb is true but wandb is not installed: pip install wandb or set it to false") from None
         self._wandb = wandb
         self._run = wandb.init(project="hdpo", name=name, id=name.replace("/", "-"), resume="allow", dir=str(folder),
                                config=config, settings=wandb.Settings(silent=True))
