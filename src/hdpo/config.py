@@ -94,6 +94,8 @@ class RewardConfig(Section):
         default_factory=lambda: {"*": "auto"},
         description="Rule policy per data_source, '*' for the rest: auto, text, number, choice, yesno, maths, list or judge.")
     judge: bool = Field(True, description="Ask the judge where rules can't say; without it such rollouts are unscored.")
+    cross_check: float = Field(
+        0.02, description="Share of answers decided by rules that the judge is asked about too, for the audit file only.")
     max_unscored: float = Field(0.1, description="Share of unscored rollouts in a step above which the run stops.")
 
 
@@ -158,6 +160,10 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     every_steps: int = Field(0, description="Steps between evaluations during RL; 0 only by `hdpo eval`.")
     rows: int = Field(0, description="Held-out rows used, from the front; 0 is all.")
+    before: bool = Field(False, description="Evaluate before the first RL step too.")
+    after: bool = Field(False, description="Evaluate after the last RL step.")
+    label_before: str = Field("sft", description="Name of the evaluation before RL in summary.json and eval/.")
+    label_after: str = Field("rl", description="Name of the evaluation after RL, and of `hdpo eval`.")
 
 
 class LogConfig(Section):
