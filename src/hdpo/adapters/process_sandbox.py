@@ -57,7 +57,16 @@ class SessionPool:
 
     async def open(self, session_id: str, images: list[bytes]) -> None:
         """Start a session. Raises SandboxError when a second attempt fails too."""
-        self._sessions[session_id] = Session(images, await self._connect(session_id, images))
+        self._sessions[session_id] = Session(images, None)
+        await self._linked(session_id)
+
+    async def _linked(self, session_id: str) -> SessionLink:
+        session = self._sessions[session_id]
+        if session.link is None:
+            session.link = await self._connect(session_id, session.images)
+            if self._sessions.get(session_id) is not session:   # closed while it was being opened
+                session.link.close()
+        return session.link
 
     async def _connect(self, session_id: str, images: Sequence[bytes]) -> SessionLink:
         try:
@@ -68,11 +77,13 @@ class SessionPool:
 
     async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
         """Execute one cell; see the protocol."""
-        session = self._sessions[session_id]
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise SandboxError("the session was closed")
         lost_before = session.link is not None and not session.link.alive
-        if session.link is None or lost_before:
-            session.link = await self._connect(session_id, session.images)
-        status, result = await session.link.run(code, timeout_s)
+        if lost_before:
+            session.link = None
+        status, result = await (await self._linked(session_id)).run(code, timeout_s)
         if status not in ("ok", "interrupted"):
             session.link = None
         if lost_before:

@@ -89,8 +89,8 @@ class ImageIndex:
 def bounded(file: Path) -> bytes:
     """The image as PNG, scaled down to MAX_SIDE. Raises SearchError when the file has gone."""
     try:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
+        with Image.open(file) as original:
+            image = original.convert("RGB")
     except OSError as exc:
         raise SearchError(f"{file.name}: {exc}") from exc
     image.thumbnail((MAX_SIDE, MAX_SIDE))

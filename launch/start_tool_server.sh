@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Start a tool server in the background and print its URL, as the reference's script does.
+# Usage: launch/start_tool_server.sh [PORT] [WORKERS]      PORT 0 takes a free one; WORKERS are cells running at once
+# Keys and SEARCH_PROVIDER come from the environment; further options in TOOL_SERVER_ARGS; log in TOOL_SERVER_LOG.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+port="${1:-0}" workers="${2:-0}"
+log="${TOOL_SERVER_LOG:-tool_server.log}"
+urls="$(mktemp)"
+trap 'rm -f "$urls"' EXIT
+# shellcheck disable=SC2086
+nohup "${PYTHON:-python3}" -m hdpo.toolserver.app --host "${TOOL_SERVER_HOST:-127.0.0.1}" --port "$port" \
+    --workers "$workers" ${TOOL_SERVER_ARGS:-} >"$urls" 2>"$log" </dev/null &
+server=$!
+for _ in $(seq 1200); do
+    if [ -s "$urls" ]; then cat "$urls"; exit 0; fi
+    if ! kill -0 "$server" 2>/dev/null; then tail -n 5 "$log" >&2; exit 1; fi
+    sleep 0.1
+done
+kill "$server"; echo "start_tool_server.sh: not ready within 120 s, see $log" >&2; exit 1

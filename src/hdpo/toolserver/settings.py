@@ -1,0 +1,94 @@
+"""Settings of a tool server and its command line."""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hdpo.errors import ConfigError
+
+TOOLS = ("python", "text_search", "image_search")
+TOKEN_VARIABLE = "HDPO_TOOL_SERVER_TOKEN"
+EXAMPLES = f"""\
+examples:
+  hdpo tool-server                                      python sessions only, on a free port of this machine
+  hdpo tool-server --text-index wiki.db --image-index photos/     all three tools, nothing leaves the machine
+  SEARCH_PROVIDER=serper SERPER_API_KEY=... hdpo tool-server --port 30080
+  {TOKEN_VARIABLE}=... hdpo tool-server --host 0.0.0.0 --port 30080   for other machines; clients send the token
+
+The line http://HOST:PORT on standard output says that the server is ready; everything else goes to standard error.
+Search keys (SERPER_API_KEY, SERPAPI_API_KEY, BRIGHTDATA_API_TOKEN with BRIGHTDATA_ZONE) are read from the environment
+of this process and never reach the model's code.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a server can be told. Seconds, and counts per server unless said otherwise."""
+
+    host: str = "127.0.0.1"
+    port: int = 0                      # 0: any free one
+    tools: tuple[str, ...] = ()        # empty: all that can be served
+    sandbox: str = "process"
+    python_timeout_s: float = 20.0     # wall clock of one cell
+    call_timeout_s: float = 120.0      # one call with everything it waits for, queueing excluded
+    workers: int = 0                   # cells that run at the same time; 0: two per core
+    max_queue: int = 4096              # calls accepted but not answered; beyond it 429
+    idle_limit_s: float = 3600.0       # a trajectory nobody asks about is closed
+    search_provider: str = "auto"
+    search_results: int = 10
+    text_index: str = ""
+    image_index: str = ""
+    max_image_searches: int = 1        # per trajectory
+    drain_s: float = 30.0              # time for running calls after SIGTERM
+    parent_pid: int = 0                # end when that process ends
+    token: str = ""                    # bearer token; required beyond loopback
+
+    def __post_init__(self) -> None:
+        for tool in self.tools:
+            if tool not in TOOLS:
+                raise ConfigError(f"--tools: unknown tool {tool}; known are {', '.join(TOOLS)}")
+        if not self.token and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ConfigError(f"--host {self.host} is reachable from other machines: set {TOKEN_VARIABLE}")
+
+    @property
+    def running_cells(self) -> int:
+        return self.workers or 2 * (os.cpu_count() or 1)
+
+
+def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Command line -> Settings. Raises ConfigError for values that contradict each other."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="hdpo tool-server", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
+        description="Serves the agent's tools (Python sessions, text search, image search) in the reference's HTTP format.")
+    add = parser.add_argument
+    add("--host", default=default.host, help="address to listen on (%(default)s)")
+    add("--port", type=int, default=default.port, help="port; 0 takes a free one (%(default)s)")
+    add("--tools", default="", help="comma-separated: python, text_search, image_search (all that can be served)")
+    add("--sandbox", choices=("process", "docker"), default=default.sandbox,
+        help="where Python runs; process is no security boundary (%(default)s)")
+    add("--python-timeout", type=float, default=default.python_timeout_s, help="seconds of one cell (%(default)s)")
+    add("--call-timeout", type=float, default=default.call_timeout_s, help="seconds of one call (%(default)s)")
+    add("--workers", type=int, default=default.workers, help="cells running at once; 0 is two per core (%(default)s)")
+    add("--max-queue", type=int, default=default.max_queue, help="open calls before the server answers 429 (%(default)s)")
+    add("--idle-limit", type=float, default=default.idle_limit_s, help="seconds before a silent trajectory is closed "
+        "(%(default)s)")
+    add("--search-provider", default=environment.get("SEARCH_PROVIDER") or default.search_provider,
+        help="serper, serpapi, brightdata or embedded; auto takes the first with a key (SEARCH_PROVIDER or auto)")
+    add("--search-results", type=int, default=default.search_results, help="results of a text search (%(default)s)")
+    add("--text-index", default="", help="SQLite FTS5 file with a table pages(title, link, snippet)")
+    add("--image-index", default="", help="folder of images with labels.json {file name: title}")
+    add("--max-image-searches", type=int, default=default.max_image_searches,
+        help="image searches per trajectory; later ones get a fixed reply (%(default)s)")
+    add("--drain", type=float, default=default.drain_s, help="seconds for running calls after SIGTERM (%(default)s)")
+    add("--parent-pid", type=int, default=0, help="end when this process ends")
+    args = parser.parse_args(argv)
+    return Settings(
+        host=args.host, port=args.port, tools=tuple(name.strip() for name in args.tools.split(",") if name.strip()),
+        sandbox=args.sandbox, python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
+        workers=args.workers, max_queue=args.max_queue, idle_limit_s=args.idle_limit,
+        search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
+        image_index=args.image_index, max_image_searches=args.max_image_searches, drain_s=args.drain,
+        parent_pid=args.parent_pid, token=environment.get(TOKEN_VARIABLE, ""))

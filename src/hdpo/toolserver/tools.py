@@ -1,0 +1,130 @@
+"""One call from its text to its reply: parse, dispatch, bound, and decide whose fault a failure is."""
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+
+from hdpo.agent.parse import MalformedCall, parse_tool_call
+from hdpo.errors import ConfigError, InfrastructureError
+from hdpo.toolserver import layout
+from hdpo.toolserver.providers import TextProvider, hosted_provider
+from hdpo.toolserver.python_tool import run_python
+from hdpo.toolserver.sessions import Sandbox, Sessions, Trajectory
+from hdpo.toolserver.settings import TOOLS, Settings
+from hdpo.toolserver.text_search import TextIndex, run_text_search
+from hdpo.toolserver.wire import Call, Reply
+
+log = logging.getLogger(__name__)
+NEED_IMAGES = Reply("", valid=False, metrics={"need_images": True})
+
+
+@dataclass(slots=True)
+class Toolbox:
+    """The tools a server offers and what they need. `sandbox`, `text`, `images` are None where a tool is not offered."""
+
+    settings: Settings
+    sandbox: Sandbox | None
+    text: TextProvider | None
+    images: object | None          # hdpo.toolserver.image_search.ImageProvider
+    sessions: Sessions = field(init=False)
+    slots: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sessions = Sessions(self.sandbox, self.settings.idle_limit_s)
+        self.slots = asyncio.Semaphore(self.settings.running_cells)
+
+    @property
+    def tools(self) -> list[str]:
+        return [tool for tool, part in zip(TOOLS, (self.sandbox, self.text, self.images)) if part is not None]
+
+    async def answer(self, call: Call) -> tuple[Reply, float]:
+        """(reply, seconds the call waited for its turn). Never raises but for cancellation."""
+        started = time.monotonic()
+        if call.finish:
+            await self.sessions.finish(call.trajectory_id)
+            return Reply("", done=True), 0.0
+        trajectory = self.sessions.get(call.trajectory_id)
+        if trajectory is None:
+            if call.images is None and call.images_sent:
+                return NEED_IMAGES, 0.0
+            trajectory = self.sessions.create(call.trajectory_id, call.images or (), call.index, lost=call.images_sent)
+        waited = 0.0
+
+        async def work() -> Reply:
+            nonlocal waited
+            waited = time.monotonic() - started
+            return await self._guarded(trajectory, call.action)
+
+        return await asyncio.shield(trajectory.once(call.request_id, work)), waited
+
+    async def _guarded(self, trajectory: Trajectory, action: str) -> Reply:
+        try:
+            return await self._dispatch(trajectory, action)
+        except TimeoutError:
+            problem = f"the call took longer than {self.settings.call_timeout_s:g} s"
+        except InfrastructureError as exc:
+            problem = str(exc)
+        except Exception as exc:  # noqa: BLE001 - network boundary: a bug of ours is not the policy's fault
+            log.exception("a tool call failed")
+            problem = f"internal error: {type(exc).__name__}"
+        log.warning("infrastructure failure: %s", problem)
+        return Reply(f"Tool unavailable: {problem}", valid=False, infrastructure=True)
+
+    async def _dispatch(self, trajectory: Trajectory, action: str) -> Reply:
+        parsed = parse_tool_call(action)
+        if isinstance(parsed, MalformedCall):
+            return Reply(parsed.message, valid=False)
+        if parsed.name not in self.tools:
+            return Reply(layout.tool_not_offered(parsed.name, self.tools), valid=False)
+        if parsed.name == "python":
+            assert self.sandbox is not None
+            async with self.slots, asyncio.timeout(self.settings.call_timeout_s):
+                return await run_python(self.sandbox, trajectory, parsed.arguments["code"], self.settings.python_timeout_s)
+        async with asyncio.timeout(self.settings.call_timeout_s):
+            if parsed.name == "text_search":
+                assert self.text is not None
+                return await run_text_search(self.text, parsed.arguments["query"])
+            return await self._image_search(trajectory)
+
+    async def _image_search(self, trajectory: Trajectory) -> Reply:
+        from hdpo.toolserver.image_search import run_image_search
+        if trajectory.image_searches >= self.settings.max_image_searches:
+            return Reply(layout.IMAGE_SEARCH_USED, metrics={"deduplicated": True})
+        reply = await run_image_search(self.images, trajectory.images)   # type: ignore[arg-type]
+        trajectory.image_searches += 1
+        return reply
+
+    async def close(self) -> None:
+        if self.sandbox is not None:
+            await self.sandbox.shutdown()
+        if self.text is not None:
+            await self.text.close()
+
+
+def make_toolbox(settings: Settings) -> Toolbox:
+    """Build what `settings` asks for. Raises ConfigError or DataError when a named tool can't be served."""
+    wanted = settings.tools or TOOLS
+    text: TextProvider | None = None
+    if "text_search" in wanted:
+        text = hosted_provider(settings.search_provider, settings.search_results)
+        if text is None and settings.text_index:
+            text = TextIndex(settings.text_index, settings.search_results)
+    images = None
+    if "image_search" in wanted and settings.image_index:
+        from hdpo.toolserver.image_search import ImageIndex  # needs ImageHash, which only this tool uses
+        images = ImageIndex(settings.image_index)
+    if "text_search" in settings.tools and text is None:
+        raise ConfigError("text_search: give --text-index FILE, or a key such as SERPER_API_KEY in the environment")
+    if "image_search" in settings.tools and images is None:
+        raise ConfigError("image_search: give --image-index FOLDER")
+    return Toolbox(settings, _make_sandbox(settings) if "python" in wanted else None, text, images)
+
+
+def _make_sandbox(settings: Settings) -> Sandbox:
+    if settings.sandbox == "docker":
+        from hdpo.adapters.docker_sandbox import DockerSandbox
+        return DockerSandbox()
+    from hdpo.adapters.process_sandbox import ProcessSandbox
+    return ProcessSandbox()
