@@ -20,7 +20,6 @@ PIECES = st.sampled_from([*SPECIAL, "<tool_call>", "</tool_call>", "<image>", "a
 HOSTILE = st.lists(PIECES | st.text(), max_size=20).map("".join)
 
 
-
 def picture(width: int = 64, height: int = 32) -> Image.Image:
     return Image.effect_noise((width, height), 60).convert("RGB")
 

@@ -1,0 +1,149 @@
+"""Between coroutines that want completions and an engine that one thread steps.
+
+Coroutines on the background loop await `EnginePump.generate`; the main thread runs `EnginePump.run`, which hands requests
+to the engine, steps it and wakes the coroutines. A trajectory that waits for its tool is simply not in the engine.
+"""
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hdpo.protocols import Engine, GenerateRequest
+from hdpo.types import Completion
+
+STOP_POLL_S = 0.2
+"""How often a blocked pump looks at the stop event, seconds."""
+
+
+class Key(NamedTuple):
+    """A trajectory of one collection: which task, which of its rollouts. Orders requests in deterministic mode."""
+
+    task: int
+    sample: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    key: Key
+    request: GenerateRequest
+    reply: asyncio.Future[Completion]
+    request_id: str
+
+
+class EnginePump:
+    """One collection of trajectories. `engine_steps`, `engine_seconds` and `idle_seconds` (blocked: all trajectories were
+    waiting for tools) are complete when `run` has returned.
+
+    With `deterministic`, requests are submitted, sorted by key, and the engine is stepped only while every live trajectory
+    has a request in it: how long tools take then cannot change any batch.
+    """
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, live: list[Key], *, deterministic: bool = False,
+                 on_ended: Callable[[int], None] | None = None) -> None:
+        self._engine, self._loop, self._deterministic, self._on_ended = engine, loop, deterministic, on_ended
+        self._live = set(live)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()   # what coroutines ask, done by `run`
+        self._waiting: dict[Key, _Pending] = {}
+        self._running: dict[str, _Pending] = {}
+        self._count = 0
+        self._closed = False
+        self.engine_steps, self.engine_seconds, self.idle_seconds = 0, 0.0, 0.0
+
+    # -- called on the event loop ---------------------------------------------------------------------------------
+
+    async def generate(self, key: Key, request: GenerateRequest) -> Completion:
+        """One generation; cancelling it drops the request from the engine."""
+        self._count += 1
+        pending = _Pending(key, request, self._loop.create_future(), f"{key.task}-{key.sample}-{self._count}")
+        self._inbox.put(lambda: self._waiting.__setitem__(key, pending))
+        try:
+            return await pending.reply
+        except asyncio.CancelledError:
+            self._inbox.put(lambda: self._drop(pending))
+            raise
+
+    def ended(self, key: Key) -> None:
+        """The trajectory sends no further request."""
+        self._inbox.put(lambda: self._end(key))
+
+    def close(self) -> None:
+        """Make `run` return. Safe from any thread."""
+        self._inbox.put(lambda: setattr(self, "_closed", True))
+
+    # -- called on the thread that drives the engine ----------------------------------------------------------------
+
+    def run(self, stop: threading.Event | None = None, on_stop: Callable[[], None] | None = None) -> None:
+        """Step the engine until `close`. When `stop` is set, `on_stop` is called once, and pumping goes on."""
+        while not self._closed:
+            if stop is not None and stop.is_set() and on_stop is not None:
+                on_stop()
+                on_stop = None
+            self._receive()
+            if self._ready():
+                self._submit()
+                self._step()
+
+    def abort_all(self) -> None:
+        """Drop every request from the engine."""
+        if self._running:
+            self._engine.abort(list(self._running))
+        self._running.clear()
+        self._waiting.clear()
+
+    def _ready(self) -> bool:
+        if self._deterministic and len(self._waiting) + len(self._running) < len(self._live):
+            return False
+        return bool(self._waiting or self._running)
+
+    def _receive(self) -> None:
+        """Do everything asked so far; with nothing for the engine to do, wait for the next word."""
+        if not self._ready():
+            started = time.monotonic()
+            try:
+                self._inbox.get(timeout=STOP_POLL_S)()
+            except queue.Empty:
+                pass
+            self.idle_seconds += time.monotonic() - started
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _submit(self) -> None:
+        order = sorted(self._waiting) if self._deterministic else list(self._waiting)
+        for key in order:
+            pending = self._waiting.pop(key)
+            self._engine.add_request(pending.request_id, pending.request)
+            self._running[pending.request_id] = pending
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        finished = self._engine.step()
+        self.engine_seconds += time.monotonic() - started
+        self.engine_steps += 1
+        replies = [(self._running.pop(name).reply, completion) for name, completion in finished if name in self._running]
+        if replies:
+            self._loop.call_soon_threadsafe(_resolve, replies)
+
+    def _drop(self, pending: _Pending) -> None:
+        if self._waiting.get(pending.key) is pending:
+            del self._waiting[pending.key]
+        elif self._running.pop(pending.request_id, None) is not None:
+            self._engine.abort([pending.request_id])
+
+    def _end(self, key: Key) -> None:
+        self._live.discard(key)
+        if self._on_ended is not None:
+            self._on_ended(len(self._live))
+
+
+def _resolve(replies: list[tuple[asyncio.Future[Completion], Completion]]) -> None:
+    for reply, completion in replies:
+        if not reply.done():
+            reply.set_result(completion)
