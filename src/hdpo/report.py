@@ -60,8 +60,8 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     if not metrics and not summaries:
         raise DataError(f"{folder}: no metrics.jsonl and no summary.json to report on")
     sections = [
-        _header(folder, metrics, summaries), _tiles(summaries), _table(summaries), _trajectories(folder, list(summaries)),
-        _curves(metrics), _disagreements(folder / "audit"), _configuration(folder / "config.yaml")]
+        _header(folder, metrics, summaries), _tiles(summaries), _table(summaries), _curves(metrics),
+        _trajectories(folder, list(summaries)), _disagreements(folder / "audit"), _configuration(folder / "config.yaml")]
     css = resources.files("hdpo").joinpath("assets/report.css").read_text()
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"     # the browser holds us to our word
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(folder.resolve().name)}</title>'
@@ -172,7 +172,8 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
         if curves:
             last = [short(next(v for v in reversed(curve.values) if v is not None), share) for curve in curves]
             cards.append(_chart(title, legend([c.label for c in curves], last), line_chart(steps, curves, share=share)))
-    phases = sorted({name for row in metrics for name in row if name.startswith("time/") and name != "time/step"})
+    names = dict.fromkeys(name for row in metrics for name in row)      # in the order things happen in a step
+    phases = [name for name in names if name.startswith("time/") and name != "time/step"]
     if phases:
         stack = [Series(name.removeprefix("time/"), [row.get(name) for row in metrics]) for name in phases]
         last = [short(metrics[-1].get(name)) for name in phases]

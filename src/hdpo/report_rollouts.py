@@ -59,7 +59,7 @@ def _column(title: str, row: DumpedRollout) -> str:
     turns = []
     for index, text in enumerate(row.turns):
         call = row.calls[index] if index < len(row.calls) else None
-        turns.append(f'<li class="turn">{_turn(text, call)}</li>')
+        turns.append(f'<li class="turn">{_turn(text, call, row.answer if index == len(row.turns) - 1 else None)}</li>')
         if call is not None:
             returned = "".join(_picture(image) for image, _ in zip(images, range(call["num_images"]), strict=False))
             turns.append(f'<li class="observation{"" if call["ok"] else " failed"}"><h5>{_observation_title(call)}</h5>'
@@ -78,8 +78,9 @@ def _observation_title(call: dict[str, Any]) -> str:
     return f'{escape(call["name"] or "tool")} returned{failed}, {call["seconds"]:.2f} s'
 
 
-def _turn(text: str, call: dict[str, Any] | None) -> str:
-    """The sampled text with its known blocks set apart; whatever is outside of them is shown as it is."""
+def _turn(text: str, call: dict[str, Any] | None, verdict_answer: str | None) -> str:
+    """The sampled text with its known blocks set apart; whatever is outside of them is shown as it is. The answer that
+    the verdict's line repeats is left out."""
     parts, position = [], 0
     for found in _SEGMENT.finditer(text):
         parts.append(_pre(text[position:found.start()]))
@@ -89,7 +90,7 @@ def _turn(text: str, call: dict[str, Any] | None) -> str:
             parts.append(_call(inner, call))
         elif tag == "reason":
             parts.append(f'<p class="reason">{_cut(inner)}</p>')
-        else:
+        elif inner != verdict_answer:
             parts.append(f'<p class="answer">{_cut(inner)}</p>')
     parts.append(_pre(text[position:]))
     return "".join(parts)

@@ -8,6 +8,7 @@ from html import escape
 
 WIDTH, HEIGHT = 420, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 24
+_COLOURS = 8            # --c1 to --c8 in the style sheet
 _MAX_POINTS = 160       # a longer run is averaged into this many points
 _SMOOTH_FROM = 20       # with at least so many points, a moving average is drawn over the faint raw line
 
@@ -31,7 +32,7 @@ def line_chart(steps: Sequence[int], series: Sequence[Series], *, share: bool = 
     smooth = len(steps) >= _SMOOTH_FROM
     parts = [frame.grid(ticks, share)]
     for index, one in enumerate(series):
-        colour = f"var(--c{index % 6 + 1})"
+        colour = f"var(--c{index % _COLOURS + 1})"
         if smooth:
             parts.append(f'<path d="{frame.path(one.values)}" class="raw" stroke="{colour}"/>')
         shown = _smoothed(one.values) if smooth else one.values
@@ -53,13 +54,13 @@ def stack_chart(steps: Sequence[int], series: Sequence[Series]) -> str:
     frame = _Frame(steps, low, high)
     parts = [frame.grid(ticks, False)]
     for index in range(len(series) - 1, -1, -1):        # the tallest first; each next one covers its lower part
-        parts.append(f'<path d="{frame.area(tops[index])}" fill="var(--c{index % 6 + 1})" class="area"/>')
+        parts.append(f'<path d="{frame.area(tops[index])}" fill="var(--c{index % _COLOURS + 1})" class="area"/>')
     return frame.svg("".join(parts) + frame.hover(series, False))
 
 
 def legend(labels: Sequence[str], last: Sequence[str]) -> str:
     """Colour, name and last value of each curve, as HTML."""
-    items = [f'<span><i style="background:var(--c{index % 6 + 1})"></i>{escape(label)} <b>{escape(value)}</b></span>'
+    items = [f'<span><i style="background:var(--c{index % _COLOURS + 1})"></i>{escape(label)} <b>{escape(value)}</b></span>'
              for index, (label, value) in enumerate(zip(labels, last, strict=True))]
     return f'<div class="legend">{"".join(items)}</div>'
 
