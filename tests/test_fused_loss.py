@@ -73,6 +73,42 @@ def test_bf16_gradients_are_as_good_as_the_naive_ones_with_a_float32_softmax(sca
         assert relative(got[i], truth[i]) < relative(worst[i], truth[i])
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_bf16_weight_gradients_do_not_lose_accuracy_with_the_number_of_chunks(device):
+    case = on(device, make_case(2, 256, 64, 499, scale=1 / 8, dtype=torch.bfloat16, temperature=1.0))
+    truth = run(readable, replace(case, hidden=case.hidden.double(), weight=case.weight.double()))[2]
+    one, many = (relative(run(fused, case, chunk_tokens=chunk)[2], truth) for chunk in (256, 2))
+    assert many <= 1.05 * one
+
+
+def _rank(rank, world, case, meeting, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    part = case.part(slice(rank, None, 3) if rank else torch.arange(len(case.mask)) % 3 != 1)   # unequal shares
+    norms = (part.member * part.mask).sum(1)
+    torch.distributed.all_reduce(norms)
+    _, _, d_weight, stats = run(fused, part, norms=norms)
+    for tensor in (d_weight, stats["loss"]):
+        torch.distributed.all_reduce(tensor)
+    if rank == 0:
+        queue.put((d_weight.numpy(), stats["loss"].numpy()))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_with_unequal_shares_give_the_gradient_of_one(tmp_path):
+    case, context = make_case(19, tokens=100), torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(rank, 2, case, tmp_path / "rendezvous", queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    d_weight, losses = map(torch.from_numpy, queue.get())
+    _, _, expected, stats = run(fused, case)
+    assert relative(d_weight, expected) < 1e-12 and relative(losses, stats["loss"]) < 1e-12
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_any_split_into_micro_batches_gives_the_same_gradient(dtype, tolerance):
     case = make_case(3, tokens=120, dtype=dtype)
