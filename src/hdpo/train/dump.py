@@ -128,7 +128,7 @@ def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None
     Raises DataError when there is no such dump or a part is damaged.
     """
     path = Path(path)
-    parts = sorted(path.glob("*.parquet"), key=_part_order) if path.is_dir() else _parts(path)
+    parts = sorted(path.glob("*.parquet"), key=_part_order) if path.is_dir() else rollout_parts(path)
     if not parts:
         raise DataError(f"{path}: no rollout dump there")
     rows: list[DumpedRollout] = []
@@ -193,7 +193,8 @@ def _part(path: Path, rank: int, world: int) -> Path:
     return path if world == 1 else path.with_suffix(f".rank{rank}.parquet")
 
 
-def _parts(path: Path) -> list[Path]:
+def rollout_parts(path: Path) -> list[Path]:
+    """The files that make up the dump `path`, in rank order; none if it was never written."""
     if path.exists():
         return [path]
     return sorted(path.parent.glob(f"{path.stem}.rank*.parquet"), key=_part_order)

@@ -9,20 +9,18 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.agent.rollout import Rollouts
 from hdpo.config import Config
 from hdpo.data.tasks import TaskStream
-from hdpo.errors import UnscoredLimitError
-from hdpo.evaluate import evaluate
 from hdpo.protocols import Engine
-from hdpo.reward.scoring import Scorer
+from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
 from hdpo.train import checkpoint
 from hdpo.train.batching import PackingSpec, make_train_batch
+from hdpo.train.evaluation import Evaluator
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import HdpoObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import group_advantages, to_samples
 from hdpo.train.sync import check_parity, sync_weights
 from hdpo.train.update import old_log_probs, update
-from hdpo.train.world import World
-from hdpo.types import RewardedGroup, Sample, Task, TrainBatch
+from hdpo.types import RewardedGroup, Sample, TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class RlParts:
     rollouts: Rollouts
     scorer: Scorer
     tasks: TaskStream
-    held_out: Sequence[Task]
+    evaluator: Evaluator
     spec: PackingSpec
     log: RunLog
 
@@ -49,6 +47,8 @@ def train(config: Config, parts: RlParts) -> bool:
     objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
                               config.batch.head_chunk_tokens)
     open_gate(config, parts, start)
+    if start == 0 and config.eval.before:
+        run_evaluation(config, parts, config.eval.label_before, 0)
 
     with StopSignal() as stop:
         rollouts.stop = stop.event
@@ -64,11 +64,11 @@ def train(config: Config, parts: RlParts) -> bool:
             if world.any(stop.requested):
                 return leave(config, parts, step, position)
             with log.timed("score"):
-                rewarded = scorer.score(groups)
+                rewarded = scorer.score(groups, step + 1)
             with log.timed("pack"):
                 advantages, members = group_advantages(rewarded, config.hdpo)
                 batch = make_batch(config, parts, rewarded, advantages, members)
-            check_unscored(config, parts, step, position, rewarded)
+            stop_if_unscored(config, parts, step, position, rewarded)
             with log.timed("old_log_prob"):
                 old = old_log_probs(policy, batch, objective.log_probs, config.optim.ppo_epochs)
             lr = learning_rate(config.optim, step)
@@ -78,12 +78,14 @@ def train(config: Config, parts: RlParts) -> bool:
                         log.add("actor/grad_norm", update(policy, mini, objective, lr, old_of_mini))
             log.write(step + 1, {"actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch},
                       rewarded, advantages)
-            if due(step + 1, config.eval.every_steps):
-                run_evaluation(config, parts, step + 1)
+            if due(step + 1, config.eval.every_steps) and step + 1 < steps:
+                run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
                 checkpoint.save(run, step + 1, policy, tasks.state(), config)
             if world.any(stop.requested) and step + 1 < steps:
                 return leave(config, parts, step + 1, tasks.state())
+    if config.eval.after:
+        run_evaluation(config, parts, config.eval.label_after, steps)
     return True
 
 
@@ -114,16 +116,13 @@ def make_batch(config: Config, parts: RlParts, rewarded: Sequence[RewardedGroup]
     return make_train_batch(minis, parts.spec, parts.policy.world)
 
 
-def check_unscored(config: Config, parts: RlParts, step: int, position: dict[str, Any],
-                   rewarded: Sequence[RewardedGroup]) -> None:
+def stop_if_unscored(config: Config, parts: RlParts, step: int, position: dict[str, Any],
+                     rewarded: Sequence[RewardedGroup]) -> None:
     """Stop, after saving, when too many rollouts of the step have no verdict. Collective. Raises UnscoredLimitError."""
-    rewards = [reward for group in rewarded for reward in group.rewards]
-    unscored, total = parts.policy.world.sum([float(sum(not r.scored for r in rewards)), float(len(rewards))])
+    unscored, total = (int(count) for count in parts.policy.world.sum([float(n) for n in unscored_share(rewarded)]))
     if unscored > config.reward.max_unscored * total:
         checkpoint.save(config.run.path, step, parts.policy, position, config)
-        raise UnscoredLimitError(
-            f"step {step + 1}: {unscored:.0f} of {total:.0f} rollouts have no verdict (limit reward.max_unscored = "
-            f"{config.reward.max_unscored:g}); look at the tool server and the judge. Saved; the same command goes on from here")
+        check_unscored(unscored, total, config.reward.max_unscored, unscored_reasons(rewarded))
 
 
 def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -> bool:
@@ -133,12 +132,10 @@ def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -
     return False
 
 
-def run_evaluation(config: Config, parts: RlParts, step: int) -> None:
-    """Greedy rollouts of the held-out rows with the present weights; written to the same line of metrics. Collective."""
-    world: World = parts.policy.world
+def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> None:
+    """Greedy rollouts of the held-out rows with the present weights. Collective."""
     sync_weights(parts.policy, parts.engine, step, config.sync.group_mib)
-    result = evaluate(parts.rollouts, parts.scorer, parts.held_out, gather=world.gather, rank=world.rank, world=world.size,
-                      step=step, weight_version=step)
+    result = parts.evaluator(label, step)
     parts.engine.sleep()
     for sink in parts.log.sinks:
         sink.write(step, result.scalars())

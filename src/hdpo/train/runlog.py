@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -43,8 +42,9 @@ class RunLog(Metrics):
             scalars |= rollout_scalars([row for part in rows for row in part], weights=(hdpo.w_acc, hdpo.w_tool))
             every = self.config.log.rollouts_every
             if every and step % every == 0:
-                path = self.config.run.path / "rollouts" / f"step_{step:06d}.rank{self.world.rank}.parquet"
-                write_rollouts(path, groups, step=step, advantages=advantages)
+                write_rollouts(self.config.run.path / "rollouts" / f"step_{step:06d}.parquet", groups, step=step,
+                               rank=self.world.rank, world=self.world.size, advantages=advantages)
+            self._show(step, groups)
         scalars |= self.reduce_over_ranks(self.world.gather)
         timings = {name: value for name, value in scalars.items() if name.startswith("time/")}
         scalars["time/step"] = sum(timings.values())
@@ -55,6 +55,19 @@ class RunLog(Metrics):
             self._bar.set_postfix_str(" ".join(f"{label} {value:.3g}" for label, value in values.items()))
         return scalars
 
+    def _show(self, step: int, groups: Sequence[RewardedGroup]) -> None:
+        """The first rollout of a few groups, as text and pictures."""
+        for index, group in enumerate(groups[:self.config.log.samples] if self.sinks else []):
+            trajectory, judgement = group.trajectories[0], group.judgements[0]
+            parts = [group.task.question]
+            for turn, text in enumerate(trajectory.turns):
+                parts += [text, *([trajectory.calls[turn].observation] if turn < len(trajectory.calls) else [])]
+            parts.append(f"[{judgement.verdict.value} by {judgement.by}; truth: {group.task.ground_truth}]")
+            for sink in self.sinks:
+                sink.write_text(step, f"rollouts/{index}", "\n\n".join(parts))
+                for number, image in enumerate(trajectory.images):
+                    sink.write_image(step, f"rollouts/{index}/image_{number + 1}", image)
+
     def note(self, text: str) -> None:
         """A line for the person at the terminal, once."""
         if self.world.is_main:
@@ -63,7 +76,3 @@ class RunLog(Metrics):
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
-
-
-def run_folder(config: Config) -> Path:
-    return config.run.path

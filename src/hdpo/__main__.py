@@ -1,0 +1,5 @@
+import sys
+
+from hdpo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,224 @@
+"""The composition root: configuration -> parts. The only file that knows every adapter.
+
+Order matters. The policy opens the process group, the engine is built on all ranks together beside it, and what waits
+(tools, judge) lives on one background loop per rank. `Stage` closes everything in reverse, also after an error.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hdpo.agent.chat import ChatFormat, load_chat_format
+from hdpo.agent.rollout import Rollouts
+from hdpo.background import BackgroundLoop
+from hdpo.config import Config, dump_config
+from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
+from hdpo.errors import ConfigError, DataError, ToolServerError
+from hdpo.protocols import Engine, Judge, LogSink
+from hdpo.reward.audit import AuditLog
+from hdpo.reward.scoring import Scorer
+from hdpo.toolserver.client import ToolClient, wait_until_healthy
+from hdpo.train.batching import PackingSpec
+from hdpo.train.checkpoint import step_folders
+from hdpo.train.evaluation import Evaluator
+from hdpo.train.metrics import JsonlSink
+from hdpo.train.rl import RlParts
+from hdpo.train.runlog import RunLog
+from hdpo.train.sft import SftParts
+from hdpo.train.world import World
+from hdpo.types import Sample, Task
+
+
+class Stage(contextlib.ExitStack):
+    """Everything one command holds open. Parts register how they are closed as they are built."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.chat = build_chat(config)
+
+    def sft(self) -> SftParts:
+        config = self.config
+        demonstrations = DemonstrationStream(config.data.train, self.chat, config.data, seed=config.run.seed)
+        policy = self._policy()
+        log = self._log(policy.world, [("loss", "sft/loss"), ("grad", "actor/grad_norm")])
+        return SftParts(policy, self.chat, build_packing(config, self.chat), demonstrations, log)
+
+    def rl(self) -> RlParts:
+        config = self.config
+        tasks = TaskStream(config.data.train, self.chat, config.data, seed=config.run.seed)
+        held_out = self.held_out()
+        check_split(config)
+        policy = self._policy()
+        world = policy.world
+        background, backend = self._tools(world)
+        engine = self._engine()
+        rollouts = self._rollouts(engine, backend, background)
+        scorer = self._scorer(background, world)
+        log = self._log(world, [("acc", "reward/accuracy/mean"), ("tools", "tool/rate"), ("needed", "tool/rate_needed"),
+                                ("blind", "tool/rate_not_needed"), ("|Q|", "hdpo/q_size_mean"), ("k3", "mismatch/k3"),
+                                ("s", "time/step")])
+        evaluator = Evaluator(config, rollouts, scorer, held_out, world)
+        return RlParts(policy, engine, self.chat, rollouts, scorer, tasks, evaluator, build_packing(config, self.chat), log)
+
+    def evaluation(self) -> Evaluator:
+        """Engine, tools and scorer without a policy, for `hdpo eval`."""
+        world = World().connect()
+        held_out = self.held_out()
+        if not held_out:
+            raise ConfigError("data.val is empty: name parquet files of held-out rows (VAL_DATA)")
+        background, backend = self._tools(world)
+        rollouts = self._rollouts(self._engine(), backend, background)
+        return Evaluator(self.config, rollouts, self._scorer(background, world), held_out, world)
+
+    def held_out(self) -> list[Task]:
+        config = self.config
+        tasks = read_tasks(config.data.val, self.chat, config.data) if config.data.val else []
+        return tasks[:config.eval.rows] if config.eval.rows else tasks
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _policy(self) -> Any:
+        from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
+
+        config = self.config
+        policy = DeepSpeedPolicy(config.model, config.optim, self.chat.image_token_id, config.run.seed)
+        self.callback(policy.close)
+        if policy.world.is_main:
+            config.run.path.mkdir(parents=True, exist_ok=True)
+            (config.run.path / "config.yaml").write_text(dump_config(config))
+        policy.world.barrier()
+        return policy
+
+    def _engine(self) -> Engine:
+        from hdpo.adapters.engines import make_engine
+
+        config, chat = self.config, self.chat
+        engine = make_engine(
+            config.rollout.engine, config.model.path, config=config.rollout, max_model_len=config.max_model_len,
+            stop_token_ids=chat.stop_ids, tool_call_end_id=chat.tool_call_end_id, banned_token_ids=chat.banned_ids,
+            image_limit=config.rollout.max_images, min_pixels=chat.min_pixels, max_pixels=chat.max_pixels,
+            dtype=config.model.dtype, seed=config.run.seed)
+        self.callback(engine.close)
+        return engine
+
+    def _tools(self, world: World) -> tuple[BackgroundLoop, ToolClient]:
+        """The background loop and a client of the configured tool server, or of one started for this node."""
+        config = self.config.tools
+        background = BackgroundLoop()
+        self.callback(background.close)
+        url = config.url
+        if not url:
+            mine = self._start_tool_server(world) if world.local_rank == 0 else ""
+            url = next(u for node, u in world.gather((world.node, mine)) if node == world.node and u)
+        wait_until_healthy(url, timeout=30.0)
+        client = ToolClient(url, timeout=config.call_timeout_s, retries=config.retries,
+                            token=os.environ.get("HDPO_TOOL_SERVER_TOKEN"))
+        self.callback(lambda: background.run(client.close(), timeout=10))
+        return background, client
+
+    def _start_tool_server(self, world: World) -> str:
+        config = self.config.tools
+        command = [
+            sys.executable, "-m", "hdpo.toolserver.app", "--parent-pid", str(os.getpid()),
+            "--tools", ",".join(config.allowed), "--python-timeout", str(config.python_timeout_s),
+            "--call-timeout", str(config.call_timeout_s), "--search-provider", config.search_provider,
+            "--search-results", str(config.search_results), "--max-image-searches", str(config.max_image_searches)]
+        for flag, value in (("--text-index", config.text_index), ("--image-index", config.image_index)):
+            command += [flag, value] if value else []
+        self.config.run.path.mkdir(parents=True, exist_ok=True)
+        log_path = self.config.run.path / f"tool_server_{world.node}.log"
+        # Its own session: Ctrl-C at the terminal reaches the trainer, which needs its tools until it has left the step.
+        with log_path.open("a") as log:
+            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        self.callback(_stop_process, server)
+        assert server.stdout is not None
+        line = server.stdout.readline().strip()
+        if not line.startswith("http"):
+            server.wait(timeout=10)
+            tail = log_path.read_text().strip().splitlines()[-1:] or ["no message"]
+            raise ToolServerError(f"the tool server did not start (see {log_path}): {tail[0]}")
+        return line
+
+    def _rollouts(self, engine: Engine, backend: ToolClient, background: BackgroundLoop) -> Rollouts:
+        config = self.config
+        rollouts = Rollouts(
+            engine, self.chat, backend, background, config.rollout, config.tools, max_model_len=config.max_model_len,
+            seed=config.run.seed, deterministic=config.run.deterministic)
+        self.callback(rollouts.close)
+        return rollouts
+
+    def _scorer(self, background: BackgroundLoop, world: World) -> Scorer:
+        scorer = Scorer(self.config.reward, build_judge(self.config), background,
+                        AuditLog(self.config.run.path / "audit", world.rank))
+        self.callback(scorer.close)
+        return scorer
+
+    def _log(self, world: World, shown: list[tuple[str, str]]) -> RunLog:
+        config = self.config
+        sinks: list[LogSink] = []
+        if world.is_main:
+            done = int(step_folders(config.run.path)[-1].name.removeprefix("step_")) if (
+                config.run.resume and step_folders(config.run.path)) else 0
+            sinks.append(JsonlSink(config.run.path / "metrics.jsonl", resume_step=done + 1))
+            if config.log.tensorboard:
+                from hdpo.adapters.tensorboard import TensorBoardSink
+                sinks.append(TensorBoardSink(config.run.path / "tensorboard", resume_step=done + 1))
+            if config.log.wandb:
+                from hdpo.adapters.wandb import WandbSink
+                sinks.append(WandbSink(config.run.name, config.run.path, config.model_dump(mode="json")))
+        log = RunLog(config, world, sinks, shown)
+        self.callback(log.close)
+        return log
+
+
+def build_chat(config: Config) -> ChatFormat:
+    from hdpo.adapters import torchvision_shim
+    torchvision_shim.activate()
+    return load_chat_format(config.model.path, config.model.min_pixels, config.model.max_pixels)
+
+
+def build_judge(config: Config) -> Judge | None:
+    """The configured judge, or None: then what rules can't decide is unscored."""
+    if not config.judge.base_url or not config.reward.judge:
+        return None
+    from hdpo.adapters.openai_judge import OpenAIJudge
+    return OpenAIJudge(config.judge, cache_path=Path(config.judge.cache or config.run.path / "verdicts.sqlite"))
+
+
+def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
+    """Budgets and the filler row: one blank image of the smallest size and two tokens of text."""
+    blank = chat.bound(Image.new("RGB", (chat.factor, chat.factor)))
+    segment = chat.observation("", [blank], max_tokens=1 << 20)
+    length = len(segment.expanded_ids)
+    filler = Sample(list(segment.expanded_ids), [0] * length, [0.0] * length, (), (), chat.vision(segment.images))
+    return PackingSpec(
+        image_token_id=chat.image_token_id, merge_size=chat.merge_size, max_tokens=config.batch.tokens_per_micro_batch,
+        max_patches=config.batch.patches_per_micro_batch, filler=filler, aggregation=config.hdpo.aggregation,
+        response_budget=config.rollout.max_response_tokens)
+
+
+def check_split(config: Config) -> None:
+    """Prompts and mini-batches must divide over the ranks, so that every rank steps in time with the others."""
+    size = World().size
+    for name, value in (("rollout.prompts_per_step", config.rollout.prompts_per_step),
+                        ("optim.mini_batch_prompts", config.optim.mini_batch_prompts)):
+        if value % size:
+            raise ConfigError(f"{name} ({value}) must be a multiple of the number of ranks ({size})")
+    if not config.data.train:
+        raise DataError("data.train is empty: name parquet files of training rows (TRAIN_DATA)")
+
+
+def _stop_process(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

