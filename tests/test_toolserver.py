@@ -84,7 +84,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         badge(i).save(folder / "photos" / f"{i}.png")
     (folder / "photos" / "labels.json").write_text(json.dumps({f"{i}.png": f"badge {i}" for i in range(3)}))
     running = Server("--text-index", str(folder / "text.db"), "--image-index", str(folder / "photos"),
-                     "--python-timeout", "5", "--search-provider", "embedded")
+                     "--python-timeout", "3", "--search-provider", "embedded")
     yield running
     running.close()
 
@@ -120,8 +120,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def sessions_of(server: Server) -> int:
-    """Session processes below the server's template, which itself is one child."""
-    return len([pid for child in descendants(server.process.pid)[:1] for pid in descendants(child)])
+    """Processes below the server's template, which is its one child."""
+    return max(0, len(descendants(server.process.pid)) - 1)
 
 
 # -- wire format -----------------------------------------------------------------------------------------------------
@@ -265,16 +265,16 @@ def test_a_trajectory_id_is_never_a_path(server: Server, tmp_path: Path) -> None
 
 def test_a_timeout_says_so_and_keeps_the_variables(server: Server) -> None:
     _, slow, after = talk(server, python("kept = 7"), python("while True: pass"), python("kept"))
-    assert "timed out after 5 s" in slow.text and not slow.ok and slow.metrics["timed_out"]
+    assert "timed out after 3 s" in slow.text and not slow.ok and slow.metrics["timed_out"]
     assert "7" in after.text
 
 
 def test_finish_frees_the_sessions_processes(server: Server) -> None:
-    assert until(lambda: sessions_of(server) == 0)
+    before = sessions_of(server)
     talk(server, python("import subprocess; subprocess.Popen(['sleep', '1000'])"), trajectory="p", finish=False)
-    assert sessions_of(server) == 3       # supervisor, session, sleep
+    assert sessions_of(server) == before + 3       # supervisor, session, sleep
     server.post({"trajectory_ids": ["p"], "actions": [""], "finish": [True]})
-    assert until(lambda: sessions_of(server) == 0)
+    assert until(lambda: sessions_of(server) == before)
 
 
 def test_no_secret_of_the_server_reaches_the_code(server: Server) -> None:
@@ -303,8 +303,9 @@ def test_64_trajectories_at_once_keep_their_variables_apart(server: Server) -> N
         results = await asyncio.gather(*(one(client, number) for number in range(64)))
         await client.close()
         return results
+    before = sessions_of(server)
     assert all(asyncio.run(go()))
-    assert until(lambda: sessions_of(server) == 0)
+    assert until(lambda: sessions_of(server) <= before)
 
 
 # -- search ----------------------------------------------------------------------------------------------------------
@@ -426,11 +427,12 @@ def test_help_teaches() -> None:
 
 def test_the_launch_script_prints_the_url(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "launch" / "start_tool_server.sh"
+    parent = subprocess.Popen(["sleep", "1000"])
     environment = {**os.environ, "PYTHON": sys.executable, "TOOL_SERVER_LOG": str(tmp_path / "log"),
-                   "TOOL_SERVER_ARGS": f"--tools python --parent-pid {os.getpid()}"}
+                   "TOOL_SERVER_ARGS": f"--tools python --parent-pid {parent.pid}"}
     done = subprocess.run([str(script), "0", "2"], capture_output=True, text=True, env=environment, timeout=60)
-    url = done.stdout.strip()
     try:
-        assert wait_until_healthy(url, 5)["tools"] == ["python"]
+        assert wait_until_healthy(done.stdout.strip(), 5)["tools"] == ["python"]
     finally:
-        subprocess.run(["fuser", "-k", "-TERM", "-n", "tcp", url.rsplit(":", 1)[1]], capture_output=True)
+        parent.kill()
+        parent.wait()

@@ -1,0 +1,193 @@
+"""Text and image search: embedded indexes, and hosted providers against a local server with their response formats."""
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+from PIL import Image
+
+from hdpo.errors import ConfigError, DataError
+from hdpo.toolserver import layout
+from hdpo.toolserver.image_search import MAX_SIDE, ImageIndex, run_image_search
+from hdpo.toolserver.providers import BrightData, HttpProvider, SearchError, SerpApi, Serper, hosted_provider
+from hdpo.toolserver.text_search import TextIndex, build_text_index
+
+PAGES = [("Mount Fuji", "l1", "Mount Fuji is 3776 metres high."), ("Danube", "l2", "The Danube is a river, not a mount."),
+         ("Quotes", "l3", 'He said "AND OR NOT NEAR(" and left.')]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> TextIndex:
+    assert build_text_index(tmp_path / "text.db", PAGES) == 3
+    return TextIndex(tmp_path / "text.db", results=2)
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+def test_pages_with_more_of_the_query_rank_first_and_the_number_is_bounded(index: TextIndex) -> None:
+    assert [title for title, _, _ in index.lookup("how high is mount fuji")] == ["Mount Fuji", "Danube"]
+
+
+@pytest.mark.parametrize("query", ['"', "AND", "NEAR(a b)", "title:fuji", "fuji*", "a OR", "'; DROP TABLE pages; --",
+                                   "(", "-", "", "  ", "\x00", "é" * 2000, "fuji " * 5000])
+def test_no_query_is_a_syntax_error(index: TextIndex, query: str) -> None:
+    assert len(index.lookup(query)) <= 2
+    assert index.lookup("danube")[0][0] == "Danube"
+
+
+def test_a_file_that_is_no_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_text("not a database, but long enough to be looked at as one")
+    with pytest.raises(DataError, match="x.db"):
+        TextIndex(tmp_path / "x.db")
+    with pytest.raises(DataError, match="no such text index"):
+        TextIndex(tmp_path / "missing.db")
+
+
+def test_repeated_snippets_are_shown_once_and_an_empty_result_says_so() -> None:
+    text = layout.search_results("q", [("a", "1", "same"), ("b", "2", "same"), ("c", "3", "x" * 30_000)])
+    assert "found 2 results" in text and "Page 2. [Title: c](Link: 3)" in text and len(text) < 21_000
+    assert layout.search_results("q", []) == "No search results found for q."
+
+
+# -- hosted providers ------------------------------------------------------------------------------------------------
+def ask(make: Callable[[str], HttpProvider], *answers: tuple[int, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """(results or the SearchError, requests seen) of one search against a server that gives `answers` in turn."""
+    seen: list[dict[str, Any]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        status, body = answers[min(len(seen), len(answers) - 1)]
+        seen.append({"method": request.method, "headers": dict(request.headers), "query": dict(request.query),
+                     "json": await request.json() if request.can_read_body else None})
+        return web.Response(status=status, text=body if isinstance(body, str) else json.dumps(body))
+
+    async def go() -> Any:
+        app = web.Application()
+        app.router.add_route("*", "/", handler)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        provider = make(f"http://127.0.0.1:{runner.addresses[0][1]}/")
+        try:
+            return await provider.search('who "is" it')
+        except SearchError as exc:
+            return exc
+        finally:
+            await provider.close()
+            await runner.cleanup()
+    return asyncio.run(go()), seen
+
+
+def row(snippet: str = "snippet") -> dict[str, Any]:
+    return {"position": 1, "title": "T", "link": "https://l", snippet: "S"}
+
+
+def test_serper_is_asked_and_read_as_documented() -> None:
+    body = {"searchParameters": {"q": "x"}, "organic": [row()], "credits": 1}
+    results, (seen,) = ask(lambda url: Serper("key", url, 10), (200, body))
+    assert results == [("T", "https://l", "S")]
+    assert seen["method"] == "POST" and seen["headers"]["X-API-KEY"] == "key"
+    assert seen["json"] == {"q": "who is it", "num": 10}
+
+
+def test_serpapi_rows_are_read_from_organic_results() -> None:
+    body = {"search_metadata": {"status": "Success"}, "organic_results": [row()] * 12}
+    results, (seen,) = ask(lambda url: SerpApi("key", url, 10), (200, body))
+    assert results == [("T", "https://l", "S")] * 10
+    assert seen["method"] == "GET" and seen["query"]["api_key"] == "key" and seen["query"]["engine"] == "google"
+
+
+def test_brightdata_is_asked_through_its_zone() -> None:
+    results, (seen,) = ask(lambda url: BrightData("tok", url, 10, "zone1"), (200, {"organic": [row("description")]}))
+    assert results == [("T", "https://l", "S")]
+    assert seen["headers"]["Authorization"] == "Bearer tok" and seen["json"]["zone"] == "zone1"
+    assert "q=who+is+it" in seen["json"]["url"] and "brd_json=1" in seen["json"]["url"]
+
+
+def test_serpapis_error_for_no_result_is_an_empty_result_and_any_other_is_a_failure() -> None:
+    nothing = {"error": "Google hasn't returned any results for this query."}
+    empty, _ = ask(lambda url: SerpApi("key", url, 10), (200, nothing))
+    assert empty == []
+    failure, _ = ask(lambda url: SerpApi("key", url, 10), (200, {"error": "Your account has run out of searches."}))
+    assert isinstance(failure, SearchError) and "run out" in str(failure)
+
+
+def test_a_busy_provider_is_asked_again_and_a_refusal_is_not() -> None:
+    results, seen = ask(lambda url: Serper("key", url, 10), (429, "slow down"), (503, ""), (200, {"organic": [row()]}))
+    assert len(seen) == 3 and results == [("T", "https://l", "S")]
+    failure, seen = ask(lambda url: Serper("key", url, 10), (403, {"message": "Unauthorized.", "statusCode": 403}))
+    assert len(seen) == 1 and isinstance(failure, SearchError) and "403" in str(failure)
+
+
+@pytest.mark.parametrize("body", ["<html>busy</html>", "[]", ""])
+def test_an_answer_that_is_no_result_is_a_failure_not_an_empty_result(body: str) -> None:
+    failure, _ = ask(lambda url: Serper("key", url, 10), (200, body))
+    assert isinstance(failure, SearchError)
+
+
+def test_the_provider_follows_the_keys_and_a_missing_key_is_named() -> None:
+    assert hosted_provider("auto", 10, {}) is None
+    assert hosted_provider("embedded", 10, {"SERPER_API_KEY": "k"}) is None
+    assert isinstance(hosted_provider("auto", 10, {"BRIGHTDATA_API_TOKEN": "k", "BRIGHTDATA_ZONE": "z"}), BrightData)
+    with pytest.raises(ConfigError, match="SERPER_API_KEY"):
+        hosted_provider("serper", 10, {})
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+def badge(seed: int) -> Image.Image:
+    """A random field of coloured cells, 64 to 256 pixels."""
+    random = np.random.default_rng(seed)
+    cells = random.integers(0, 256, (int(random.integers(3, 7)), int(random.integers(3, 7)), 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize([int(n) for n in random.integers(64, 257, 2)], Image.Resampling.NEAREST)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(500):
+        badge(seed).save(folder / f"{seed}.png")
+    (folder / "labels.json").write_text(json.dumps({f"{seed}.png": f"badge {seed}" for seed in range(500)}))
+    return ImageIndex(folder)
+
+
+def test_each_of_500_badges_is_found_again_after_re_encoding_and_scaling(photos: ImageIndex) -> None:
+    for seed in range(0, 500, 5):
+        image = badge(seed)
+        for query in (encoded(image, "JPEG", quality=60), encoded(image.resize((200, 150)), "WEBP", quality=60)):
+            best = photos.lookup(query)[0]
+            assert best.title == f"badge {seed}"
+
+
+def test_an_image_that_is_not_in_the_index_has_no_result(photos: ImageIndex) -> None:
+    found = [photos.lookup(encoded(badge(seed), "PNG")) for seed in range(1000, 1100)]
+    assert sum(bool(matches) for matches in found) == 0
+
+
+def test_returned_images_are_bounded(tmp_path: Path) -> None:
+    badge(0).resize((4000, 3000)).save(tmp_path / "big.jpg")
+    (tmp_path / "labels.json").write_text('{"big.jpg": "big"}')
+    reply = asyncio.run(run_image_search(ImageIndex(tmp_path), (encoded(badge(0), "PNG"),)))
+    assert reply.text == "1. [big]" and max(Image.open(io.BytesIO(reply.images[0])).size) == MAX_SIDE
+
+
+def test_a_row_without_image_has_no_result(photos: ImageIndex) -> None:
+    assert asyncio.run(run_image_search(photos, ())).text == layout.NO_IMAGE_RESULT
+
+
+def test_an_unusable_image_folder_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="labels.json"):
+        ImageIndex(tmp_path)
+    (tmp_path / "labels.json").write_text('{"a.png": "a"}')
+    with pytest.raises(DataError, match="a.png"):
+        ImageIndex(tmp_path)
