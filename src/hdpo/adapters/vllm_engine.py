@@ -1,0 +1,284 @@
+"""vLLM inside the trainer's process: one engine per rank, stepped by the rollout loop.
+
+Continuous batching over unequal trajectories, no server and no per-turn barrier. Every rank owns a whole engine
+(tensor parallel 1); ranks meet only while engines are built. Written against vLLM 0.32, CUDA and CPU builds alike.
+
+Memory on CUDA: `sleep()` is vLLM's level 1 (weights to host memory, KV cache dropped). Level 2 is not offered: it
+would leave Qwen3-VL's deepstack buffers, which are neither parameters nor buffers, undefined after waking.
+"""
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from hdpo.adapters.torchvision_shim import activate
+from hdpo.config import RolloutConfig
+from hdpo.errors import ConfigError, ModelError
+from hdpo.protocols import GenerateRequest
+from hdpo.types import Completion, StopReason
+
+_GIB = 1024 ** 3
+_CPU_KV_CACHE_GIB = 1.0
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+class VllmEngine:
+    """`protocols.Engine` on an in-process vLLM.
+
+    `model_path` is a Hugging Face folder. Generation ends at any of `stop_token_ids` (kept in the completion);
+    `tool_call_end_id` tells which of them closes a tool call. `banned_token_ids` get a bias of -100 nat, which leaves
+    them a probability below 1e-40. `min_pixels` and `max_pixels` must be those of the trainer's image processor.
+    `dtype` is "auto" (bfloat16 on CUDA, float32 on CPU), "float32" or "bfloat16".
+
+    Log-probs are those of the sampled ids at the sampling temperature (at temperature 0: of the greedy id at
+    temperature 1), after the ban. Where ranks share a process group, create it before the engine and build the engine on
+    every rank together: vLLM makes its own groups beside it. One engine may exist at a time in a process; after
+    `close()` another can be built.
+
+    Raises ConfigError for tensor_parallel other than 1, ModelError for a folder without a model.
+    """
+
+    def __init__(self, model_path: str, *, config: RolloutConfig, max_model_len: int, stop_token_ids: Sequence[int],
+                 tool_call_end_id: int, banned_token_ids: Sequence[int] = (), image_limit: int = 1, min_pixels: int,
+                 max_pixels: int, dtype: str = "auto", seed: int = 0) -> None:
+        if config.tensor_parallel != 1:
+            raise ConfigError("rollout.tensor_parallel: only 1 is supported, every rank runs an engine of its own")
+        if not os.path.isfile(os.path.join(model_path, "config.json")):
+            raise ModelError(f"model.path: {model_path} has no config.json")
+        activate()
+        import torch
+
+        self.max_model_len = max_model_len
+        self._stop_token_ids = list(stop_token_ids)
+        self._tool_call_end_id = tool_call_end_id
+        self._ban = {token: -100.0 for token in banned_token_ids}
+        self._version = 0
+        self._cuda = torch.cuda.is_available()
+        self._kv_asleep = False
+        self._owns_process_group = not torch.distributed.is_initialized()
+        arguments = dict(
+            model=model_path, dtype=_dtype(dtype, self._cuda), seed=seed, max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=max(config.max_batched_tokens, config.max_num_seqs),
+            limit_mm_per_prompt={"image": image_limit, "video": 0},
+            mm_processor_kwargs={"images_kwargs": {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}},
+            mm_processor_cache_gb=0.5, use_tqdm_on_load=False,
+            generation_config="vllm", logprobs_mode="processed_logprobs", enable_prefix_caching=True,
+            enforce_eager=config.enforce_eager or not self._cuda, disable_log_stats=True,
+            **_placement(config, self._cuda, self._owns_process_group))
+        with _undisturbed_process(), _quiet():
+            self._engine = _start(arguments)
+        self._tied = bool(self._engine.model_config.hf_config.tie_word_embeddings)
+
+    # --- generation ---------------------------------------------------------------------------------------------
+
+    def add_request(self, request_id: str, request: GenerateRequest) -> None:
+        """Queue one generation. Raises ValueError where the expanded prompt leaves no room in `max_model_len`."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        self._wake_kv_cache()
+        prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+            if request.image_keys:
+                prompt["multi_modal_uuids"] = {"image": list(request.image_keys)}
+        # top_p 1 and top_k -1: truncated sampling would put the log of the kept mass into every importance ratio.
+        # ignore_eos: what ends a turn is `stop_token_ids` and nothing the model folder adds to it.
+        parameters = SamplingParams(
+            temperature=request.temperature, top_p=1.0, top_k=-1, min_p=0.0, seed=request.seed,
+            max_tokens=request.max_tokens, stop_token_ids=self._stop_token_ids, ignore_eos=True,
+            logit_bias=self._ban or None, logprobs=0, flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY)
+        self._engine.add_request(request_id, prompt, parameters)
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """Advance every running request by at least one token; return those that finished."""
+        if not self.num_unfinished():
+            return []
+        return [(result.request_id, self._completion(result.outputs[0]))
+                for result in self._engine.step() if result.finished]
+
+    def _completion(self, output: Any) -> Completion:
+        token_ids = list(output.token_ids)
+        if output.finish_reason == "abort":
+            stop = StopReason.ABORTED
+        elif output.finish_reason == "length":
+            stop = StopReason.LENGTH
+        else:
+            stop = StopReason.TOOL_CALL if token_ids[-1] == self._tool_call_end_id else StopReason.END_OF_TURN
+        flat = output.logprobs   # the sampled id comes first in each position
+        return Completion(token_ids, [flat.logprobs[i] for i in flat.start_indices], stop, self._version)
+
+    def num_unfinished(self) -> int:
+        return self._engine.get_num_unfinished_requests()
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; an aborted request is never returned by `step`. Unknown ids are ignored."""
+        self._engine.abort_request(list(request_ids))
+
+    # --- weights ------------------------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """Replace all weights with (Hugging Face name, tensor) pairs; drops every cache made with the old ones.
+
+        Tensors may vanish as soon as the iterator advances: each is copied, and held until its layer is complete. A
+        tied lm_head is filled from the embedding whether or not the iterator names it: vLLM would keep a stale copy.
+        Raises RuntimeError with requests in flight, ModelError for a name that is missing or unknown; the engine has
+        no usable weights then.
+        """
+        if self.num_unfinished():
+            raise RuntimeError("load_weights while requests are running")
+        copies = _copied(weights, self._tied)
+        try:
+            missing = self._engine.collective_rpc(_reload, args=(copies,))[0]
+        except (ValueError, KeyError, AttributeError) as exc:   # how vLLM's loaders report unknown names and wrong shapes
+            raise ModelError(f"weights for the engine: {exc}") from exc
+        if missing:
+            raise ModelError(f"weights for the engine: {len(missing)} missing, the first is {missing[0]}")
+        self._engine.reset_encoder_cache()
+        self._engine.reset_mm_cache()
+        self._wake_kv_cache()
+        self._engine.reset_prefix_cache()
+        self._version = version
+
+    def sleep(self) -> None:
+        """CUDA: weights to host memory, KV cache dropped; running requests are aborted. CPU: nothing to do."""
+        if self._cuda and not self._engine.is_sleeping():
+            self._engine.sleep(level=1)
+            self._kv_asleep = True
+
+    def wake(self) -> None:
+        """CUDA: weights only, so that they and a gathered layer fit; the KV cache follows with the next load or request."""
+        if self._kv_asleep:
+            self._engine.wake_up(tags=["weights"])
+
+    def _wake_kv_cache(self) -> None:
+        if self._kv_asleep:
+            self._engine.wake_up()   # whatever still sleeps
+            self._kv_asleep = False
+
+    def close(self) -> None:
+        """Free everything, so that another engine can start in this process. A group of the trainer's stays as it is."""
+        if self._engine is None:
+            return
+        from vllm.distributed import parallel_state
+
+        self._engine.engine_core.shutdown()
+        self._engine = None
+        parallel_state.destroy_model_parallel()
+        if self._owns_process_group:
+            parallel_state.destroy_distributed_environment()
+        elif parallel_state._WORLD is not None:   # destroy_distributed_environment would take the trainer's group along
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+        gc.collect()
+        if self._cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def _placement(config: RolloutConfig, cuda: bool, alone: bool) -> dict[str, Any]:
+    """Where the engine runs and how much memory it takes."""
+    options: dict[str, Any] = {"enable_sleep_mode": cuda, "gpu_memory_utilization": config.gpu_memory}
+    if not alone:   # ranks of a launcher: vLLM reads RANK, LOCAL_RANK and the group that exists
+        options["distributed_executor_backend"] = "external_launcher"
+    gib = config.kv_cache_gib or (0.0 if cuda else _CPU_KV_CACHE_GIB)
+    if gib:
+        options["kv_cache_memory_bytes"] = int(gib * _GIB)
+    return options
+
+
+def _dtype(dtype: str, cuda: bool) -> str:
+    return dtype if dtype != "auto" else "bfloat16" if cuda else "float32"
+
+
+def _copied(weights: Iterable[tuple[str, Any]], tied: bool) -> Iterator[tuple[str, Any]]:
+    for name, tensor in weights:
+        if tied and name == _HEAD:
+            continue
+        copy = tensor.detach().clone()
+        yield name, copy
+        if tied and name.endswith(_EMBEDDING):
+            yield _HEAD, copy
+
+
+def _reload(worker: Any, weights: Iterator[tuple[str, Any]]) -> list[str]:
+    """vLLM's own layer by layer reload (`model_runner.reload_weights`), but the names it missed are returned, not logged."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = worker.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    initialize_layerwise_reload(model)
+    loaded = model.load_weights(weights)
+    finalize_layerwise_reload(model, worker.model_config)
+    return sorted(expected - loaded)
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    """Import vLLM and build the engine. What it reads from the environment is settled before."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import EngineArgs, LLMEngine
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import sampler
+
+    if current_platform.is_cpu():
+        # vLLM compiles this one line with torch.compile: seconds at the first token, and a C++ compiler at run time.
+        sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
+    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the noise of vLLM's start, C++ included, off the terminal; it is shown if the start fails.
+
+    HDPO_DEBUG=1 leaves everything as it is. vLLM's loggers stay at ERROR afterwards: on CPU one of them warns each step.
+    """
+    if os.environ.get("HDPO_DEBUG"):
+        yield
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as noise, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = os.dup(1), os.dup(2)
+        os.dup2(noise.fileno(), 1)
+        os.dup2(noise.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            noise.seek(0)
+            os.write(saved[1], noise.read())
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _undisturbed_process() -> Iterator[None]:
+    """vLLM seeds the global generators and lowers torch's thread count while it starts; the trainer keeps its own."""
+    import numpy as np
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    set_num_threads(threads)
