@@ -59,7 +59,8 @@ class ChatFormat:
         self.banned_ids = tuple(sorted(set(special.values()) - {self.end_of_turn_id}))
         self._image_block = self._encode(self._control, VISION_START + IMAGE_PAD + VISION_END)
         self._open, self._close = (self._encode(self._control, s) for s in (OBSERVATION_OPEN, OBSERVATION_CLOSE))
-        self.factor = int(image_processor.patch_size * image_processor.merge_size)
+        self.merge_size = int(image_processor.merge_size)
+        self.factor = int(image_processor.patch_size) * self.merge_size
         self.min_pixels, self.max_pixels = self._narrow(min_pixels, max_pixels)
 
     @property

@@ -77,7 +77,7 @@ class EnginePump:
 
     # -- called on the thread that drives the engine ----------------------------------------------------------------
 
-    def run(self, stop: threading.Event | None = None, on_stop: Callable[[], None] | None = None) -> None:
+    def run(self, stop: threading.Event | None = None, on_stop: Callable[[], object] | None = None) -> None:
         """Step the engine until `close`. When `stop` is set, `on_stop` is called once, and pumping goes on."""
         while not self._closed:
             if stop is not None and stop.is_set() and on_stop is not None:

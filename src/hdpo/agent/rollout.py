@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,10 +156,9 @@ class Rollouts:
             if not clock.expired():
                 clock.reschedule(self._background.loop.time())
 
-    def _in_pool(self, function: Callable[..., Segment], *arguments: Any) -> Coroutine[Any, Any, Segment]:
-        async def call() -> Segment:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-        return call()
+    async def _in_pool(self, function: Callable[..., Segment], *arguments: Any) -> Segment:
+        """Pixels and long texts are handled in threads: on the loop they would delay every other trajectory."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     async def _prompt(self, task: Task) -> Segment:
         """Decoded and tokenised once for all rollouts of the task."""
@@ -201,7 +200,7 @@ class Rollouts:
         live.builder.append_given(prompt)
         live.prompt_length = len(prompt.expanded_ids)
         for turn in range(self._config.max_turns + 1):
-            if full := self._full(live):
+            if (full := self._full(live)) is not None:
                 return full
             completion = await self._generate(run, live, turn)
             live.builder.append_sampled(completion)
@@ -210,7 +209,7 @@ class Rollouts:
                 return self._final(live, completion.stop)
             if turn == self._config.max_turns:
                 break
-            if end := await self._observe(live):
+            if (end := await self._observe(live)) is not None:
                 return end
         return EndReason.MAX_TURNS
 
@@ -255,7 +254,7 @@ class Rollouts:
             return EndReason.INFRASTRUCTURE
         room = max(0, self._config.max_images - len(live.builder.images))
         segment = await self._in_pool(self._observation, outcome, room)
-        if full := self._full(live, len(segment.expanded_ids)):
+        if (full := self._full(live, len(segment.expanded_ids))) is not None:
             return full
         live.builder.append_given(segment)
         return None
