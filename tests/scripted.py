@@ -7,12 +7,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hdpo.agent.chat import ChatFormat
 from hdpo.protocols import GenerateRequest, ToolResult
 from hdpo.types import Completion, StopReason, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Script = Callable[[str, GenerateRequest], str]
 
