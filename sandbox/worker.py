@@ -21,233 +21,16 @@ import argparse
 import gc
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
-from typing import Any
 
 import frames
 import isolation
-from cell import Interpreter
-
-INTERRUPT_GRACE_S = 0.35
-LOG_FD = os.dup(2)   # a session's own descriptor 2 belongs to its cells
-MAX_REPLY_JSON, MAX_REPLY_BLOBS = 4 << 20, 64 << 20
+from supervisor import Supervisor, run_in_fork
 
 
-# -- the session -----------------------------------------------------------------------------------------------------
-def session(conn: socket.socket, options: argparse.Namespace, work: str) -> None:
-    """Body of a session process: confine itself, then serve cells until the connection ends."""
-    os.setsid()
-    if "namespaces" in options.controls:
-        isolation.private_mounts(work, options.limits.file_bytes)
-    os.chdir(work)
-    _own_environment(work)
-    out = [os.open(os.path.join(work, name), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) for name in (".out", ".err")]
-    null = os.open(os.devnull, os.O_RDONLY)
-    for fd, target in ((null, 0), (out[0], 1), (out[1], 2)):
-        os.dup2(fd, target)
-        os.close(fd)
-    for name in (".out", ".err"):
-        os.unlink(os.path.join(work, name))
-    isolation.set_limits(options.limits)
-    isolation.drop_capabilities()
-    isolation.die_with_parent()
-    if "seccomp" in options.controls:
-        isolation.install_seccomp()
-    _serve(conn, options)
-
-
-def _own_environment(work: str) -> None:
-    keep = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TZ") if name in os.environ}
-    os.environ.clear()
-    os.environ.update(keep, HOME=work, TMPDIR=work, MPLBACKEND="Agg", MPLCONFIGDIR=work, OMP_NUM_THREADS="1",
-                      OPENBLAS_NUM_THREADS="1")
-    tempfile.tempdir = work
-    sys.path[:] = [entry for entry in sys.path if entry not in ("", os.path.dirname(os.path.abspath(__file__)))]
-    sys.path.insert(0, work)
-    sys.argv = [""]
-
-
-def _serve(conn: socket.socket, options: argparse.Namespace) -> None:
-    message, images = frames.receive(conn)
-    interpreter = Interpreter(images, options.max_output_kib << 10, options.max_images)
-    signal.signal(signal.SIGINT, interpreter.on_interrupt)
-    os.close(LOG_FD)
-    frames.send(conn, {"status": "ready"})
-    while True:
-        try:
-            message, _ = frames.receive(conn)
-        except EOFError:
-            return
-        result, pngs = interpreter.run(message["code"])
-        frames.send(conn, result, pngs)
-
-
-# -- the supervisor --------------------------------------------------------------------------------------------------
-class Supervisor:
-    """Relays between the client and one session, and ends the session when time or the client is gone."""
-
-    def __init__(self, client: socket.socket, options: argparse.Namespace) -> None:
-        self.client, self.options = client, options
-        self.private = "namespaces" in options.controls
-        self.work = options.work if self.private else tempfile.mkdtemp(prefix="session-", dir=options.work)
-        self.pid = 0
-        self.inner: socket.socket
-
-    def run(self) -> None:
-        os.setsid()
-        isolation.adopt_orphans()
-        if "user" in self.options.controls:
-            if not self.private and os.geteuid() == 0:
-                os.chown(self.work, 65534, 65534)
-            isolation.drop_root()
-        if self.private:
-            isolation.unshare(["user", "mount", "pid", "ipc", "uts"])
-        isolation.die_with_parent()
-        self.inner, other = socket.socketpair()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _child(self._session, other)
-        other.close()
-        try:
-            self._relay()
-        except (EOFError, OSError, frames.FrameError) as exc:
-            _log(f"session ends: {type(exc).__name__} {exc}".rstrip())
-        finally:
-            self._kill()
-            if not self.private:
-                shutil.rmtree(self.work, ignore_errors=True)
-
-    def _session(self, conn: socket.socket) -> None:
-        self.client.close()
-        self.inner.close()
-        session(conn, self.options, self.work)
-
-    def _relay(self) -> None:
-        self._pass_in(*self._from_client())                 # images
-        self.client.sendall(self._from_session(time.monotonic() + 60.0))
-        while True:
-            self._wait_for_client()
-            header, text, payload = self._from_client()
-            message, _ = frames.unpack(text, payload)
-            if not self._answer(message, header + text + payload):
-                return
-
-    def _answer(self, message: dict[str, Any], raw: bytes) -> bool:
-        """Run one cell. False when the session is gone."""
-        timeout = min(float(message["timeout"]), 3600.0)
-        started = time.monotonic()
-        status, reply = "ok", b""
-        try:
-            self.inner.settimeout(30.0)
-            self.inner.sendall(raw)
-            reply = self._from_session(started + timeout)
-        except TimeoutError:
-            os.kill(self.pid, signal.SIGINT)
-            try:
-                reply = self._from_session(time.monotonic() + INTERRUPT_GRACE_S)
-                status = "interrupted"
-            except TimeoutError:
-                status = "killed"
-            except (EOFError, OSError, frames.FrameError):
-                status = "died"
-        except (EOFError, ConnectionError, frames.FrameError):
-            status = "died"
-        if not reply:
-            self._kill()
-        verdict = {"status": status, "seconds": round(time.monotonic() - started, 4)}
-        self.client.sendall(frames.pack(verdict) + reply)
-        return bool(reply)
-
-    def _from_client(self) -> tuple[bytes, bytes, bytes]:
-        try:
-            header = frames.read_exactly(self.client, frames.HEADER.size)
-        except EOFError:
-            raise ClientGone from None
-        json_size, blob_size = frames.sizes(header)
-        return header, frames.read_exactly(self.client, json_size), frames.read_exactly(self.client, blob_size)
-
-    def _pass_in(self, *parts: bytes) -> None:
-        for part in parts:
-            self.inner.sendall(part)
-
-    def _from_session(self, deadline: float) -> bytes:
-        """One whole frame, unparsed. Raises TimeoutError, EOFError, FrameError; EOFError too when the client left."""
-        data = bytearray()
-        need = frames.HEADER.size
-        while len(data) < need:
-            self._wait_for_session(deadline)
-            chunk = self.inner.recv(min(need - len(data), 1 << 20))
-            if not chunk:
-                raise EOFError("the session closed its end")
-            data += chunk
-            if len(data) == frames.HEADER.size:
-                need += sum(frames.sizes(bytes(data), MAX_REPLY_JSON, MAX_REPLY_BLOBS))
-        return bytes(data)
-
-    def _wait_for_session(self, deadline: float) -> None:
-        poll = select.poll()
-        poll.register(self.inner, select.POLLIN)
-        poll.register(self.client, select.POLLRDHUP)
-        events = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-        if self.client.fileno() in events:
-            raise ClientGone
-        if not events:
-            raise TimeoutError
-
-    def _wait_for_client(self) -> None:
-        poll = select.poll()
-        poll.register(self.client, select.POLLIN | select.POLLRDHUP)
-        poll.register(self.inner, select.POLLRDHUP)     # the session died, or spoke out of turn and will be found out
-        poll.poll()
-
-    def _kill(self) -> None:
-        """SIGKILL the session; its PID namespace, or failing that every descendant, goes with it."""
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.pid = 0
-        while not self.private and (rest := _children()):   # orphans come to us: this process adopts them
-            for pid in rest:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-
-
-class ClientGone(SystemExit):
-    """The client hung up: nobody is left to answer."""
-
-
-def _children() -> list[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as handle:
-        return [int(pid) for pid in handle.read().split()]
-
-
-def _child(body: Any, *args: Any) -> None:
-    """Run `body` in a fresh fork and never return from it."""
-    code = 1
-    try:
-        body(*args)
-        code = 0
-    except SystemExit:
-        code = 0
-    except BaseException as exc:  # noqa: B036,B902,BLE001 - a fork must not return into its parent's code
-        _log(f"{getattr(body, '__qualname__', body)}: {type(exc).__name__}: {exc}")
-    finally:
-        os._exit(code)
-
-
-def _log(line: str) -> None:
-    try:
-        os.write(LOG_FD, f"sandbox: {line}\n".encode())
-    except OSError:   # the server's end of the log is gone
-        pass
-
-
-# -- the template ----------------------------------------------------------------------------------------------------
 def preload() -> None:
     """Import and warm up what sessions will share."""
     import warnings
@@ -309,7 +92,7 @@ class Template:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for end in (self.listener, self.lifeline, *self.wake):
                 end.close()
-            _child(Supervisor(conn, self.options).run)
+            run_in_fork(Supervisor(conn, self.options).run)
         conn.close()
 
 

@@ -1,0 +1,70 @@
+"""The session process: confines itself, then serves the cells of one trajectory until its connection ends."""
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import tempfile
+
+import frames
+import isolation
+from cell import Interpreter
+
+LOG_FD = os.dup(2)   # a session's own descriptor 2 belongs to its cells
+
+
+def run_session(conn: socket.socket, options: argparse.Namespace, work: str) -> None:
+    """Body of a session process: confine itself, then serve cells until the connection ends."""
+    os.setsid()
+    if "namespaces" in options.controls:
+        isolation.private_mounts(work, options.limits.file_bytes)
+    os.chdir(work)
+    _own_environment(work)
+    out = [os.open(os.path.join(work, name), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) for name in (".out", ".err")]
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd, target in ((null, 0), (out[0], 1), (out[1], 2)):
+        os.dup2(fd, target)
+        os.close(fd)
+    for name in (".out", ".err"):
+        os.unlink(os.path.join(work, name))
+    isolation.set_limits(options.limits)
+    isolation.drop_capabilities()
+    isolation.die_with_parent()
+    if "seccomp" in options.controls:
+        isolation.install_seccomp()
+    _serve(conn, options)
+
+
+def _own_environment(work: str) -> None:
+    keep = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TZ") if name in os.environ}
+    os.environ.clear()
+    os.environ.update(keep, HOME=work, TMPDIR=work, MPLBACKEND="Agg", MPLCONFIGDIR=work, OMP_NUM_THREADS="1",
+                      OPENBLAS_NUM_THREADS="1")
+    tempfile.tempdir = work
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", os.path.dirname(os.path.abspath(__file__)))]
+    sys.path.insert(0, work)
+    sys.argv = [""]
+
+
+def _serve(conn: socket.socket, options: argparse.Namespace) -> None:
+    message, images = frames.receive(conn)
+    interpreter = Interpreter(images, options.max_output_kib << 10, options.max_images)
+    signal.signal(signal.SIGINT, interpreter.on_interrupt)
+    os.close(LOG_FD)
+    frames.send(conn, {"status": "ready"})
+    while True:
+        try:
+            message, _ = frames.receive(conn)
+        except EOFError:
+            return
+        result, pngs = interpreter.run(message["code"])
+        frames.send(conn, result, pngs)
+
+
+def log(line: str) -> None:
+    try:
+        os.write(LOG_FD, f"sandbox: {line}\n".encode())
+    except OSError:   # the server's end of the log is gone
+        pass
