@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from hdpo.config import Config, dump_config
 from hdpo.evaluate import evaluate, write_summary
+from hdpo.reward.audit import AuditLog, audit_record
 from hdpo.train.dump import write_rollouts
 from hdpo.train.metrics import JsonlSink, Metrics
 from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars
@@ -129,7 +130,7 @@ def write_run(folder: Path, *, steps: int = 24, seed: int = 5) -> Path:
         write_rollouts(folder / "eval" / f"{name}.parquet", result.groups, step=0)
         summaries[name] = result.summary
     write_summary(folder / "summary.json", summaries)
-    _write_audit(folder / "audit" / "audit.jsonl")
+    _write_audit(folder / "audit")
     return folder
 
 
@@ -147,12 +148,11 @@ def _training_scalars(step: int, progress: float) -> dict[str, float]:
     return metrics.reduce_over_ranks()
 
 
-def _write_audit(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height = {"question": "How tall is <it>?", "prediction": "3.0 m", "ground_truth": "3 metres"}
-    digit = {"question": "Which digit?", "prediction": "7", "ground_truth": "7"}
-    rows = [height | {"verdict": "wrong", "by": "rule", "raw": "number"},
-            height | {"verdict": "correct", "by": "judge", "raw": "CORRECT"},
-            digit | {"verdict": "correct", "by": "rule", "raw": "exact"},
-            digit | {"verdict": "correct", "by": "judge", "raw": "CORRECT"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def _write_audit(folder: Path) -> None:
+    """Two rollouts that the judge was asked about too (it disagrees on the first), one that it was not."""
+    records = []
+    for index, second in ((0, Verdict.WRONG), (2, Verdict.CORRECT), (4, None)):
+        trajectory = make_trajectory(make_task(index, needed=True), 0, call=True, right=True)
+        judgement = Judgement(Verdict.CORRECT, "rule", "exact")
+        records.append(audit_record(trajectory, judgement, second and Judgement(second, "judge", f"<{second.value}>")))
+    AuditLog(folder).write(1, records)

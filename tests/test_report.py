@@ -17,7 +17,9 @@ from hdpo.evaluate import COLUMNS, format_value, table_rows
 from hdpo.report import write_report
 from hdpo.report_rollouts import choose
 from hdpo.report_svg import Series, line_chart, short, stack_chart
+from hdpo.reward.audit import AuditLog, audit_record
 from hdpo.train.dump import read_rollouts, write_rollouts
+from hdpo.types import Judgement, Verdict
 
 VOID = {"meta", "img"}
 
@@ -139,9 +141,8 @@ def test_text_of_models_tools_and_data_stays_text(tmp_path):
     for stage in ("sft", "rl"):
         write_rollouts(run / "eval" / f"{stage}.parquet", [group], step=0)
     (run / "config.yaml").write_text(NASTY)
-    (run / "audit" / "audit.jsonl").write_text("".join(
-        json.dumps({"question": NASTY, "prediction": NASTY, "ground_truth": [NASTY], "verdict": verdict, "by": by,
-                    "raw": NASTY}) + "\n" for verdict, by in (("wrong", "rule"), ("correct", "judge"))))
+    AuditLog(run / "audit").write(1, [audit_record(
+        group.trajectories[0], Judgement(Verdict.WRONG, "rule", NASTY), Judgement(Verdict.CORRECT, "judge", NASTY))])
     html = write_report(run).read_text()
     page = Page(html)
     assert {tag for tag, _ in page.tags} & {"script", "a"} == set()
@@ -158,8 +159,25 @@ def test_a_picture_of_an_unknown_kind_is_left_out(tmp_path, run):
 
 
 def test_disagreements_of_rule_and_judge_are_listed_and_counted(page):
-    assert "1 of 2 audited verdicts differ." in page.text
-    assert "How tall is <it>?" in page.cells and "Which digit?" not in page.cells
+    assert "1 of 2 cross-checked verdicts differ." in page.text
+    start = page.cells.index("<wrong>") - 6
+    assert page.cells[start + 1:start + 7] == ["3", "3", "correct", "exact", "wrong", "<wrong>"]
+    assert "<correct>" not in page.cells
+
+
+def test_an_evaluation_on_a_line_of_its_own_is_part_of_its_step(tmp_path):
+    rows = [{"step": 0, "eval/accuracy": 0.0}, {"step": 1, "time/rollout": 2.0, "tool/rate": 0.5},
+            {"step": 2, "time/rollout": 4.0, "tool/rate": 0.25}, {"step": 2, "eval/accuracy": 0.125}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(tmp_path).read_text())
+    assert "step 1\nrollout: 2" in page.text and "step 0\nrollout" not in page.text
+    assert "accuracy 12.5%" in page.text and "rollout 4" in page.text and "2 steps" in page.text
+
+
+def test_stages_are_in_the_order_of_training_whichever_was_evaluated_first(tmp_path, run):
+    summary = json.loads((run / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps({"rl": summary["rl"], "sft": summary["sft"]}))
+    assert "after SFT → after RL" in Page(write_report(tmp_path).read_text()).text
 
 
 def test_the_configuration_is_in_the_page(run, page):

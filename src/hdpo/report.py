@@ -16,11 +16,15 @@ from hdpo.errors import DataError
 from hdpo.evaluate import COLUMNS, Summary, format_value, table_rows
 from hdpo.report_rollouts import SCAN_COLUMNS, choose, task_card
 from hdpo.report_svg import Series, legend, line_chart, short, stack_chart
-from hdpo.train.dump import DumpedRollout, read_rollouts
+from hdpo.reward.audit import disagreements, read_audit
+from hdpo.train.dump import DumpedRollout, read_rollouts, rollout_parts
 from hdpo.train.metrics import read_metrics
 
 NAMES = {"sft": "after SFT", "rl": "after RL"}
 """How the stages of summary.json are called in the page; others keep their own names."""
+
+_ORDER = {"sft": 0, "rl": 2}
+_MAX_DISAGREEMENTS = 50
 
 PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
     ("Tool rate", True, {"where needed": "tool/rate_needed", "where not needed": "tool/rate_not_needed",
@@ -55,7 +59,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     when there is neither a summary nor a metric.
     """
     folder = Path(run_folder)
-    metrics = read_metrics(folder / "metrics.jsonl")
+    metrics = _by_step(read_metrics(folder / "metrics.jsonl"))
     summaries = _read_summary(folder / "summary.json")
     if not metrics and not summaries:
         raise DataError(f"{folder}: no metrics.jsonl and no summary.json to report on")
@@ -79,12 +83,22 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
 
 
 def _read_summary(path: Path) -> dict[str, Summary]:
+    """Stages in the order of training, whichever was evaluated first."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        return {stage: found[stage] for stage in sorted(found, key=lambda stage: _ORDER.get(stage, 1))}
     except FileNotFoundError:
         return {}
     except json.JSONDecodeError as exc:
         raise DataError(f"{path}: not valid JSON: {exc.msg}") from None
+
+
+def _by_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per step: an evaluation writes a line of its own beside that of the step it follows."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
 
 
 def _name(stage: str) -> str:
@@ -145,7 +159,7 @@ def _table(summaries: dict[str, Summary]) -> str:
 def _trajectories(folder: Path, stages: list[str]) -> str:
     """The same tasks before and after, where both dumps exist; otherwise those of the one that does."""
     dumps = [(stage, folder / "eval" / f"{stage}.parquet") for stage in stages[:1] + stages[1:][-1:]]
-    dumps = [(stage, path) for stage, path in dumps if list(path.parent.glob(f"{path.stem}*.parquet"))]
+    dumps = [(stage, path) for stage, path in dumps if rollout_parts(path)]
     if not dumps:
         return ""
     scans = [read_rollouts(path, columns=SCAN_COLUMNS) for _, path in dumps]
@@ -172,12 +186,13 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
         if curves:
             last = [short(next(v for v in reversed(curve.values) if v is not None), share) for curve in curves]
             cards.append(_chart(title, legend([c.label for c in curves], last), line_chart(steps, curves, share=share)))
-    names = dict.fromkeys(name for row in metrics for name in row)      # in the order things happen in a step
-    phases = [name for name in names if name.startswith("time/") and name != "time/step"]
+    seen = dict.fromkeys(name for row in metrics for name in row)       # in the order things happen in a step
+    phases = [name for name in seen if name.startswith("time/") and name != "time/step"]
     if phases:
-        stack = [Series(name.removeprefix("time/"), [row.get(name) for row in metrics]) for name in phases]
-        last = [short(metrics[-1].get(name)) for name in phases]
-        cards.append(_chart("Seconds of a step", legend([c.label for c in stack], last), stack_chart(steps, stack)))
+        timed = [row for row in metrics if any(name in row for name in phases)]     # not an evaluation before step 1
+        stack = [Series(name.removeprefix("time/"), [row.get(name) for row in timed]) for name in phases]
+        key = legend([one.label for one in stack], [short(timed[-1].get(name)) for name in phases])
+        cards.append(_chart("Seconds of a step", key, stack_chart([row["step"] for row in timed], stack)))
     return f'<section><h2>Training</h2><div class="charts">{"".join(cards)}</div></section>'
 
 
@@ -186,27 +201,21 @@ def _chart(title: str, key: str, svg: str) -> str:
 
 
 def _disagreements(folder: Path) -> str:
-    """Verdicts that the rules and the judge gave differently on the same prediction, from the audit sample."""
-    entries: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            key = (str(row["question"]), str(row["prediction"]), json.dumps(row["ground_truth"]))
-            entries.setdefault(key, {})["rule" if row["by"] == "rule" else "judge"] = row
-    both = [found for found in entries.values() if len(found) == 2]
-    if not both:
+    """Where the rules decided and the judge, asked about the same answer, says otherwise."""
+    checked = [record for record in read_audit(folder) if "judge_verdict" in record]
+    if not checked:
         return ""
-    differ = [found for found in both if found["rule"]["verdict"] != found["judge"]["verdict"]]
-    lines = []
-    for found in differ[:50]:
-        row, judge = found["rule"], found["judge"]
-        cells = (row["question"], row["ground_truth"], row["prediction"], row["verdict"], judge["verdict"], judge["raw"])
-        lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    table = ("" if not lines else '<div class="scroll"><table class="words"><thead><tr><th>question</th><th>truth</th>'
-             f'<th>prediction</th><th>rule</th><th>judge</th><th>reply</th></tr></thead><tbody>{"".join(lines)}</tbody>'
-             "</table></div>")
-    return (f'<section><h2>Rules against the judge</h2><p>{len(differ)} of {len(both)} audited verdicts differ.</p>'
-            f"{table}</section>")
+    differ = disagreements(checked)
+    fields = ("question", "ground_truth", "prediction", "verdict", "detail", "judge_verdict", "judge_detail")
+    lines = ["<tr>" + "".join(f"<td>{escape(str(record.get(name)))}</td>" for name in fields) + "</tr>"
+             for record in differ[-_MAX_DISAGREEMENTS:]]
+    titles = "".join(f"<th>{title}</th>" for title in ("question", "truth", "prediction", "rule says", "rule", "judge says",
+                                                       "reply"))
+    table = (f'<div class="scroll"><table class="words"><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody>'
+             "</table></div>") if lines else ""
+    shown = f" The last {len(lines)} of them:" if len(lines) < len(differ) else ""
+    return (f'<section><h2>Rules against the judge</h2><p>{len(differ)} of {len(checked)} cross-checked verdicts differ.'
+            f"{shown}</p>{table}</section>")
 
 
 def _configuration(path: Path) -> str:

@@ -29,16 +29,16 @@ def line_chart(steps: Sequence[int], series: Sequence[Series], *, share: bool = 
     present = [value for one in series for value in one.values if value is not None]
     low, high, ticks = (0.0, 1.0, [0.0, 0.5, 1.0]) if share else _axis(min(present), max(present))
     frame = _Frame(steps, low, high)
-    smooth = len(steps) >= _SMOOTH_FROM
     parts = [frame.grid(ticks, share)]
     for index, one in enumerate(series):
         colour = f"var(--c{index % _COLOURS + 1})"
-        if smooth:
+        count = sum(value is not None for value in one.values)
+        shown = _smoothed(one.values) if count >= _SMOOTH_FROM else one.values
+        if shown is not one.values:
             parts.append(f'<path d="{frame.path(one.values)}" class="raw" stroke="{colour}"/>')
-        shown = _smoothed(one.values) if smooth else one.values
         parts.append(f'<path d="{frame.path(shown)}" class="line" stroke="{colour}"/>')
-        if sum(value is not None for value in one.values) == 1:
-            parts.append(frame.dot(one.values, colour))
+        if count < _SMOOTH_FROM:        # few points, as of evaluations: show where they are
+            parts.append(frame.dots(one.values, colour))
     return frame.svg("".join(parts) + frame.hover(series, share))
 
 
@@ -100,9 +100,9 @@ class _Frame:
         base = HEIGHT - _BOTTOM
         return f"{self.path(tops)}L{self.x(self.steps[-1]):.1f} {base}L{self.x(self.steps[0]):.1f} {base}Z"
 
-    def dot(self, values: Values, colour: str) -> str:
-        step, value = next((s, v) for s, v in zip(self.steps, values, strict=True) if v is not None)
-        return f'<circle cx="{self.x(step):.1f}" cy="{self.y(value):.1f}" r="3" fill="{colour}"/>'
+    def dots(self, values: Values, colour: str) -> str:
+        return "".join(f'<circle cx="{self.x(step):.1f}" cy="{self.y(value):.1f}" r="2.5" fill="{colour}"/>'
+                       for step, value in zip(self.steps, values, strict=True) if value is not None)
 
     def grid(self, ticks: Sequence[float], share: bool) -> str:
         lines = []
