@@ -175,6 +175,17 @@ class Teacher:
                 turns.append(("Find this image.", words.IMAGE_CALL))
         return Lesson("call", turns, [])
 
+    def names(self) -> Lesson:
+        """Names of one to four words, so that copying goes on from word to word instead of stopping after the first."""
+        turns = []
+        for _ in range(4):
+            name = " ".join([self.random.choice(words.STEMS), *self.random.choices(words.KINDS, k=self.random.randint(1, 4))])
+            if self.random.random() < 0.5:
+                turns.append((f"Repeat {name}.", name))
+            else:
+                turns.append((f"Find {name}.", words.TEXT_CALL.format(name)))
+        return Lesson("name", turns, [])
+
     def sums(self) -> Lesson:
         turns = []
         for _ in range(5):
@@ -184,8 +195,8 @@ class Teacher:
 
     def lesson(self) -> Lesson:
         kinds: list[Callable[[], Lesson]] = [
-            self.view, self.size, self.crops, self.badges, self.copies, self.calls, self.sums]
-        lesson = self.random.choices(kinds, (0.26, 0.05, 0.15, 0.13, 0.19, 0.15, 0.07))[0]()
+            self.view, self.size, self.crops, self.badges, self.copies, self.calls, self.names, self.sums]
+        lesson = self.random.choices(kinds, (0.22, 0.03, 0.14, 0.12, 0.11, 0.06, 0.25, 0.07))[0]()
         if lesson.kind in ("view", "crop", "badge", "copy", "sum"):
             lesson.turns = [(user, f"<answer>{answer}</answer>") for user, answer in lesson.turns]
         return lesson

@@ -105,10 +105,10 @@ def _warm_start(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def pretrain(out: Path, seed: int = 1, steps: int = 4000, minutes: float = math.inf,
-             init: Path | None = None) -> dict[str, float]:
+             init: Path | None = None) -> tuple[Any, Any]:
     """Trains until `steps` or `minutes`, whichever ends first; the learning rate follows the nearer end.
 
-    Continues from out/state.pt when it exists. Returns accuracy per kind of lesson on held-out glyphs.
+    Continues from out/state.pt when it exists. Returns (model, tokenizer).
     """
     from transformers import Qwen3VLForConditionalGeneration
 
@@ -153,7 +153,7 @@ def pretrain(out: Path, seed: int = 1, steps: int = 4000, minutes: float = math.
             _save(out, model, optimizer, tokenizer, step, time.monotonic() - started)
     bar.close()
     _save(out, model, optimizer, tokenizer, step, time.monotonic() - started)
-    return accuracy(model, tokenizer, 1024)
+    return model, tokenizer
 
 
 def main() -> None:
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="wall clock that ends the run early")
     parser.add_argument("--init", type=Path, help="folder of an earlier base to start from")
     args = parser.parse_args()
-    result = pretrain(args.out, args.seed, args.steps, args.minutes, args.init)
+    result = accuracy(*pretrain(args.out, args.seed, args.steps, args.minutes, args.init), lessons=1024)
     print("held-out accuracy: " + ", ".join(f"{kind} {value:.3f}" for kind, value in result.items()))
 
 
