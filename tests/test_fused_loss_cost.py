@@ -91,6 +91,7 @@ def test_never_waits_for_the_device(dtype):
 
 
 def test_chunks_follow_the_vocabulary_within_bounds():
-    assert default_chunk_tokens(1_000) == 2048 and default_chunk_tokens(10**7) == 128
+    assert default_chunk_tokens(1_000) == 512 and default_chunk_tokens(10**7) == 128
+    assert default_chunk_tokens(1_000, on_cuda=True) == 2048
     assert default_chunk_tokens(151_936) * 151_936 * 4 <= 2**28 < (default_chunk_tokens(151_936) + 1) * 151_936 * 4
     assert default_chunk_tokens(151_936, on_cuda=True) > 1024

@@ -105,9 +105,12 @@ def fused_linear_log_probs(
 
 
 def default_chunk_tokens(vocabulary: int, itemsize: int = 4, on_cuda: bool = False) -> int:
-    """Tokens per chunk, 128 to 2048: as many as fit 256 MiB of logits (1 GiB on CUDA); GEMMs gain nothing beyond."""
-    target = (1024 if on_cuda else 256) * 2**20
-    return min(max(target // (vocabulary * itemsize), 128), 2048)
+    """Tokens per chunk: as many as fit 256 MiB of logits, 128 to 512; on CUDA 1 GiB, 128 to 2048.
+
+    A chunk only has to be large enough for the matrix products to run at full speed; beyond that it costs memory.
+    """
+    target, most = (2**30, 2048) if on_cuda else (2**28, 512)
+    return min(max(target // (vocabulary * itemsize), 128), most)
 
 
 class _Head(NamedTuple):
