@@ -41,7 +41,7 @@ def zero3_config(dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
         "data_types": {"keep_in_fp32_modules": ["inv_freq"]},
         "zero_optimization": {
             "stage": 3, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 10_000,
+            "stage3_gather_16bit_weights_on_model_save": True,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,

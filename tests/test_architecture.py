@@ -1,0 +1,143 @@
+"""The rules of the house: which room may import which, where vendors live, how long things may be."""
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src" / "hdpo"
+FILES = sorted(SRC.rglob("*.py"))
+
+# Lowest first; a room imports itself and rooms before it.
+ROOMS = ["maths", "words", "agent", "reward", "data", "train", "top"]
+MATHS = {"losses", "advantages", "fused_loss"}
+WORDS = {"types", "errors", "protocols", "config", "background"}
+VENDORS = {"vllm", "deepspeed", "accelerate", "docker", "openai", "wandb", "tensorboard"}
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(SRC).with_suffix("").parts)
+
+
+def room(module: str) -> str:
+    first = module.split(".")[0]
+    if first in MATHS:
+        return "maths"
+    if first in WORDS:
+        return "words"
+    return first if first in {"agent", "reward", "data", "train", "toolserver", "adapters"} else "top"
+
+
+def imports(file: Path) -> list[tuple[str, bool]]:
+    """(imported module, whether only for type checking) of every import statement in a file."""
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, typing_only: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, typing_only) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                found.append((child.module, typing_only))
+                found.extend((f"{child.module}.{alias.name}", typing_only) for alias in child.names
+                             if child.module == "hdpo" or child.module.startswith("hdpo."))
+            visit(child, typing_only or isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+    visit(ast.parse(file.read_text()), False)
+    return found
+
+
+def own_imports(file: Path) -> set[str]:
+    """Modules of hdpo that a file imports, without the package's prefix; type-checking imports count too."""
+    modules = {module_name(f) for f in FILES}
+    names = {name.removeprefix("hdpo.") for name, _ in imports(file) if name.startswith("hdpo.")}
+    return {name for name in names if name in modules}
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_arrows_point_one_way(file: Path) -> None:
+    here = room(module_name(file))
+    for imported in own_imports(file):
+        there = room(imported)
+        if here == "top":
+            continue
+        if here == "toolserver":
+            # the sandbox backends are adapters that the server's own root picks
+            assert there in ("words", "toolserver", "adapters") or imported == "agent.parse", imported
+        elif here == "adapters":
+            assert there in ("maths", "words", "adapters", "toolserver") or imported in ADAPTER_EXTRAS, imported
+        else:
+            assert there in ROOMS[:ROOMS.index(here) + 1], f"{here} imports {imported}"
+
+
+ADAPTER_EXTRAS = {"train.world", "agent.parse", "reward.verdict_cache", "reward.judge_prompt"}
+"""Pure helpers below the adapters' level of detail: rank bookkeeping, parsing, the judge's words."""
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_a_vendor_is_imported_in_adapters_only(file: Path) -> None:
+    names = {name.split(".")[0] for name, _ in imports(file)}
+    inside = room(module_name(file)) == "adapters"
+    assert inside or not names & VENDORS
+    assert "aiohttp" not in names or room(module_name(file)) == "toolserver"
+    assert not names & {"verl", "ray"}
+
+
+@pytest.mark.parametrize("name", sorted(MATHS))
+def test_the_maths_imports_torch_alone(name: str) -> None:
+    allowed = {"torch", "hdpo", "__future__", "collections", "dataclasses", "typing", "math"}
+    assert {n.split(".")[0] for n, _ in imports(SRC / f"{name}.py")} <= allowed
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {module_name(f): own_imports(f) for f in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for imported in graph.get(module, ()):
+                visit(imported, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+@pytest.mark.parametrize(("statement", "absent"), [
+    ("import hdpo.losses, hdpo.advantages; from hdpo import hdpo_loss",
+     ["transformers", "deepspeed", "vllm", "accelerate", "pydantic"]),
+    ("import hdpo.toolserver.app, hdpo.adapters.process_sandbox", ["torch", "transformers", "vllm"]),
+    ("import hdpo.config, hdpo.cli", ["torch", "transformers", "vllm"]),
+])
+def test_a_fresh_import_stays_light(statement: str, absent: list[str]) -> None:
+    program = f"import sys; {statement}; print([m for m in {absent!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_files_and_functions_stay_readable(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 330
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < 70, node.name
+
+
+def test_the_body_of_the_rl_loop_is_one_page() -> None:
+    from hdpo.train import rl
+
+    loop = next(node for node in ast.walk(ast.parse(inspect.getsource(rl.train))) if isinstance(node, ast.For))
+    assert (loop.end_lineno or 0) - loop.lineno < 45
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_broad_excepts_are_marked_as_boundaries(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")):
+            reraises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+            assert reraises or "BLE001" in lines[node.lineno - 1], f"line {node.lineno}"
