@@ -20,13 +20,13 @@ from hdpo.background import BackgroundLoop
 from hdpo.config import Config, dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
 from hdpo.errors import ConfigError, DataError, ToolServerError
+from hdpo.evaluate import Evaluator
 from hdpo.protocols import Engine, Judge, LogSink
 from hdpo.reward.audit import AuditLog
 from hdpo.reward.scoring import Scorer
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.train.batching import PackingSpec
 from hdpo.train.checkpoint import step_folders
-from hdpo.train.evaluation import Evaluator
 from hdpo.train.metrics import JsonlSink
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hdpo.config import Config
+from hdpo.train.dump import write_rollouts
 from hdpo.train.metrics import Gather, alone
 from hdpo.train.rollout_metrics import RolloutRow, behaviour, rollout_rows
+from hdpo.train.world import World
 from hdpo.types import RewardedGroup, Task, Trajectory
 
 Summary = dict[str, Any]
@@ -54,6 +57,26 @@ def evaluate(rollouts: Collects, scorer: Scores, tasks: Sequence[Task], *, gathe
     gathered = gather(rollout_rows(groups, rank=rank))
     rows = tuple(row for part in gathered for row in part)
     return EvalResult(summary=summarise(rows), rows=rows, groups=groups)
+
+
+class Evaluator:
+    """Holds what an evaluation needs. The engine must carry the weights to be judged when it is called."""
+
+    def __init__(self, config: Config, rollouts: Collects, scorer: Scores, tasks: Sequence[Task], world: World) -> None:
+        self.config, self.rollouts, self.scorer, self.tasks, self.world = config, rollouts, scorer, tasks, world
+
+    def __call__(self, label: str, step: int) -> EvalResult:
+        """Evaluate, dump to eval/{label}.parquet (a part per rank) and enter the figures into summary.json. Collective."""
+        world, run = self.world, self.config.run.path
+        result = evaluate(self.rollouts, self.scorer, self.tasks, gather=world.gather, rank=world.rank, world=world.size,
+                          step=step, weight_version=step)
+        write_rollouts(run / "eval" / f"{label}.parquet", result.groups, step=step, rank=world.rank, world=world.size)
+        if world.is_main:
+            path = run / "summary.json"
+            known = json.loads(path.read_text()) if path.is_file() else {}
+            write_summary(path, {**known, label: result.summary})
+        world.barrier()
+        return result
 
 
 def summarise(rows: Sequence[RolloutRow]) -> Summary:

@@ -1,7 +1,7 @@
 """Reinforcement learning, synchronous and colocated: sync, roll out, sleep, score, pack, update, log, evaluate, save."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from hdpo.protocols import Engine
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
 from hdpo.train import checkpoint
 from hdpo.train.batching import PackingSpec, make_train_batch
-from hdpo.train.evaluation import Evaluator
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import HdpoObjective
 from hdpo.train.runlog import RunLog
@@ -31,7 +30,7 @@ class RlParts:
     rollouts: Rollouts
     scorer: Scorer
     tasks: TaskStream
-    evaluator: Evaluator
+    evaluator: Callable[[str, int], Any]   # evaluate.Evaluator
     spec: PackingSpec
     log: RunLog
 
