@@ -125,7 +125,8 @@ def test_a_traceback_shows_the_cells_own_frames_and_lines_only(session: Session)
     ("try:\n  1/0\nexcept ZeroDivisionError as e:\n  raise KeyError('k') from e", "KeyError: 'k'"),
 ])
 def test_every_error_is_reported_and_the_session_goes_on(session: Session, code: str, last: str) -> None:
-    result = session.run("kept = 1\n" + code)
+    session.run("kept = 1")
+    result = session.run(code)
     assert not result.ok and last in result.stderr.rstrip().splitlines()[-1]
     assert session.run("kept").stdout == "1\n"
 

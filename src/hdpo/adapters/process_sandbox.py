@@ -14,12 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hdpo.errors import UserError
-from hdpo.toolserver.sandbox_link import FrameError, SessionLink, read_frame
-from hdpo.toolserver.sessions import CellResult, SandboxError
+from hdpo.toolserver.sandbox_link import FrameError, SessionPool, read_frame
+from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 90.0
@@ -32,72 +31,6 @@ def worker_folder() -> Path:
     if not (folder / "worker.py").is_file():
         raise UserError(f"{folder}/worker.py: not found; set HDPO_SANDBOX_DIR to the sandbox folder of the repository")
     return folder
-
-
-@dataclass(slots=True)
-class Session:
-    """A trajectory's images and its present connection; None after its session was lost."""
-
-    images: list[bytes]
-    link: SessionLink | None
-
-
-class SessionPool:
-    """Sessions over templates that listen on unix sockets: what both backends share.
-
-    Implements `hdpo.toolserver.sessions.Sandbox` but for `_socket_for`, which names a live template's socket.
-    """
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, Session] = {}
-
-    async def _socket_for(self, session_id: str) -> str:
-        """Path of a live template's socket, started if necessary. Raises SandboxError."""
-        raise NotImplementedError
-
-    async def open(self, session_id: str, images: list[bytes]) -> None:
-        """Start a session. Raises SandboxError when a second attempt fails too."""
-        self._sessions[session_id] = Session(images, None)
-        await self._linked(session_id)
-
-    async def _linked(self, session_id: str) -> SessionLink:
-        session = self._sessions[session_id]
-        if session.link is None:
-            session.link = await self._connect(session_id, session.images)
-            if self._sessions.get(session_id) is not session:   # closed while it was being opened
-                session.link.close()
-        return session.link
-
-    async def _connect(self, session_id: str, images: Sequence[bytes]) -> SessionLink:
-        try:
-            return await SessionLink.open(await self._socket_for(session_id), images)
-        except SandboxError as exc:   # the template may just have died: `_socket_for` replaces it
-            log.warning("%s; trying once more", exc)
-            return await SessionLink.open(await self._socket_for(session_id), images)
-
-    async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
-        """Execute one cell; see the protocol."""
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise SandboxError("the session was closed")
-        lost_before = session.link is not None and not session.link.alive
-        if lost_before:
-            session.link = None
-        status, result = await (await self._linked(session_id)).run(code, timeout_s)
-        if status not in ("ok", "interrupted"):
-            session.link = None
-        if lost_before:
-            return CellResult(result.stdout, result.stderr, result.images, result.ok, True, result.timed_out)
-        return result
-
-    async def close(self, session_id: str) -> None:
-        session = self._sessions.pop(session_id, None)
-        if session is not None and session.link is not None:
-            session.link.close()
-
-    async def shutdown(self) -> None:
-        for session_id in list(self._sessions):
-            await self.close(session_id)
 
 
 class ProcessSandbox(SessionPool):

@@ -1,4 +1,4 @@
-"""The server's end of one sandbox session: framed messages over a unix socket (format: sandbox/frames.py).
+"""The server's end of sandbox sessions: framed messages over a unix socket (format: sandbox/frames.py).
 
 Whatever answers at the other end may be the model's code, so every length, every JSON value and every image header is
 checked here before it is used.
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hdpo.toolserver.sessions import CellResult, SandboxError
 
+log = logging.getLogger(__name__)
 HEADER = struct.Struct(">II")
 MAX_JSON, MAX_BLOBS = 4 << 20, 64 << 20
 MAX_TEXT_CHARS = 70_000
@@ -126,3 +129,73 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise FrameError("output is not a string")
     return value[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")   # lone surrogates can't travel as JSON
+
+
+@dataclass(slots=True)
+class Session:
+    """A trajectory's images and its present connection; None after its session was lost."""
+
+    images: list[bytes]
+    link: SessionLink | None
+
+
+class SessionPool:
+    """Sessions over templates that listen on unix sockets: what the backends share.
+
+    Implements `hdpo.toolserver.sessions.Sandbox`; a backend says where live templates listen.
+    """
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    async def _socket_for(self, session_id: str) -> str:
+        """Path of a live template's socket, started if necessary. Raises SandboxError."""
+        raise NotImplementedError
+
+    def _open_failed(self, session_id: str) -> None:
+        """The template of this session's socket did not give a session."""
+
+    async def open(self, session_id: str, images: list[bytes]) -> None:
+        """Start a session. Raises SandboxError when a second attempt fails too."""
+        self._sessions[session_id] = Session(images, None)
+        await self._linked(session_id)
+
+    async def _linked(self, session_id: str) -> SessionLink:
+        session = self._sessions[session_id]
+        if session.link is None:
+            session.link = await self._connect(session_id, session.images)
+            if self._sessions.get(session_id) is not session:   # closed while it was being opened
+                session.link.close()
+        return session.link
+
+    async def _connect(self, session_id: str, images: Sequence[bytes]) -> SessionLink:
+        try:
+            return await SessionLink.open(await self._socket_for(session_id), images)
+        except SandboxError as exc:   # the template may just have died: `_socket_for` replaces it
+            self._open_failed(session_id)
+            log.warning("%s; trying once more", exc)
+            return await SessionLink.open(await self._socket_for(session_id), images)
+
+    async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
+        """Execute one cell; see the protocol."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise SandboxError("the session was closed")
+        lost_before = session.link is not None and not session.link.alive
+        if lost_before:
+            session.link = None
+        status, result = await (await self._linked(session_id)).run(code, timeout_s)
+        if status not in ("ok", "interrupted"):
+            session.link = None
+        if lost_before:
+            return CellResult(result.stdout, result.stderr, result.images, result.ok, True, result.timed_out)
+        return result
+
+    async def close(self, session_id: str) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None and session.link is not None:
+            session.link.close()
+
+    async def shutdown(self) -> None:
+        for session_id in list(self._sessions):
+            await self.close(session_id)
