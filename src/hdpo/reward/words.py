@@ -37,7 +37,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text.casefold())
     text = re.sub(r"(?<=[^\W\d_]),(?=\s+[^\W\d_])", " ", text)
     text = " ".join(text.split())
-    return re.sub(r"^(?:the|an|a) (?=\w)", "", text)
+    return re.sub(r"^(?:the|an|a) (?=\w\w)", "", text)
 
 
 def same_text(prediction: str, gold: str) -> bool | None:
@@ -54,7 +54,7 @@ def same_text(prediction: str, gold: str) -> bool | None:
 
 
 def _tokens(text: str) -> list[str]:
-    return re.findall(r"\w+", re.sub(r"^(?:the|an|a) (?=\w)", "", text, flags=re.IGNORECASE))
+    return re.findall(r"\w+", re.sub(r"^(?:the|an|a) (?=\w\w)", "", text, flags=re.IGNORECASE))
 
 
 # --- yes / no ---------------------------------------------------------------------------------------------------------
