@@ -45,7 +45,9 @@ class Stage(contextlib.ExitStack):
 
     def sft(self) -> SftParts:
         config = self.config
-        demonstrations = DemonstrationStream(config.data.train, self.chat, config.data, seed=config.run.seed)
+        demonstrations = DemonstrationStream(
+            config.data.train, self.chat, config.data, seed=config.run.seed,
+            max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
         policy = self._policy()
         log = self._log(policy.world, [("loss", "sft/loss"), ("grad", "actor/grad_norm")])
         return SftParts(policy, self.chat, build_packing(config, self.chat), demonstrations, log)

@@ -82,6 +82,7 @@ class VllmEngine:
     def add_request(self, request_id: str, request: GenerateRequest) -> None:
         """Queue one generation. Raises ValueError where the expanded prompt leaves no room in `max_model_len`."""
         from vllm import SamplingParams, TokensPrompt
+        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
 
         self._wake_kv_cache()
@@ -97,7 +98,10 @@ class VllmEngine:
             max_tokens=request.max_tokens, stop_token_ids=self._stop_token_ids, ignore_eos=True,
             logit_bias=self._ban or None, logprobs=0, flat_logprobs=True, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY)
-        self._engine.add_request(request_id, prompt, parameters)
+        try:
+            self._engine.add_request(request_id, prompt, parameters)
+        except VLLMValidationError as exc:
+            raise ValueError(str(exc)) from exc
 
     def step(self) -> list[tuple[str, Completion]]:
         """Advance every running request by at least one token; return those that finished."""

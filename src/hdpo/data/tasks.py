@@ -245,9 +245,9 @@ def read_tasks(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows:
     return tasks[:rows] if rows else tasks
 
 
-def read_demonstrations(files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int,
-                        max_tokens: int = 0) -> DemonstrationStream:
-    return DemonstrationStream(files, chat, config, seed, max_tokens)
+def check_columns(files: Sequence[str], *, demonstrations: bool) -> int:
+    """Rows in files of RL rows or demonstrations, without reading them. Raises DataError for a missing file or column."""
+    return ParquetRows(files, DEMONSTRATION_COLUMNS if demonstrations else TASK_COLUMNS).num_rows
 
 
 def _messages(value: Any, column: str) -> list[dict[str, str]]:

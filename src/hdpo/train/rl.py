@@ -75,8 +75,8 @@ def train(config: Config, parts: RlParts) -> bool:
                 for _ in range(config.optim.ppo_epochs):
                     for mini, old_of_mini in zip(batch.mini_batches, old):
                         log.add("actor/grad_norm", update(policy, mini, objective, lr, old_of_mini))
-            log.write(step + 1, {"actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch},
-                      rewarded, advantages)
+            log.write(step + 1, {"actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch,
+                                 "data/skipped": len(tasks.skipped)}, rewarded, advantages)
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):

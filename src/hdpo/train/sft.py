@@ -44,7 +44,8 @@ def train(config: Config, parts: SftParts) -> bool:
             with log.timed("update"):
                 norm = update(policy, batch.mini_batches[0], objective, lr)
             log.write(step + 1, {"actor/grad_norm": norm, "actor/lr": lr, "training/global_step": step + 1,
-                                 "training/epoch": demos.epoch})
+                                 "training/epoch": demos.epoch,
+                                 "data/skipped": len(demos.skipped)})
             stopping = world.any(stop.requested)
             if stopping or step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
                 with log.timed("save"):

@@ -1,0 +1,78 @@
+"""Bad input: one clear line on standard error, a non-zero exit, and nothing written."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RL = "launch/configs/metis_8b_rl.yaml"
+REFERENCE_VARIABLES = ("MODEL_PATH", "TRAIN_DATA", "VAL_DATA", "JUDGE_BASE_URL", "REMOTE_TOOL_SERVER_URL", "SERPER_API_KEY")
+
+
+def hdpo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in REFERENCE_VARIABLES} | environment
+    return subprocess.run([sys.executable, "-m", "hdpo", *arguments], cwd=ROOT, env=env, capture_output=True, text=True,
+                          timeout=120)
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hdpo: error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_no_arguments_teach_the_commands() -> None:
+    done = hdpo()
+    assert done.returncode == 0 and "hdpo demo" in done.stdout and "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "sft", "rl", "eval", "report", "settings", "doctor", "tool-server"])
+def test_every_command_has_help(command: str) -> None:
+    done = hdpo(command, "--help")
+    assert done.returncode == 0 and "usage" in done.stdout.lower()
+
+
+def test_an_unknown_command_names_the_known_ones() -> None:
+    assert "unknown command train; commands are demo" in one_line(hdpo("train"))
+
+
+def test_an_unknown_key_names_the_nearest_one() -> None:
+    assert "did you mean hdpo.w_tool?" in one_line(hdpo("rl", "--config", RL, "--set", "hdpo.wtool=1"))
+
+
+def test_a_missing_model_folder_is_named() -> None:
+    assert "model.path: no such folder: /nowhere" in one_line(hdpo("rl", "--config", RL, "--set", "model.path=/nowhere"))
+
+
+def test_print_config_shows_the_reference_variables_and_no_secret() -> None:
+    done = hdpo("rl", "--config", RL, "--print-config", MODEL_PATH="/models/8b", TRAIN_DATA="[a.parquet]",
+                JUDGE_API_KEY="sk-very-secret")
+    assert done.returncode == 0
+    assert "path: /models/8b" in done.stdout and "- a.parquet" in done.stdout and "w_tool: 0.15" in done.stdout
+    assert "secret" not in done.stdout
+
+
+def test_a_dry_run_names_each_missing_thing_on_its_own_line() -> None:
+    done = hdpo("rl", "--config", RL, "--dry-run")
+    missing = [line for line in done.stdout.splitlines() if line.startswith("MISSING")]
+    assert done.returncode == 2 and "4 things missing" in done.stdout
+    assert [line.split()[1].rstrip(":") for line in missing] == ["model", "training", "tools", "judge"]
+
+
+def test_a_parquet_without_a_needed_column_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"data_source": ["a"], "images": [[]]}), tmp_path / "rows.parquet")
+    done = hdpo("rl", "--config", RL, "--dry-run", "--set", f"data.train=[{tmp_path / 'rows.parquet'}]")
+    assert any("rows.parquet" in line and "prompt" in line for line in done.stdout.splitlines() if line.startswith("MISSING"))
+
+
+def test_an_unreachable_tool_server_is_named() -> None:
+    done = hdpo("rl", "--config", RL, "--dry-run", REMOTE_TOOL_SERVER_URL="http://127.0.0.1:9")
+    assert any(line.startswith("MISSING  tools: http://127.0.0.1:9") for line in done.stdout.splitlines())

@@ -1,0 +1,124 @@
+"""The loops on real parts: ZeRO-3 ranks under accelerate, vLLM and plain transformers engines, real tool calls."""
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from launching import accelerate, settings
+
+from hdpo.data.toyworld import World, make_world
+from hdpo.train.checkpoint import step_folders
+from hdpo.train.dump import read_rollouts
+from hdpo.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+BASE = Path(str(resources.files("hdpo"))) / "assets" / "toy-base"
+
+
+def update_once(model: Path, tokens: int, share: str, ranks: int) -> dict:
+    done = accelerate("tests/ranks/update_once.py", [str(model), str(tokens), share], ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if "RESULT " in line)
+    return json.loads(line.split("RESULT ", 1)[1])
+
+
+def test_three_optimizer_steps_are_the_same_for_any_split_over_micro_batches_and_ranks(
+        tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tiny_models import save_tiny_qwen3_vl
+
+    model = save_tiny_qwen3_vl(tmp_path_factory.mktemp("model"))
+    whole = update_once(model, 10_000, "even", ranks=1)
+    uneven = update_once(model, 70, "first", ranks=2)    # rank 1 has no rows at all: its micro-batches are fillers
+    assert whole["micro_batches"] == 1 and uneven["micro_batches"] > 2
+    assert uneven["norms"] == pytest.approx(whole["norms"], rel=1e-5)
+    assert uneven["losses"] == pytest.approx(whole["losses"], rel=1e-5, abs=1e-6)
+    assert uneven["weights"] == pytest.approx(whole["weights"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), seed=5, train_rows=60, val_rows=20, demos=80)
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    """Two SFT steps on two ranks; the run's folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = accelerate("launch/train_sft.py", ["--config", "launch/configs/demo_sft.yaml", *settings(
+        run__folder=folder, run__name="sft", model__path=BASE, data__train=f"[{world.demos}]", optim__steps=2,
+        optim__rows_per_step=16, optim__lr=1e-4)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "sft"
+
+
+def rl_settings(sft: Path, world: World, name: str, **values: object) -> list[str]:
+    return ["--config", "launch/configs/demo_rl.yaml", *settings(**{
+        "run__folder": sft.parent, "run__name": name, "model__path": step_folders(sft)[-1], "data__train": f"[{world.train}]",
+        "data__val": f"[{world.val}]", "tools__text_index": world.text_index, "tools__image_index": world.image_index,
+        "rollout__prompts_per_step": 8, "optim__mini_batch_prompts": 4, "rollout__group_size": 4, "optim__steps": 2,
+        "checkpoint__every_steps": 1, "run__deterministic": "true", "eval__before": "false", "eval__after": "false",
+        "optim__warmup_steps": 0, **values})]
+
+
+@pytest.fixture(scope="module")
+def rl(sft: Path, world: World) -> Path:
+    """Two HDPO steps of two mini-batches on two ranks with vLLM; the run's folder."""
+    done = accelerate("launch/train_rl.py", rl_settings(sft, world, "rl", eval__after="true"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "parity before the first step" in done.stdout + done.stderr
+    return sft.parent / "rl"
+
+
+def test_sft_lowers_its_loss_and_leaves_a_plain_model_folder(sft: Path) -> None:
+    losses = [row["sft/loss"] for row in read_metrics(sft / "metrics.jsonl")]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in step_folders(sft)[-1].iterdir()}
+
+
+def test_rl_on_two_zero3_ranks_with_vllm_samples_what_the_trainer_computes_after_every_sync(rl: Path) -> None:
+    rows = read_metrics(rl / "metrics.jsonl")
+    assert [row["step"] for row in rows if "actor/grad_norm" in row] == [1, 2]
+    for row in rows[:2]:   # the second step samples with weights that two optimizer steps have changed
+        assert row["mismatch/ratio_max"] < 1 + 1e-3 and row["mismatch/k3"] < 1e-8
+        assert row["end/infrastructure"] == row["end/aborted"] == 0.0
+
+
+def test_rl_makes_real_tool_calls_and_dumps_every_rollout_with_its_images(rl: Path) -> None:
+    dumped = read_rollouts(rl / "rollouts" / "step_000001.parquet")
+    assert len(dumped) == 8 * 4
+    calls = [call for row in dumped for call in row.calls]
+    assert sum(call["ok"] for call in calls) > len(calls) / 2 > 0
+    assert all(len(row.token_ids) == len(row.mask) == len(row.log_probs) for row in dumped)
+    assert any(row.images for row in dumped)
+    assert json.loads((rl / "summary.json").read_text())["rl"]["rows"] == 20
+
+
+def test_a_resumed_run_takes_the_same_next_step_bit_for_bit(rl: Path, sft: Path, world: World) -> None:
+    again = rl.parent / "again"
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copytree(rl / "checkpoints" / "step_000001", again / "checkpoints" / "step_000001")
+    shutil.copy(rl / "metrics.jsonl", again)
+    done = accelerate("launch/train_rl.py", rl_settings(sft, world, "again"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [(run / "checkpoints" / "step_000002" / "model.safetensors").read_bytes() for run in (rl, again)]
+    assert weights[0] == weights[1]
+    tokens = [[row.token_ids for row in read_rollouts(run / "rollouts" / "step_000002.parquet")] for run in (rl, again)]
+    assert tokens[0] == tokens[1]
+    assert [row["step"] for row in read_metrics(again / "metrics.jsonl") if "actor/lr" in row] == [1, 2]
+
+
+def test_the_transformers_engine_passes_the_same_gate_and_trains(sft: Path, world: World) -> None:
+    done = accelerate("launch/train_rl.py", rl_settings(sft, world, "hf", rollout__engine="hf", optim__steps=1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = read_metrics(sft.parent / "hf" / "metrics.jsonl")[0]
+    assert row["mismatch/ratio_max"] < 1 + 1e-3 and row["actor/grad_norm"] > 0
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_in_one_line(rl: Path, sft: Path, world: World) -> None:
+    done = accelerate("launch/train_rl.py", rl_settings(sft, world, "rl", hdpo__w_tool=0.5))
+    assert done.returncode != 0
+    assert "belongs to another configuration: hdpo.w_tool was 0.15, is 0.5" in done.stderr
