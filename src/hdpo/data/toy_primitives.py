@@ -283,7 +283,7 @@ def collate(lessons: list[Lesson], tokenizer: Any, glyphs: Glyphs) -> LessonBatc
     texts = ["".join(f"<|im_start|>user\n{u.replace('{image}', IMAGE)}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n"
                      for u, a in lesson.turns) for lesson in lessons]
     pictures = [p for lesson in lessons for p in lesson.pictures]
-    rows = [e.ids for e in tokenizer._tokenizer.encode_batch(texts, add_special_tokens=False)]
+    rows = [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
     start, end, vision = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "<|vision_start|>"))
     assistant = tokenizer.encode("assistant")[0]
     length = max(map(len, rows))

@@ -4,6 +4,7 @@ Byte-level BPE trained on the spot with Qwen's own pre-tokenizer (single digits)
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def _corpus() -> list[str]:
     observations = [layout.python_result("1", "", 0), layout.python_result("1", "error", 1), layout.python_result("", "", 1),
                     layout.python_result("", "", 0), layout.image_results([words.BADGE_TITLE.format(1)] * 2)]
     observations += [layout.search_results(n, [(n, words.LINK, f)]) for n, f in zip(names, facts, strict=True)]
-    return names + facts + (observations[:5] + ["system\n", "user\n", "assistant\n", "\n\n", "1+2?", "3*4?"]) * 50 + observations
+    fixed, found = observations[:5], observations[5:]
+    often = [*fixed, "system\n", "user\n", "assistant\n", "\n\n", "1+2?", "3*4?"] * 50
+    return names + facts + often + fixed + found
 
 
 def make_tokenizer() -> Any:
@@ -53,7 +56,6 @@ def make_tokenizer() -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(_corpus(), trainers.BpeTrainer(
         vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False))
-    import json
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2TokenizerFast(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]],
                                    eos_token="<|im_end|>", pad_token="<|endoftext|>")
