@@ -36,6 +36,20 @@ class Box:
         self.do(self.sandbox.start())
         self.opened = 0
 
+    @property
+    def controls(self) -> list[str]:
+        """What the template says is in force."""
+        shards = getattr(self.sandbox, "_shards", None)
+        return shards[0].controls if shards else self.sandbox.controls
+
+    @property
+    def template_pid(self) -> int:
+        shards = getattr(self.sandbox, "_shards", None)
+        if not shards:
+            return self.sandbox._process.pid
+        shards[0].container.reload()
+        return shards[0].container.attrs["State"]["Pid"]
+
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run(work, timeout=120)
 
@@ -197,8 +211,8 @@ def test_a_cell_over_its_time_is_interrupted_and_the_variables_are_kept(session:
 
 @pytest.mark.parametrize("code", [
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass",
-    "while True:\n  try:\n    while True: pass\n  except BaseException: pass",
-    "import ctypes; ctypes.PyDLL(None).sleep(60)"])
+    "while True:\n  try:\n    x = 0\n    while True: x += 1\n  except BaseException: pass",
+    "sum(range(10 ** 13))"])
 def test_a_cell_that_ignores_the_interrupt_is_killed_and_the_session_starts_afresh(session: Session, code: str) -> None:
     session.run("lost = 5")
     started = time.monotonic()
