@@ -4,6 +4,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,23 +55,8 @@ def test_signatures_are_the_promised_ones(function, leading, keywords):
     assert all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
-EXAMPLE = """
-import torch
-from hdpo import hdpo_advantages, hdpo_loss
-
-policy = torch.nn.Linear(8, 5)                        # any model: 16 rollouts of 2 prompts, 12 tokens each
-states, actions = torch.randn(16, 12, 8), torch.randint(0, 5, (16, 12))
-optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
-correct, num_tool_calls = torch.rand(16) < 0.6, torch.randint(0, 3, (16,))
-tool_reward = correct / (num_tool_calls + 1)
-values, member = hdpo_advantages(correct.float(), tool_reward, correct, group=torch.arange(16) // 8)
-
-old = torch.log_softmax(policy(states), -1).gather(-1, actions.unsqueeze(-1)).squeeze(-1).detach()
-for _ in range(3):
-    log_probs = torch.log_softmax(policy(states), -1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    loss, stats = hdpo_loss(log_probs, old, values, torch.ones(16, 12), member=member)
-    optimizer.zero_grad(); loss.backward(); optimizer.step()
-"""
+README = Path(__file__).resolve().parents[1] / "README.md"
+EXAMPLE = README.read_text().split("```python\n", 1)[1].split("```", 1)[0]
 
 
 def test_the_loss_works_alone_in_another_trainer():
