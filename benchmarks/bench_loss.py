@@ -5,7 +5,8 @@
 The floor is the three bare matrix products with the same chunks. Peers compute the same two-channel objective:
 `naive` log-softmax of all logits and one backward; `two_graphs` each channel on its own; `liger` one call per channel of
 LigerFusedLinearGRPOLoss; `trl` ChunkedLogProbFunction followed by `hdpo_loss`. Liger and TRL are left out where they
-can't be imported. Goals that need large shapes are unset in a short run. Memory is the peak above the inputs, gradients included, each contender in a process of its own.
+can't be imported. Goals that need large shapes are unset in a short run. Memory is the peak
+above the inputs, gradients included, each contender in a process of its own.
 """
 from __future__ import annotations
 
