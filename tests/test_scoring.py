@@ -5,15 +5,21 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hdpo.background import BackgroundLoop
-from hdpo.config import RewardConfig
+from hdpo.config import HdpoConfig, RewardConfig
 from hdpo.errors import ConfigError, UnscoredLimitError
+from hdpo.losses import hdpo_loss
 from hdpo.reward.audit import AuditLog, disagreements, read_audit
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
-from hdpo.types import EndReason, Judgement, Task, Trajectory, Verdict
+from hdpo.train.samples import group_advantages
+from hdpo.types import EndReason, Judgement, RewardedGroup, Task, ToolCall, Trajectory, Verdict
 
 
 class TableJudge:
@@ -176,3 +182,76 @@ def test_a_hanging_cross_check_costs_a_step_little_and_changes_nothing(backgroun
     (group,) = scorer.score([(trajectory("hang", "hang"),)], step=1)
     assert group.judgements[0].verdict is Verdict.CORRECT
     assert "judge_verdict" not in read_audit(tmp_path)[0]
+
+
+# --- withheld verdicts leave no trace ---------------------------------------------------------------------------------
+
+class Withholding:
+    """Judges by table and withholds some verdicts: an outage that hits single trajectories."""
+
+    def __init__(self, verdicts: dict[str, Verdict], withheld: set[str]) -> None:
+        self.verdicts, self.withheld = verdicts, withheld
+
+    async def judge(self, question: str, ground_truth: str | list[str], prediction: str) -> Judgement:
+        known = prediction not in self.withheld
+        return Judgement(self.verdicts[prediction] if known else Verdict.UNSCORED, "judge", "")
+
+    async def close(self) -> None:
+        pass
+
+
+def _with_calls(t: Trajectory, calls: int, well_formed: bool) -> Trajectory:
+    made = tuple(ToolCall("python", {}, True, "ok") for _ in range(calls))
+    return replace(t, calls=made, turns=t.turns if well_formed else ("<reason>" + t.final_turn,))
+
+
+def _loss_and_gradient(groups: list[RewardedGroup], log_probs: dict[int, torch.Tensor]
+                       ) -> tuple[dict[int, tuple[list[float], list[bool]]], torch.Tensor, dict[int, torch.Tensor]]:
+    """What training makes of the groups: per trajectory (keyed by sample index) advantages and gradient, and the loss."""
+    rows = [t.sample_index for group in groups for t in group.trajectories]
+    advantages, member = group_advantages(groups, HdpoConfig())
+    leaves = {i: log_probs[i].clone().requires_grad_() for i in rows}
+    loss, _ = hdpo_loss(torch.stack([leaves[i] for i in rows]), torch.stack([log_probs[i] - 0.3 for i in rows]),
+                        torch.tensor(advantages, dtype=torch.float64).T, torch.ones(len(rows), 5, dtype=torch.float64),
+                        member=torch.tensor(member).T)
+    loss.backward()
+    return dict(zip(rows, zip(advantages, member, strict=True), strict=True)), loss.detach(), {
+        i: leaf.grad for i, leaf in leaves.items() if leaf.grad is not None}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_withheld_verdicts_leave_the_run_as_if_those_trajectories_had_never_existed(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4), label="group sizes")
+    total = sum(sizes)
+    flags = data.draw(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans(), st.integers(0, 3)),
+                               min_size=total, max_size=total), label="right, withheld, well-formed, calls")
+    verdicts = {f"bird no{'x' * i}": Verdict.CORRECT if right else Verdict.WRONG for i, (right, *_) in enumerate(flags)}
+    withheld = {f"bird no{'x' * i}" for i, (_, hidden, *_) in enumerate(flags) if hidden}
+    every = [_with_calls(trajectory(f"bird no{'x' * i}", index=i), calls, formed)
+             for i, (_, _, formed, calls) in enumerate(flags)]
+    full, kept, start = [], [], 0
+    for size in sizes:
+        full.append(tuple(every[start:start + size]))
+        kept.append(tuple(t for t in full[-1] if not flags[t.sample_index][1]))
+        start += size
+    kept = [group for group in kept if group]
+    generator = torch.Generator().manual_seed(total)
+    log_probs = {i: torch.randn(5, generator=generator, dtype=torch.float64) - 3 for i in range(total)}
+    background = BackgroundLoop()
+    try:
+        outage = Scorer(RewardConfig(), Withholding(verdicts, withheld), background).score(full)
+        without = Scorer(RewardConfig(), Withholding(verdicts, set()), background).score(kept)
+    finally:
+        background.close()
+    assert unscored_share(outage) == (sum(hidden for _, hidden, *_ in flags), total)
+    advantages, loss, gradients = _loss_and_gradient(outage, log_probs)
+    hidden_rows = {i for i, flag in enumerate(flags) if flag[1]}
+    for i in hidden_rows:
+        assert advantages[i] == ([0.0, 0.0], [False, False]) and not gradients[i].any()
+    if kept:
+        expected_advantages, expected_loss, expected_gradients = _loss_and_gradient(without, log_probs)
+        assert {i: a for i, a in advantages.items() if i not in hidden_rows} == expected_advantages
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+        for i, gradient in expected_gradients.items():
+            torch.testing.assert_close(gradients[i], gradient, rtol=1e-12, atol=0)

@@ -50,11 +50,11 @@ class Scorer:
         """Start scoring a finished trajectory; returns at once. From any thread, the background loop's included."""
         self._background.loop.call_soon_threadsafe(self._start, trajectory)
 
-    def score(self, groups: Sequence[tuple[Trajectory, ...]], step: int = 0) -> list[RewardedGroup]:
+    def score(self, groups: Sequence[tuple[Trajectory, ...]], step: int | None = None) -> list[RewardedGroup]:
         """Wait for all verdicts and return the groups in order. Not from the background loop's own thread.
 
         What was submitted is awaited, what was not is submitted. Never raises for a failing judge: count with
-        `unscored_share`, then stop with `check_unscored`. `step` names the audit file.
+        `unscored_share`, then stop with `check_unscored`. `step` names the audit file; without it none is written.
         """
         started = time.monotonic()
         judgements = self._background.run(self._collect(groups))
@@ -151,9 +151,9 @@ class Scorer:
         digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=4).digest()
         return int.from_bytes(digest, "big") < self.config.cross_check * 2**32
 
-    def _write_audit(self, step: int, groups: Iterable[RewardedGroup]) -> None:
+    def _write_audit(self, step: int | None, groups: Iterable[RewardedGroup]) -> None:
         checks, self._cross_checks = self._cross_checks, {}
-        if self._audit is None:
+        if self._audit is None or step is None:
             return
         second = {key: task.result() for key, task in checks.items() if task.done() and not task.cancelled()}
         self._audit.write(step, (audit_record(t, j, second.get(id(t)))

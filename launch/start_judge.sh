@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Starts a local judge: an OpenAI-compatible vLLM server for any Hugging Face model folder or name.
+#   launch/start_judge.sh MODEL [PORT] [further `vllm serve` options]
+# Then: export JUDGE_BASE_URL=http://HOST:PORT/v1  and try it with: hdpo judge --check
+# JUDGE_API_KEY, if set, is required of clients.
+set -euo pipefail
+
+model=${1:?usage: launch/start_judge.sh MODEL [PORT] [vllm options]}
+port=${2:-8000}
+shift; [ $# -gt 0 ] && shift
+
+# a judge reads a question, a truth and a capped prediction, and answers with one word or a short thought
+options=(--port "$port" --max-model-len "${JUDGE_MAX_MODEL_LEN:-8192}" --enable-prefix-caching)
+if [ -n "${JUDGE_API_KEY:-}" ]; then
+    export VLLM_API_KEY=$JUDGE_API_KEY   # not an argument: those are visible to every user of the machine
+fi
+exec vllm serve "$model" "${options[@]}" "$@"

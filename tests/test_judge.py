@@ -1,0 +1,271 @@
+"""The judge's protocol, its cache and its accounting, against a real server on a real socket."""
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from judge_server import JudgeServer, fail, in_order, say, user_message
+from test_judge_faults import World
+from test_scoring import trajectory
+
+from hdpo.adapters.openai_judge import OpenAIJudge
+from hdpo.background import BackgroundLoop
+from hdpo.config import JudgeConfig, RewardConfig
+from hdpo.errors import ConfigError
+from hdpo.judge_check import KNOWN, check_judge
+from hdpo.reward.scoring import Scorer
+from hdpo.reward.verdict_cache import CachedJudge, verdict_key
+from hdpo.types import Judgement, Verdict
+
+CORRECT, WRONG, UNSCORED = Verdict.CORRECT, Verdict.WRONG, Verdict.UNSCORED
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    it = World()
+    yield it
+    it.close()
+
+
+def test_the_request_shows_question_truth_and_prediction_and_nothing_else(world: World) -> None:
+    server = world.serve(in_order(say("CORRECT")), models=["first", "second"])
+    group = (trajectory("an orange kite"),)
+    Scorer(RewardConfig(), world.judge(server), world.background).score([group])
+    body = server.bodies[0]
+    assert body["model"] == "first" and body["temperature"] == 0 and "stream" not in body
+    assert [m["role"] for m in body["messages"]] == ["system", "user"]
+    text = user_message(body)
+    assert "What flies there?" in text and "a red kite" in text and "an orange kite" in text
+    assert "<image>" not in text and "<reason>" not in text
+
+
+def test_a_list_of_ground_truths_takes_one_call(world: World) -> None:
+    server = world.serve(in_order(say("CORRECT")))
+    judge = world.judge(server)
+    assert world.background.run(judge.judge("Which?", ["Lenovo", "ThinkPad"], "that laptop")).verdict is CORRECT
+    assert len(server.bodies) == 1
+
+
+def test_no_more_requests_are_in_flight_than_allowed(world: World) -> None:
+    server = world.serve(in_order(say("CORRECT", delay=0.05)))
+    scorer = Scorer(RewardConfig(), world.judge(server, concurrency=5), world.background)
+    scorer.score([tuple(trajectory(f"bird{'x' * i}", index=i) for i in range(40))])
+    assert server.most_running == 5 and server.model_requests == 1
+
+
+@pytest.mark.parametrize(("replies", "verdict"), [
+    (["CORRECT", "INCORRECT", "CORRECT"], CORRECT), (["INCORRECT", "INCORRECT", "CORRECT"], WRONG),
+    (["CORRECT", "what?", "CORRECT"], CORRECT), (["CORRECT", "what?", "INCORRECT"], UNSCORED), (["what?"] * 3, UNSCORED)])
+def test_the_majority_of_all_votes_counts(world: World, replies: list[str], verdict: Verdict) -> None:
+    server = world.serve(lambda body, n: say(replies[body["seed"]]))
+    answer = world.ask(world.judge(server, votes=3))
+    assert answer.verdict is verdict and {body["seed"] for body in server.bodies} == {0, 1, 2}
+    assert all(body["temperature"] > 0 for body in server.bodies)
+
+
+def test_tokens_and_time_are_accounted_per_call_of_stats(world: World) -> None:
+    judge = world.judge(world.serve(in_order(say("CORRECT", delay=0.05))))
+    world.ask(judge)
+    stats = judge.stats()
+    assert stats["judge/prompt_tokens"] == 100 and stats["judge/completion_tokens"] == 2 and stats["judge/requests"] == 1
+    assert stats["judge/request_s"] >= 0.05
+    assert judge.stats() == {"judge/request_s": 0.0}
+
+
+def test_without_an_address_the_message_names_the_way_out() -> None:
+    with pytest.raises(ConfigError, match="JUDGE_BASE_URL"):
+        OpenAIJudge(JudgeConfig())
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+def cached(world: World, server: JudgeServer, path: Path, **settings: object) -> CachedJudge:
+    return CachedJudge(world.judge(server, **settings), path)
+
+
+def test_a_verdict_is_asked_once_and_survives_the_process(world: World, tmp_path: Path) -> None:
+    server = world.serve(in_order(say("INCORRECT")))
+    first = cached(world, server, tmp_path / "deep" / "verdicts.sqlite")
+    assert [world.ask(first).by for _ in range(3)] == ["judge", "cache", "cache"]
+    world.background.run(first.close())
+    again = cached(world, server, tmp_path / "deep" / "verdicts.sqlite")
+    assert world.ask(again) == Judgement(WRONG, "cache", "INCORRECT")
+    assert len(server.bodies) == 1 and again.stats()["judge/cache_hits"] == 1
+    world.background.run(again.close())
+
+
+def test_a_cached_verdict_needs_no_server_if_the_model_is_named(world: World, tmp_path: Path) -> None:
+    server = world.serve(in_order(say("CORRECT")))
+    judge = cached(world, server, tmp_path / "v.sqlite", model="m", deadline_s=0.2)
+    world.ask(judge)
+    server.stop()
+    assert world.ask(judge).by == "cache"
+    assert world.ask(judge, "another bird").verdict is UNSCORED
+    world.background.run(judge.close())
+
+
+def test_an_outage_is_not_remembered(world: World, tmp_path: Path) -> None:
+    server = world.serve(in_order(fail(400), say("CORRECT")))
+    judge = cached(world, server, tmp_path / "v.sqlite")
+    assert [world.ask(judge).verdict for _ in range(2)] == [UNSCORED, CORRECT]
+    world.background.run(judge.close())
+
+
+def test_all_that_determines_a_verdict_is_in_its_key(world: World) -> None:
+    server = world.serve(in_order(say("CORRECT")))
+    fingerprints = [world.background.run(world.judge(server, **settings).fingerprint()) for settings in (
+        {"model": "a"}, {"model": "b"}, {"model": "a", "votes": 3}, {"model": "a", "max_prediction_chars": 9})]
+    assert len(set(fingerprints)) == 4
+    keys = {verdict_key(f, *rest) for f in fingerprints for rest in (
+        ("q", "t", "p"), ("q", ["t"], "p"), ("q", "t", "p "), ("q ", "t", "p"), ("q", ["t", "u"], "p"), ("qt", "", "p"))}
+    assert len(keys) == 24
+
+
+def test_equal_questions_in_flight_are_asked_once(world: World, tmp_path: Path) -> None:
+    server = world.serve(in_order(say("CORRECT", delay=0.2)))
+    judge = cached(world, server, tmp_path / "v.sqlite")
+    scorer = Scorer(RewardConfig(), judge, world.background)
+    (group,) = scorer.score([tuple(trajectory("a bird", index=i) for i in range(16))])
+    assert all(j.verdict is CORRECT for j in group.judgements) and len(server.bodies) == 1
+    world.background.run(judge.close())
+
+
+def test_a_cache_that_breaks_costs_questions_and_no_verdict(world: World, tmp_path: Path) -> None:
+    server = world.serve(in_order(say("CORRECT")))
+    judge = cached(world, server, tmp_path / "v.sqlite")
+    world.ask(judge)
+    with sqlite3.connect(tmp_path / "v.sqlite") as other:
+        other.execute("DROP TABLE verdicts")
+    assert world.ask(judge).by == "judge" and judge.stats()["judge/cache_errors"] >= 1
+    world.background.run(judge.close())
+    (tmp_path / "not_sqlite").write_text("hello, this is a text file and not a database" * 100)
+    with pytest.raises(ConfigError, match="judge.cache"):
+        cached(world, server, tmp_path / "not_sqlite")
+
+
+class Counting:
+    """Stands in for a judge in the processes of the next test; its replies name the process."""
+
+    asked = 0
+
+    async def judge(self, question: str, ground_truth: str | list[str], prediction: str) -> Judgement:
+        self.asked += 1
+        await asyncio.sleep(0)
+        return Judgement(CORRECT if len(prediction) % 2 else WRONG, "judge", f"from {os.getpid()}")
+
+    async def fingerprint(self) -> str:
+        return "counting"
+
+    async def close(self) -> None:
+        pass
+
+
+def _rank(path: str, barrier, results) -> None:
+    background, counting = BackgroundLoop(), Counting()
+    barrier.wait()
+    judge = CachedJudge(counting, path)
+
+    async def all_answers() -> list[Judgement]:
+        return await asyncio.gather(*[judge.judge("q", "t", "x" * n) for n in range(300)])
+    first = background.run(all_answers())
+    barrier.wait()
+    asked = counting.asked
+    second = background.run(all_answers())
+    ok = all((j.verdict is CORRECT) == bool(n % 2) for n, j in enumerate(first))
+    ok &= all(j.by == "cache" for j in second) and counting.asked == asked
+    results.put((ok, judge.stats().get("judge/cache_errors", 0)))
+    background.run(judge.close())
+    background.close()
+
+
+def test_several_processes_share_one_cache(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    ranks = [context.Process(target=_rank, args=(str(tmp_path / "v.sqlite"), barrier, results)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    assert [results.get(timeout=120) for _ in ranks] == [(True, 0)] * 4
+    for rank in ranks:
+        rank.join(timeout=60)
+    with sqlite3.connect(tmp_path / "v.sqlite") as database:
+        assert database.execute("SELECT count(*), count(DISTINCT key) FROM verdicts").fetchone() == (300, 300)
+
+
+# --- hdpo judge --check and a real model server -----------------------------------------------------------------------
+
+def test_the_check_reports_agreement_and_failures(world: World) -> None:
+    right = {prediction: good for _, _, prediction, good in KNOWN}
+
+    def perfect(body, n):
+        shown = user_message(body).split("is the prediction.\n")[1].splitlines()[1]
+        return say("CORRECT" if right[shown] else "INCORRECT")
+    check = world.background.run(check_judge(world.judge(world.serve(perfect))))
+    assert check.ok and check.agreed == len(KNOWN) == 10
+    assert len(check.lines()) == 1 and "agreement 10/10" in check.lines()[0]
+    yes = world.background.run(check_judge(world.judge(world.serve(in_order(say("CORRECT"))))))
+    assert not yes.ok and yes.agreed == 5 and len(yes.lines()) == 6
+    mute = world.background.run(check_judge(world.judge(world.serve(in_order(say("hm"))))))
+    assert not mute.ok and mute.failed == 10 and "without a verdict 10" in mute.lines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_protocol_holds_against_a_real_vllm_server(world: World, tmp_path: Path) -> None:
+    """A tiny random model can't judge; what counts is that its server takes our requests and its noise is unscored."""
+    vllm = Path(sys.executable).with_name("vllm")
+    if not vllm.exists():
+        pytest.skip("vllm is not installed")
+    from tiny_models import save_tiny_qwen3_vl
+    tiny_folder = save_tiny_qwen3_vl(tmp_path / "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "JUDGE_MAX_MODEL_LEN": "4096",
+                   "PATH": f"{vllm.parent}{os.pathsep}{os.environ['PATH']}", "JUDGE_API_KEY": "sk-local"}
+    script = Path(__file__).parents[1] / "launch" / "start_judge.sh"
+    log = (tmp_path / "vllm.log").open("w")
+    server = subprocess.Popen([str(script), str(tiny_folder), str(port), "--enforce-eager", "--dtype", "float32"],
+                              env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _wait_until_healthy(server, port, tmp_path / "vllm.log")
+        config = JudgeConfig(base_url=f"http://127.0.0.1:{port}/v1", timeout_s=300, deadline_s=600, max_prediction_chars=500)
+        judge = OpenAIJudge(config, api_key="sk-local")
+        assert world.background.run(judge.model()) == str(tiny_folder)
+        answer = world.background.run(judge.judge("What flies there?", "a kite", "a bird"))
+        stats = judge.stats()
+        assert answer.by == "judge" and answer.verdict in Verdict
+        assert answer.verdict is not UNSCORED or answer.detail.startswith("unreadable reply"), answer
+        assert stats["judge/prompt_tokens"] > 0 and stats["judge/completion_tokens"] > 0
+        world.background.run(judge.close())
+        stranger = OpenAIJudge(config, api_key="wrong")
+        assert "401" in world.background.run(stranger.judge("q", "t", "p")).detail
+        world.background.run(stranger.close())
+    finally:
+        os.killpg(server.pid, 15)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+        log.close()
+
+
+def _wait_until_healthy(server: subprocess.Popen, port: int, log: Path) -> None:
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-3000:])
