@@ -21,7 +21,8 @@ from hdpo.data import toy_words as words
 from hdpo.data import toybase
 from hdpo.data.toy_families import Puzzle
 from hdpo.data.toy_glyphs import load_glyphs
-from hdpo.data.toy_primitives import Teacher, collate, draw_batch, patchify
+from hdpo.data.toy_primitives import Teacher
+from hdpo.data.toy_tensors import collate, draw_batch, patchify
 from hdpo.data.toy_tokenizer import VIEW, make_config, make_processor, make_tokenizer
 from hdpo.data.toyworld import World, demonstrate, draw_puzzles, make_world
 from hdpo.errors import DataError

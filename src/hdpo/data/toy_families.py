@@ -72,7 +72,7 @@ def _digit_picture(rng: random.Random, glyphs: Glyphs, digits: list[int], tiny: 
     quarter = words.SIDE // 4
     for position, digit in enumerate(digits):
         size = 8 if tiny else rng.randrange(84, 109)
-        shift = 2 if tiny else 7
+        shift = 1 if tiny else 7
         x = quarter * (1 + 2 * (position % 2)) - size // 2 + rng.randint(-shift, shift)
         y = quarter * (1 + 2 * (position // 2)) - size // 2 + rng.randint(-shift, shift)
         mask = glyphs.draw(rng, digit, size)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hdpo.data.toy_glyphs import load_glyphs
-from hdpo.data.toy_primitives import LessonBatch, Teacher, collate
-from hdpo.data.toy_tokenizer import MERGE, PATCH, VIEW, make_config, make_tokenizer, save_base
+from hdpo.data.toy_primitives import Teacher
+from hdpo.data.toy_tensors import LessonBatch, collate
+from hdpo.data.toy_tokenizer import PATCH, VIEW, make_config, make_tokenizer, save_base
 
 BATCH, PEAK_LR, WARMUP, WEIGHT_DECAY = 32, 1.5e-3, 200, 0.05
 SAVE_EVERY, REPORT_EVERY = 250, 250
