@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hdpo.advantages import hdpo_advantages
 

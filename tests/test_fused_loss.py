@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import branches, fused, make_case, naive_log_probs, on, readable, relative, run, sampled_everywhere
 from torch.utils.checkpoint import checkpoint
 
 from hdpo.fused_loss import fused_linear_hdpo_loss, fused_linear_log_probs, fused_linear_nll_loss
 from hdpo.losses import hdpo_loss, nll_loss
-from loss_cases import branches, fused, make_case, naive_log_probs, on, readable, relative, run, sampled_everywhere
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")])
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loss_cases import fused, make_case, on, relative, run, sampled_everywhere
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdpo.fused_loss import default_chunk_tokens
-from loss_cases import fused, make_case, on, relative, run, sampled_everywhere
 
 
 class Products(TorchDispatchMode):

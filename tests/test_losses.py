@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import CLIPS, branches, defined_loss, make_case, naive_log_probs, relative
 
 from hdpo.losses import aggregation_norms, aggregation_token_weights, hdpo_loss, nll_loss
-from loss_cases import CLIPS, branches, defined_loss, make_case, naive_log_probs, relative
 
 
 def log_probs_of(case):

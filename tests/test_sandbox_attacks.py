@@ -50,7 +50,8 @@ ATTACKS = [
     # time
     Attack("infinite_loop", "while True: pass", 1),
     Attack("sleep", "import time; time.sleep(1000)", 1),
-    Attack("loop_that_swallows_interrupts", "while True:\n  try:\n    x = 0\n    while True: x += 1\n  except BaseException: pass", 1),
+    Attack("loop_that_swallows_interrupts",
+           "while True:\n  try:\n    x = 0\n    while True: x += 1\n  except BaseException: pass", 1),
     Attack("every_signal_blocked", "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
            "while True: pass", 1),
     Attack("catastrophic_regex", "import re; re.match(r'(a|a)*$', 'a' * 60 + 'b')", 1),
@@ -61,7 +62,7 @@ ATTACKS = [
     Attack("fork_bomb", "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", 2),
     Attack("thread_bomb", "import threading, time\ntry:\n  while True: threading.Thread(target=time.sleep, args=(100,), "
            "daemon=True).start()\nexcept RuntimeError as e: print('refused', e)", 5),
-    Attack("memory_bomb", "x = [bytearray(1 << 28) for _ in range(64)]", says="MemoryError"),
+    Attack("memory_bomb", "x = [bytearray(1 << 28) for _ in range(64)]", 40, says="MemoryError"),
     Attack("memory_bomb_in_numpy", "np.ones((1 << 20, 1 << 14))", says="MemoryError"),
     Attack("raised_limits", attempt("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
                                     "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (10**6, 10**6))")),
@@ -80,7 +81,7 @@ ATTACKS = [
     Attack("huge_image", "Image.new('L', (30000, 30000))", 20),
     Attack("huge_repr", "'x' * 500_000_000"),
     Attack("many_images", "for _ in range(1000): display(Image.new('L', (10, 10)))", 20),
-    Attack("deep_recursion", "import sys; sys.setrecursionlimit(10**8)\ndef f(): f()\nf()", 10),
+    Attack("deep_recursion", "import sys; sys.setrecursionlimit(10**8)\ndef f(): f()\nf()", 3),
     # other processes
     Attack("kill_the_parent", "import os; os.kill(os.getppid(), 9)"),
     Attack("kill_everything", "import os\ntry: os.kill(-1, 9)\nexcept ProcessLookupError: print('nobody')"),

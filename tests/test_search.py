@@ -17,6 +17,7 @@ from hdpo.errors import ConfigError, DataError
 from hdpo.toolserver import layout
 from hdpo.toolserver.image_search import MAX_SIDE, ImageIndex, run_image_search
 from hdpo.toolserver.providers import BrightData, HttpProvider, SearchError, SerpApi, Serper, hosted_provider
+from hdpo.toolserver.search_cache import CachedSearch
 from hdpo.toolserver.text_search import TextIndex, build_text_index
 
 PAGES = [("Mount Fuji", "l1", "Mount Fuji is 3776 metres high."), ("Danube", "l2", "The Danube is a river, not a mount."),
@@ -191,3 +192,65 @@ def test_an_unusable_image_folder_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text('{"a.png": "a"}')
     with pytest.raises(DataError, match="a.png"):
         ImageIndex(tmp_path)
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+class Counting:
+    """A provider that counts its questions and fails on demand."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.failing = False
+
+    async def search(self, query: str) -> list[tuple[str, str, str]]:
+        self.asked.append(query)
+        await asyncio.sleep(0.01)
+        if self.failing:
+            raise SearchError("down")
+        return [("title", "link", f"about {query}")]
+
+    async def close(self) -> None: ...
+
+
+def test_a_query_is_asked_once_however_many_ask_and_survives_a_restart(tmp_path: Path) -> None:
+    source = Counting()
+
+    async def go() -> None:
+        cache = CachedSearch(tmp_path / "c.db", source)
+        answers = await asyncio.gather(*(cache.search("a  b") for _ in range(20)), cache.search("other"))
+        assert answers[0] == answers[19] == [("title", "link", "about a  b")]
+        await cache.close()
+        again = CachedSearch(tmp_path / "c.db", source)
+        assert await again.search("a b") == answers[0]
+        await again.close()
+    asyncio.run(go())
+    assert sorted(source.asked) == ["a  b", "other"]
+
+
+def test_replay_answers_from_the_file_and_fails_for_what_is_not_there(tmp_path: Path) -> None:
+    async def go() -> None:
+        cache = CachedSearch(tmp_path / "c.db", Counting())
+        recorded = await cache.search("known")
+        await cache.close()
+        replay = CachedSearch(tmp_path / "c.db", None)
+        assert await replay.search("known") == recorded
+        with pytest.raises(SearchError, match="replay"):
+            await replay.search("unknown")
+        await replay.close()
+    asyncio.run(go())
+    with pytest.raises(DataError, match="no search cache"):
+        CachedSearch(tmp_path / "missing.db", None)
+
+
+def test_a_failure_is_not_remembered(tmp_path: Path) -> None:
+    source = Counting()
+
+    async def go() -> None:
+        cache = CachedSearch(tmp_path / "c.db", source)
+        source.failing = True
+        with pytest.raises(SearchError):
+            await cache.search("q")
+        source.failing = False
+        assert await cache.search("q")
+        await cache.close()
+    asyncio.run(go())

@@ -98,7 +98,7 @@ def run_eval(config: Config) -> int:
     with Stage(config) as stage:
         evaluator = stage.evaluation()
         result = evaluator(config.eval.label_after, 0)
-        if evaluator.world.is_main:
+        if evaluator.world.is_main and result is not None:
             print(format_table(result.summary))
     return 0
 

@@ -68,6 +68,6 @@ def boundary(error: type[HdpoError], what: str, *catch: type[BaseException]) -> 
         yield
     except HdpoError:
         raise
-    except (catch or (Exception,)) as exc:
+    except (catch or (Exception,)) as exc:   # noqa: B030
         reason = str(exc) or type(exc).__name__
         raise error(f"{what}: {reason}") from exc

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ Summary = dict[str, Any]
 
 
 class Collects(Protocol):
+    stop: threading.Event | None
+
     def collect(self, tasks: Sequence[Task], *, group_size: int, temperature: float, step: int, weight_version: int,
                 ) -> list[tuple[Trajectory, ...]]: ...
 
@@ -65,11 +68,16 @@ class Evaluator:
     def __init__(self, config: Config, rollouts: Collects, scorer: Scores, tasks: Sequence[Task], world: World) -> None:
         self.config, self.rollouts, self.scorer, self.tasks, self.world = config, rollouts, scorer, tasks, world
 
-    def __call__(self, label: str, step: int) -> EvalResult:
-        """Evaluate, dump to eval/{label}.parquet (a part per rank) and enter the figures into summary.json. Collective."""
+    def __call__(self, label: str, step: int) -> EvalResult | None:
+        """Evaluate, dump to eval/{label}.parquet (a part per rank) and enter the figures into summary.json. Collective.
+
+        None, and nothing is written, when the run was asked to stop meanwhile: half an evaluation is no evaluation.
+        """
         world, run = self.world, self.config.run.path
         result = evaluate(self.rollouts, self.scorer, self.tasks, gather=world.gather, rank=world.rank, world=world.size,
                           step=step, weight_version=step)
+        if world.any(self.rollouts.stop is not None and self.rollouts.stop.is_set()):
+            return None
         write_rollouts(run / "eval" / f"{label}.parquet", result.groups, step=step, rank=world.rank, world=world.size)
         if world.is_main:
             path = run / "summary.json"

@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from hdpo.adapters.policy_model import (
-    HeadJob, assert_rope_fp32, load_policy_model, model_inputs, resolve_attention, resolve_dtype)
-from hdpo.config import BatchConfig, ModelConfig, OptimConfig
+    HeadJob,
+    assert_rope_fp32,
+    load_policy_model,
+    model_inputs,
+    resolve_attention,
+    resolve_dtype,
+)
+from hdpo.config import ModelConfig, OptimConfig
 from hdpo.errors import CheckpointError, NonFiniteError, boundary
 from hdpo.train.world import World
 from hdpo.types import MicroBatch
@@ -160,9 +166,6 @@ class DeepSpeedPolicy:
                 raise CheckpointError(f"cannot resume from {folder}: it has no ZeRO-3 state for this number of ranks")
 
     def close(self) -> None:
-        self.world.barrier()
+        """Leave the process group. No barrier: after an error on one rank the others would never come."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-__all__ = ["BatchConfig", "DeepSpeedPolicy", "ensure_launched", "zero3_config"]

@@ -66,13 +66,13 @@ class VllmEngine:
         self._owns_process_group = not torch.distributed.is_initialized()
         arguments = dict(
             model=model_path, dtype=_dtype(dtype, self._cuda), seed=seed, max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=max(config.max_batched_tokens, config.max_num_seqs),
+            max_num_seqs=config.max_num_seqs,
             limit_mm_per_prompt={"image": image_limit, "video": 0},
             mm_processor_kwargs={"images_kwargs": {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}},
             mm_processor_cache_gb=0.5, use_tqdm_on_load=False,
             generation_config="vllm", logprobs_mode="processed_logprobs", enable_prefix_caching=True,
             enforce_eager=config.enforce_eager or not self._cuda, disable_log_stats=True,
-            **_placement(config, self._cuda, self._owns_process_group))
+            **_scheduling(config, self._cuda, max_model_len), **_placement(config, self._cuda, self._owns_process_group))
         with _undisturbed_process(), _quiet():
             self._engine = _start(arguments)
         self._tied = bool(self._engine.model_config.hf_config.tie_word_embeddings)
@@ -188,6 +188,15 @@ class VllmEngine:
             import torch
 
             torch.cuda.empty_cache()
+
+
+def _scheduling(config: RolloutConfig, cuda: bool, max_model_len: int) -> dict[str, Any]:
+    """Tokens of one engine step. On CPU prompts are never prefilled in chunks: vLLM rewinds the random generator of a seeded
+    request after each chunk, which CPU generators do not support, and the engine dies of it."""
+    if cuda:
+        return {"max_num_batched_tokens": max(config.max_batched_tokens, config.max_num_seqs)}
+    return {"max_num_batched_tokens": max(config.max_batched_tokens, config.max_num_seqs, max_model_len),
+            "enable_chunked_prefill": False}
 
 
 def _placement(config: RolloutConfig, cuda: bool, alone: bool) -> dict[str, Any]:

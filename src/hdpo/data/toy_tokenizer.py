@@ -45,7 +45,7 @@ def _corpus() -> list[str]:
 def make_tokenizer() -> Any:
     """A Qwen2 tokenizer; the same ids on every call."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AddedToken, Qwen2TokenizerFast
+    from transformers import AddedToken, Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     bpe = Tokenizer(models.BPE())
@@ -57,7 +57,7 @@ def make_tokenizer() -> Any:
     bpe.train_from_iterator(_corpus(), trainers.BpeTrainer(
         vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False))
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2TokenizerFast(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]],
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]],
                                    eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL], special_tokens=True)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (*words.TAGS, *words.PHRASES)])

@@ -26,7 +26,7 @@ from hdpo.data.toy_families import CYCLE, Puzzle, Source
 from hdpo.data.toy_glyphs import load_glyphs
 from hdpo.errors import DataError
 
-BLIND_CALLS = 0.9     # share of demonstrations that call a tool although the question does not need one
+BLIND_CALLS = 0.75    # share of demonstrations that call a tool although the question does not need one
 NAMES = tuple(f"{stem} {kind}" for stem in words.STEMS for kind in words.KINDS)
 
 
@@ -137,7 +137,7 @@ def _write_text_index(path: Path, codes: dict[str, str]) -> None:
 def _write_image_index(folder: Path, puzzles: Iterable[Puzzle]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    labels = {}
+    labels: dict[str, str] = {}
     for puzzle in puzzles:
         if puzzle.family == "identity":
             name = f"badge_{len(labels):05d}.png"
@@ -147,7 +147,7 @@ def _write_image_index(folder: Path, puzzles: Iterable[Puzzle]) -> None:
 
 
 def make_world(folder: str | os.PathLike[str], seed: int = 1, train_rows: int = 2560, val_rows: int = 480,
-               demos: int = 3000) -> World:
+               demos: int = 6000) -> World:
     """Writes train.parquet, val.parquet, demos.parquet, facts.sqlite and badges/ into `folder` (about 10 s).
 
     Raises DataError when a count is negative or scikit-learn is missing.

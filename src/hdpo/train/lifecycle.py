@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -11,10 +12,16 @@ from hdpo.config import OptimConfig
 
 
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C. The first asks the loop to save and leave; the second ends the process at once."""
+    """Remembers SIGTERM and Ctrl-C. The first asks the loop to save and leave; a later one ends the process at once.
+
+    At a terminal Ctrl-C arrives twice, from the terminal and from the launcher; signals within `SAME_S` are one request.
+    """
+
+    SAME_S = 2.0
 
     def __init__(self) -> None:
         self.event = threading.Event()
+        self._first = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -23,10 +30,12 @@ class StopSignal:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.event.is_set():
+        if not self.event.is_set():
+            self._first = time.monotonic()
+            self.event.set()
+        elif time.monotonic() - self._first > self.SAME_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.event.set()
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():

@@ -136,5 +136,5 @@ def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> Non
     sync_weights(parts.policy, parts.engine, step, config.sync.group_mib)
     result = parts.evaluator(label, step)
     parts.engine.sleep()
-    for sink in parts.log.sinks:
+    for sink in parts.log.sinks if result is not None else []:
         sink.write(step, result.scalars())
