@@ -21,6 +21,7 @@ import argparse
 import gc
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -31,9 +32,11 @@ import isolation
 from supervisor import Supervisor, run_in_fork
 
 
-def preload() -> None:
-    """Import and warm up what sessions will share."""
+def preload(matplotlib_config: str, work: str) -> None:
+    """Import and warm up what sessions will share. matplotlib insists on a writable folder for its font cache."""
     import warnings
+    if matplotlib_config:
+        os.environ["MPLCONFIGDIR"] = shutil.copytree(matplotlib_config, os.path.join(work, ".matplotlib"))
 
     import matplotlib
     matplotlib.use("Agg")
@@ -114,25 +117,37 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--disk-mib", type=int, default=64, help="files of one session")
     parser.add_argument("--max-output-kib", type=int, default=64, help="stdout and stderr kept per cell, each")
     parser.add_argument("--max-images", type=int, default=8, help="images returned per cell")
+    parser.add_argument("--matplotlib-config", default="", help="folder with a ready font cache, copied to the work folder")
     parser.add_argument("--require", default="", help="comma-separated controls without which the template refuses")
     options = parser.parse_args(argv)
+    try:
+        template = start(options)
+    except (OSError, ImportError, RuntimeError) as exc:
+        with open(options.socket + ".error", "w") as note:   # a container that removes itself takes its log with it
+            note.write(f"{type(exc).__name__}: {exc}")
+        raise
+    template.run()
+
+
+def start(options: argparse.Namespace) -> Template:
+    """Everything up to the listening socket. Raises RuntimeError when a required control is missing."""
     os.umask(0o077)
     options.limits = isolation.Limits(
         memory_bytes=options.memory_mib << 20, processes=options.processes, file_bytes=options.disk_mib << 20)
-    preload()
+    preload(options.matplotlib_config, options.work)
     isolation.open_to_nobody(sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix)}))
     networkless = isolation.isolate_network()
     options.controls = isolation.probe(options.work, [entry for entry in sys.path if os.path.isdir(entry)])
     options.controls += ["network"] if networkless else []
     missing = [name for name in options.require.split(",") if name and name not in options.controls]
     if missing:
-        sys.exit(f"sandbox: refusing to start: {', '.join(missing)} not available here")
+        raise RuntimeError(f"refusing to start: {', '.join(missing)} not available here")
     template = Template(options)
     if options.ready_fd >= 0:
         os.close(options.ready_fd)
     gc.collect()
     gc.freeze()
-    template.run()
+    return template
 
 
 if __name__ == "__main__":

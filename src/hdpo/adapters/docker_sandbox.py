@@ -192,7 +192,9 @@ class DockerSandbox(SessionPool):
             reader, writer, controls = await asyncio.wait_for(_lifeline(str(folder / "socket"), container), START_TIMEOUT_S)
             return Shard(container, folder, writer, reader, controls)
         except (docker.errors.DockerException, requests.RequestException, OSError, EOFError, FrameError) as exc:
-            said = await asyncio.to_thread(_last_words, container)
+            said = (folder / "socket.error").read_text() if (folder / "socket.error").is_file() else ""
+            if container is not None:
+                await asyncio.to_thread(_remove, container)
             shutil.rmtree(folder, ignore_errors=True)
             raise SandboxError(f"no sandbox container: {said or exc or type(exc).__name__}") from exc
 
@@ -283,17 +285,6 @@ def _remove(container: Any) -> None:
     except (docker.errors.DockerException, requests.RequestException) as exc:
         if "404" not in str(exc) and "409" not in str(exc):   # not found; removal already in progress
             log.warning("can't remove a sandbox container: %s", exc)
-
-
-def _last_words(container: Any) -> str:
-    """The end of a failed container's log, which says which control it missed; then remove it."""
-    if container is None:
-        return ""
-    text = ""
-    with contextlib.suppress(docker.errors.DockerException, requests.RequestException):
-        text = container.logs(tail=5).decode(errors="replace").strip()
-    _remove(container)
-    return text
 
 
 async def _lifeline(path: str, container: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, list[str]]:

@@ -45,6 +45,16 @@ class HttpProvider:
     def __init__(self, key: str, url: str, results: int) -> None:
         self._key, self._url, self.results = key, url, results
         self._session: aiohttp.ClientSession | None = None
+        self._interval, self._next = 0.0, 0.0
+
+    def limit_rate(self, per_second: float) -> None:
+        """Start at most so many requests a second."""
+        self._interval = 1.0 / per_second
+
+    async def _turn(self) -> None:
+        now = asyncio.get_running_loop().time()
+        start = self._next = max(now, self._next + self._interval)
+        await asyncio.sleep(start - now)
 
     def request(self, query: str) -> tuple[str, dict[str, Any]]:
         """(method, keyword arguments of aiohttp's request)"""
@@ -73,6 +83,7 @@ class HttpProvider:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), trust_env=True, connector=aiohttp.TCPConnector(limit=64))
         method, arguments = self.request(query)
+        await self._turn()
         try:
             async with self._session.request(method, self._url, **arguments) as response:
                 if response.status == 200:

@@ -38,6 +38,9 @@ class Settings:
     idle_limit_s: float = 3600.0       # a trajectory nobody asks about is closed
     search_provider: str = "auto"
     search_results: int = 10
+    search_cache: str = "on"           # on, off, replay
+    search_cache_file: str = ""        # empty: no cache
+    search_rate: float = 50.0          # requests per second to a hosted provider
     text_index: str = ""
     image_index: str = ""
     max_image_searches: int = 1        # per trajectory
@@ -46,6 +49,8 @@ class Settings:
     token: str = ""                    # bearer token; required beyond loopback
 
     def __post_init__(self) -> None:
+        if self.search_cache == "replay" and not self.search_cache_file:
+            raise ConfigError("--search-cache replay: name the file with --search-cache-file")
         for tool in self.tools:
             if tool not in TOOLS:
                 raise ConfigError(f"--tools: unknown tool {tool}; known are {', '.join(TOOLS)}")
@@ -78,6 +83,10 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--search-provider", default=environment.get("SEARCH_PROVIDER") or default.search_provider,
         help="serper, serpapi, brightdata or embedded; auto takes the first with a key (SEARCH_PROVIDER or auto)")
     add("--search-results", type=int, default=default.search_results, help="results of a text search (%(default)s)")
+    add("--search-cache-file", default="", help="SQLite file that keeps the answers of a hosted provider")
+    add("--search-cache", choices=("on", "off", "replay"), default=default.search_cache,
+        help="replay answers from the file only and never touches the network (%(default)s)")
+    add("--search-rate", type=float, default=default.search_rate, help="requests per second to a provider (%(default)s)")
     add("--text-index", default="", help="SQLite FTS5 file with a table pages(title, link, snippet)")
     add("--image-index", default="", help="folder of images with labels.json {file name: title}")
     add("--max-image-searches", type=int, default=default.max_image_searches,
@@ -90,5 +99,6 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         sandbox=args.sandbox, python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
         workers=args.workers, max_queue=args.max_queue, idle_limit_s=args.idle_limit,
         search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
-        image_index=args.image_index, max_image_searches=args.max_image_searches, drain_s=args.drain,
+        image_index=args.image_index, search_cache=args.search_cache, search_cache_file=args.search_cache_file,
+        search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain,
         parent_pid=args.parent_pid, token=environment.get(TOKEN_VARIABLE, ""))

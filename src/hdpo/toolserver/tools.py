@@ -11,6 +11,7 @@ from hdpo.errors import ConfigError, InfrastructureError
 from hdpo.toolserver import layout
 from hdpo.toolserver.providers import TextProvider, hosted_provider
 from hdpo.toolserver.python_tool import run_python
+from hdpo.toolserver.search_cache import CachedSearch
 from hdpo.toolserver.sessions import Sandbox, Sessions, Trajectory
 from hdpo.toolserver.settings import TOOLS, Settings
 from hdpo.toolserver.text_search import TextIndex, run_text_search
@@ -106,11 +107,7 @@ class Toolbox:
 def make_toolbox(settings: Settings) -> Toolbox:
     """Build what `settings` asks for. Raises ConfigError or DataError when a named tool can't be served."""
     wanted = settings.tools or TOOLS
-    text: TextProvider | None = None
-    if "text_search" in wanted:
-        text = hosted_provider(settings.search_provider, settings.search_results)
-        if text is None and settings.text_index:
-            text = TextIndex(settings.text_index, settings.search_results)
+    text = _make_text_search(settings) if "text_search" in wanted else None
     images = None
     if "image_search" in wanted and settings.image_index:
         from hdpo.toolserver.image_search import ImageIndex  # needs ImageHash, which only this tool uses
@@ -120,6 +117,18 @@ def make_toolbox(settings: Settings) -> Toolbox:
     if "image_search" in settings.tools and images is None:
         raise ConfigError("image_search: give --image-index FOLDER")
     return Toolbox(settings, _make_sandbox(settings) if "python" in wanted else None, text, images)
+
+
+def _make_text_search(settings: Settings) -> TextProvider | None:
+    scope = str(settings.search_results)
+    if settings.search_cache == "replay":
+        return CachedSearch(settings.search_cache_file, None, scope)
+    hosted = hosted_provider(settings.search_provider, settings.search_results)
+    if hosted is not None:
+        hosted.limit_rate(settings.search_rate)
+        cached = settings.search_cache == "on" and settings.search_cache_file
+        return CachedSearch(settings.search_cache_file, hosted, scope) if cached else hosted
+    return TextIndex(settings.text_index, settings.search_results) if settings.text_index else None
 
 
 def _make_sandbox(settings: Settings) -> Sandbox:
