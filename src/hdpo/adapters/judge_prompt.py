@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from functools import cache
 
 from hdpo.types import Verdict
 
@@ -63,6 +64,7 @@ def fence_mark(prediction: str) -> str:
     return f"=== {hashlib.sha256(prediction.encode('utf-8', 'replace')).hexdigest()[:16]} ==="
 
 
+@cache
 def prompt_version() -> str:
     """Changes with every word above, so that an older verdict is not taken for one on this prompt."""
     return hashlib.sha256("\0".join([SYSTEM, CRITERIA, REQUEST, REMINDER, build_prompt("q", ["a", "b"], "p", 9)])

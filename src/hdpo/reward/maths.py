@@ -47,6 +47,11 @@ def equivalent(prediction: str, gold: str, question: str = "", time_limit_s: flo
     return _pool().ask({"prediction": pair[0], "gold": pair[1], "seconds": time_limit_s})
 
 
+def readable(text: str) -> bool:
+    """Whether `equivalent` would look at this expression at all. Cheap."""
+    return _prepare(text) is not None
+
+
 @cache
 def available() -> bool:
     return importlib.util.find_spec("math_verify") is not None

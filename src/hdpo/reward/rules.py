@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hdpo.errors import ConfigError
-from hdpo.reward.maths import equivalent
+from hdpo.reward.maths import equivalent, readable
 from hdpo.reward.quantities import Quantity, compare, parse_quantity
 from hdpo.reward.words import YES_NO, choice_of, normalise, options_of, polarity, same_text, unwrap
 from hdpo.types import Verdict
@@ -85,10 +85,11 @@ def rule_verdict(prediction: str, ground_truth: str | list[str], policy: str, qu
 
 def may_need_maths(ground_truth: str | list[str], prediction: str, policy: str) -> bool:
     """Whether the maths rule, which may take seconds, has a say. Cheap."""
-    golds = [ground_truth] if isinstance(ground_truth, str) else ground_truth
-    if len(prediction) > _MAX_CHARS:
+    if len(prediction) > _MAX_CHARS or policy not in ("auto", "maths"):
         return False
-    return policy == "maths" or (policy == "auto" and any(_looks_like_maths(text) for text in [*golds, prediction]))
+    golds = [ground_truth] if isinstance(ground_truth, str) else ground_truth
+    return (policy == "maths" or any(_looks_like_maths(text) for text in [*golds, prediction])) and readable(
+        unwrap(prediction)) and any(readable(_unwrapped(gold)) for gold in golds)
 
 
 def _verdict(prediction: str, gold: str, policy: str, question: str, maths: bool) -> RuleVerdict:
@@ -180,10 +181,16 @@ def _items(text: str) -> tuple[str, list[str]]:
     return bracket, [unwrap(part) for part in parts if part.strip()]
 
 
+@lru_cache(maxsize=4096)
+def _gold_items(gold: str) -> tuple[str, list[str]]:
+    return _items(gold)
+
+
 def _list(answer: str, gold: str, question: str, explicit: bool) -> RuleVerdict | None:
-    (gold_bracket, target), (bracket, said) = _items(gold), _items(answer)
+    gold_bracket, target = _gold_items(gold)
     if len(target) < 2 and not explicit:
         return None
+    bracket, said = _items(answer)
     if bracket != gold_bracket and not (explicit and {bracket, gold_bracket} == {"", "["}):
         return None   # a point is not an interval
     if len(said) == len(target) and all(_same_item(a, b) for a, b in zip(said, target, strict=True)):

@@ -49,7 +49,7 @@ class CachedJudge:
             self._database = self._thread.submit(_open, Path(path)).result()
         except (sqlite3.Error, OSError) as exc:
             raise ConfigError(f"judge.cache: {path} can't be used as a verdict cache: {exc}") from None
-        self._wanted: dict[bytes, asyncio.Future[tuple[str, str] | None]] = {}
+        self._wanted: dict[bytes, list[asyncio.Future[tuple[str, str] | None]]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._unsaved: Rows = {}
         self._writer: asyncio.Task[None] | None = None
@@ -105,11 +105,11 @@ class CachedJudge:
     async def _find(self, key: bytes) -> tuple[str, str] | None:
         if key in self._unsaved:
             return self._unsaved[key]
-        if key not in self._wanted:
-            self._wanted[key] = asyncio.get_running_loop().create_future()
+        found: asyncio.Future[tuple[str, str] | None] = asyncio.get_running_loop().create_future()
+        self._wanted.setdefault(key, []).append(found)
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read_all())
-        return await asyncio.shield(self._wanted[key])
+        return await found
 
     async def _read_all(self) -> None:
         loop = asyncio.get_running_loop()
@@ -120,8 +120,10 @@ class CachedJudge:
             except sqlite3.Error:
                 self._counts["cache_errors"] += 1
                 rows = {}
-            for key, future in batch.items():
-                future.set_result(rows.get(key))
+            for key, waiting in batch.items():
+                for found in waiting:
+                    if not found.done():   # its question was cancelled
+                        found.set_result(rows.get(key))
 
     async def _write_all(self) -> None:
         loop = asyncio.get_running_loop()

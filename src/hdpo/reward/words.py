@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 _TRANSLATE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans({
     "\u00a0": " ", "\u202f": " ", "\u2009": " ", "\u3000": " ", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
@@ -12,16 +13,19 @@ _WRAPPERS = [re.compile(pattern, re.DOTALL) for pattern in (
     r"\$([^$]+)\$", r"\\\(((?:(?!\\\)).)+)\\\)", r"\\\[((?:(?!\\\]).)+)\\\]",
     r"\\(?:boxed|text|mathrm|textbf|mathbf)\{([^{}]+)\}",
     r"\\boxed\{((?:[^{}]|\{[^{}]*\})+)\}")]
-_PREFIX = re.compile(r"(?:so,? |therefore,? |thus,? )?(?:the )?(?:(?:final|correct) )?answer(?: is:?|:)\s+", re.IGNORECASE)
+_OPENING = ("*", "`", '"', "'", "$", "\\")
+_PREFIX = re.compile(r"^(?:so,? |therefore,? |thus,? )?(?:the )?(?:(?:final|correct) )?answer(?: is:?|:)\s+", re.IGNORECASE)
 
 
 def unwrap(text: str) -> str:
     """Drop what formats an answer without being part of it: markdown, quotes, \\boxed, "The answer is", a final period."""
-    text = unicodedata.normalize("NFC", text).translate(_TRANSLATE).strip()
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(_TRANSLATE)
+    text = text.strip()
     for _ in range(6):   # \boxed{\text{**x**}} is deep enough
         before = text
-        text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
-        for wrapper in _WRAPPERS:
+        text = _PREFIX.sub("", text, count=1)
+        for wrapper in _WRAPPERS if text.startswith(_OPENING) else ():
             match = wrapper.fullmatch(text)
             if match:
                 text = match[1].strip()
@@ -32,6 +36,7 @@ def unwrap(text: str) -> str:
     return text
 
 
+@lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
     """The comparison key of an unwrapped text. Signs, brackets, percent, accents and superscripts keep their meaning."""
     text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text.casefold())
