@@ -57,8 +57,8 @@ def make_tokenizer() -> Any:
     bpe.train_from_iterator(_corpus(), trainers.BpeTrainer(
         vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False))
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]],
-                                   eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    merges: Any = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL], special_tokens=True)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (*words.TAGS, *words.PHRASES)])
     tokenizer.chat_template = CHAT_TEMPLATE
