@@ -223,11 +223,13 @@ def test_the_check_reports_agreement_and_failures(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_the_protocol_holds_against_a_real_vllm_server(world: World, tmp_path: Path) -> None:
+def test_the_protocol_holds_against_a_real_vllm_server(
+        world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny random model can't judge; what counts is that its server takes our requests and its noise is unscored."""
     if not importlib.util.find_spec("vllm"):
         pytest.skip("vllm is not installed")
     from tiny_models import save_tiny_qwen3_vl
+    monkeypatch.setattr("hdpo.adapters.openai_judge.MAX_REPLY_TOKENS", 16)   # a random model never stops by itself
     tiny_folder = save_tiny_qwen3_vl(tmp_path / "tiny")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
