@@ -25,11 +25,14 @@ def png(color: str = "red", size: tuple[int, int] = (64, 48), mode: str = "RGB",
 class Box:
     """A sandbox driven from synchronous tests."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, sandbox: Any = None) -> None:
         self.loop = BackgroundLoop()
-        if backend == "docker":
+        self.sandbox: Any = sandbox
+        if sandbox is not None:
+            pass
+        elif backend == "docker":
             from hdpo.adapters.docker_sandbox import DockerSandbox
-            self.sandbox: Any = DockerSandbox()
+            self.sandbox = DockerSandbox()
         else:
             from hdpo.adapters.process_sandbox import ProcessSandbox
             self.sandbox = ProcessSandbox()

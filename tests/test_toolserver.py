@@ -173,6 +173,15 @@ def test_health_lists_the_tools(server: Server) -> None:
     assert body["status"] == "healthy" and body["tools"] == ["python", "text_search", "image_search"]
 
 
+def test_metrics_count_calls_by_tool_and_outcome(server: Server) -> None:
+    talk(server, python("1"), python("1/0"), "no call", trajectory="metrics")
+    text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    for line in ('hdpo_tool_calls_total{tool="python",outcome="ok"}', 'hdpo_tool_calls_total{tool="python",outcome="failed"}',
+                 'hdpo_tool_calls_total{tool="none",outcome="failed"}', 'hdpo_tool_call_seconds_bucket{tool="python",le="+Inf"}',
+                 "hdpo_tool_trajectories ", "# TYPE hdpo_tool_call_seconds histogram"):
+        assert line in text
+
+
 @pytest.mark.parametrize("action, says", [
     ("no call at all", "<tool_call>"),
     ("<tool_call>{not json}</tool_call>", "not valid JSON"),

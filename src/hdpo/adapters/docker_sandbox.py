@@ -11,12 +11,10 @@ does, because its template watches a connection to it; `reap` removes what an en
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +26,7 @@ import docker.types
 import requests
 
 from hdpo.errors import ConfigError
-from hdpo.toolserver.sandbox_link import FrameError, SessionPool, read_frame
+from hdpo.toolserver.sandbox_link import FrameError, SessionPool, read_frame, socket_folder
 from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)
@@ -101,6 +99,7 @@ class DockerSandbox(SessionPool):
         self._assigned: dict[str, Shard] = {}
         self._growing = asyncio.Lock()
         self._refill: asyncio.Task[None] | None = None
+        self._starting: set[asyncio.Task[Shard]] = set()
         self._client: Any = None
 
     # -- sessions ----------------------------------------------------------------------------------------------------
@@ -153,13 +152,11 @@ class DockerSandbox(SessionPool):
     async def shutdown(self) -> None:
         """End all sessions, containers and their folders."""
         if self._refill is not None:
-            self._refill.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._refill
+            await self._refill
+        await asyncio.gather(*self._starting, return_exceptions=True)   # what is on its way must be there to be removed
         self._assigned.clear()
         await super().shutdown()
-        async with self._growing:
-            await asyncio.gather(*(self._discard(shard) for shard in list(self._shards)))
+        await asyncio.gather(*(self._discard(shard) for shard in list(self._shards)))
         if self._client is not None:
             await asyncio.to_thread(self._client.close)
 
@@ -174,16 +171,20 @@ class DockerSandbox(SessionPool):
             log.warning("%s", exc)
 
     async def _grow(self, count: int) -> list[Shard]:
-        shards = await asyncio.gather(*(self._start_shard() for _ in range(count)), return_exceptions=True)
-        started = [shard for shard in shards if isinstance(shard, Shard)]
-        self._shards += started
-        for failure in shards:
-            if isinstance(failure, BaseException):
-                raise failure
-        return started
+        """Start containers. A caller that gives up waiting doesn't stop them: they serve the next one."""
+        tasks = [asyncio.create_task(self._start_shard()) for _ in range(count)]
+        self._starting.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._started)
+        return [await asyncio.shield(task) for task in tasks]
+
+    def _started(self, task: asyncio.Task[Shard]) -> None:
+        self._starting.discard(task)
+        if not task.cancelled() and task.exception() is None:
+            self._shards.append(task.result())
 
     async def _start_shard(self) -> Shard:
-        folder = Path(tempfile.mkdtemp(prefix="hdpo-shard-"))
+        folder = socket_folder()
         user = os.getuid() or 65534     # never root inside; a root server hands the folder to nobody
         os.chown(folder, user, -1)
         container = None

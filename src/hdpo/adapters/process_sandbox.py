@@ -12,12 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from hdpo.errors import UserError
-from hdpo.toolserver.sandbox_link import FrameError, SessionPool, read_frame
+from hdpo.toolserver.sandbox_link import FrameError, SessionPool, read_frame, socket_folder
 from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class ProcessSandbox(SessionPool):
             return str(self._folder / "socket")
 
     async def _launch(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="hdpo-sandbox-"))
+        self._folder = socket_folder()
         self._folder.chmod(0o711)     # sessions run as nobody and must reach their own folder, and only that
         (self._folder / "work").mkdir()
         (self._folder / "work").chmod(0o711)

@@ -32,7 +32,6 @@ class Server:
         self.settings = settings
         self.toolbox: Toolbox
         self.open_calls = 0
-        self.total_calls = 0
         self.draining = False
         self.started = time.monotonic()
 
@@ -63,7 +62,6 @@ class Server:
         except (ValueError, RecursionError) as exc:
             return _invalid("body", f"not valid JSON: {exc}")
         self.open_calls += len(calls)
-        self.total_calls += len(calls)
         try:
             answers = await asyncio.gather(*(self.toolbox.answer(call) for call in calls))
         finally:
@@ -81,6 +79,13 @@ class Server:
             "max_concurrent": self.settings.max_queue, "tools": self.toolbox.tools,
             "uptime_seconds": round(time.monotonic() - self.started, 3),
             "trajectories": len(self.toolbox.sessions.trajectories)})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """GET /metrics: Prometheus text."""
+        return web.Response(text=self.toolbox.counters.text({
+            "open_calls": self.open_calls, "trajectories": len(self.toolbox.sessions.trajectories),
+            "python_sessions": sum(t.session_open for t in self.toolbox.sessions.trajectories.values()),
+            "uptime_seconds": time.monotonic() - self.started}), content_type="text/plain")
 
     @web.middleware
     async def authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -118,6 +123,7 @@ def make_app(settings: Settings) -> web.Application:
     app[SERVER] = server
     app.router.add_post("/get_observation", server.get_observation)
     app.router.add_get("/health", server.health)
+    app.router.add_get("/metrics", server.metrics)
     app.cleanup_ctx.append(server.lifetime)
     return app
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hdpo.toolserver.sessions import CellResult, SandboxError
@@ -129,6 +133,16 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise FrameError("output is not a string")
     return value[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")   # lone surrogates can't travel as JSON
+
+
+def socket_folder() -> Path:
+    """A new folder for a template's socket. Folders that killed servers left behind are removed on the way."""
+    prefix = "hdpo-sandbox-"
+    for old in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid = old.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
 
 
 @dataclass(slots=True)

@@ -6,9 +6,10 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from hdpo.agent.parse import MalformedCall, parse_tool_call
+from hdpo.agent.parse import MalformedCall, ParsedCall, parse_tool_call
 from hdpo.errors import ConfigError, InfrastructureError
 from hdpo.toolserver import layout
+from hdpo.toolserver.counters import Counters
 from hdpo.toolserver.providers import TextProvider, hosted_provider
 from hdpo.toolserver.python_tool import run_python
 from hdpo.toolserver.search_cache import CachedSearch
@@ -31,6 +32,7 @@ class Toolbox:
     images: object | None          # hdpo.toolserver.image_search.ImageProvider
     sessions: Sessions = field(init=False)
     slots: asyncio.Semaphore = field(init=False)
+    counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.sandbox, self.settings.idle_limit_s)
@@ -61,8 +63,16 @@ class Toolbox:
         return await asyncio.shield(trajectory.once(call.request_id, work)), waited
 
     async def _guarded(self, trajectory: Trajectory, action: str) -> Reply:
+        parsed = parse_tool_call(action)
+        tool = parsed.name if isinstance(parsed, ParsedCall) else "none"
+        started = time.monotonic()
+        reply = await self._attributed(trajectory, parsed)
+        self.counters.record(tool, _outcome(reply), time.monotonic() - started)
+        return reply
+
+    async def _attributed(self, trajectory: Trajectory, parsed: ParsedCall | MalformedCall) -> Reply:
         try:
-            return await self._dispatch(trajectory, action)
+            return await self._dispatch(trajectory, parsed)
         except TimeoutError:
             problem = f"the call took longer than {self.settings.call_timeout_s:g} s"
         except InfrastructureError as exc:
@@ -73,8 +83,7 @@ class Toolbox:
         log.warning("infrastructure failure: %s", problem)
         return Reply(f"Tool unavailable: {problem}", valid=False, infrastructure=True)
 
-    async def _dispatch(self, trajectory: Trajectory, action: str) -> Reply:
-        parsed = parse_tool_call(action)
+    async def _dispatch(self, trajectory: Trajectory, parsed: ParsedCall | MalformedCall) -> Reply:
         if isinstance(parsed, MalformedCall):
             return Reply(parsed.message, valid=False)
         if parsed.name not in self.tools:
@@ -102,6 +111,16 @@ class Toolbox:
             await self.sandbox.shutdown()
         if self.text is not None:
             await self.text.close()
+
+
+def _outcome(reply: Reply) -> str:
+    if reply.infrastructure:
+        return "infrastructure"
+    if reply.metrics.get("session_restarted"):
+        return "restarted"
+    if reply.timed_out:
+        return "timeout"
+    return "ok" if reply.valid and reply.metrics.get("code_success", True) else "failed"
 
 
 def make_toolbox(settings: Settings) -> Toolbox:
