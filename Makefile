@@ -56,6 +56,9 @@ eval: install ## evaluate a model folder: make eval ARGS="--set model.path=... -
 tool-server: install ## start a tool server and print its URL: make tool-server ARGS="PORT WORKERS"
 	PYTHON=$(BIN)/python launch/start_tool_server.sh $(ARGS)
 
+judge: install ## serve a model folder as the judge with vLLM: make judge ARGS="MODEL [PORT]"
+	PATH="$(abspath $(BIN)):$$PATH" launch/start_judge.sh $(ARGS)
+
 doctor: install ## versions, devices, space and services of this machine
 	$(BIN)/hdpo doctor
 

@@ -34,7 +34,7 @@ def test_no_arguments_teach_the_commands() -> None:
     assert done.returncode == 0 and "hdpo demo" in done.stdout and "--dry-run" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "sft", "rl", "eval", "report", "settings", "doctor", "tool-server"])
+@pytest.mark.parametrize("command", ["demo", "sft", "rl", "eval", "report", "settings", "doctor", "tool-server", "judge"])
 def test_every_command_has_help(command: str) -> None:
     done = hdpo(command, "--help")
     assert done.returncode == 0 and "usage" in done.stdout.lower()

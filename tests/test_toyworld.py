@@ -133,12 +133,14 @@ def test_the_demonstrated_call_really_finds_the_answer(world: World) -> None:
 
 
 def test_demonstrations_call_blindly_but_always_where_a_tool_is_needed(world: World) -> None:
-    rows = pq.read_table(world.demos).to_pylist()
+    every = pq.read_table(world.demos).to_pylist()
+    rows = [r for r in every if "<tool_call>" in r["messages"][0]["content"]]
+    assert all(len(r["messages"]) == 3 for r in every if r not in rows)   # general data: no tools offered, none called
     calls = {needed: [len(r["messages"]) == 5 for r in rows if r["extra_info"]["tool_needed"] == needed]
              for needed in (True, False)}
     assert all(calls[True])
-    assert 0.82 <= np.mean(calls[False]) < 1
-    for row in rows:
+    assert 0.65 <= np.mean(calls[False]) < 1
+    for row in every:
         assert sum(m["content"].count("<image>") for m in row["messages"]) == len(row["images"])
         assert row["messages"][-1]["content"].endswith(f"<answer>{row['extra_info']['answer']}</answer>")
 

@@ -191,7 +191,8 @@ def build_judge(config: Config) -> Judge | None:
     if not config.judge.base_url or not config.reward.judge:
         return None
     from hdpo.adapters.openai_judge import OpenAIJudge
-    return OpenAIJudge(config.judge, cache_path=Path(config.judge.cache or config.run.path / "verdicts.sqlite"))
+    from hdpo.reward.verdict_cache import CachedJudge
+    return CachedJudge(OpenAIJudge(config.judge), Path(config.judge.cache or config.run.path / "verdicts.sqlite"))
 
 
 def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:

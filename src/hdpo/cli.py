@@ -134,6 +134,30 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def judge(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="hdpo judge", description="Ask the configured judge ten known questions: agreement, latency, parse failures. "
+        "JUDGE_BASE_URL, JUDGE_API_KEY and JUDGE_MODEL say which judge; `make judge` starts one.")
+    parser.add_argument("--check", action="store_true", help="ask the ten questions (what this command does)")
+    parser.add_argument("--config", help="YAML file; see launch/configs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    options = parser.parse_args(argv)
+    config = load_config(options.config, options.overrides)
+    if not config.judge.base_url:
+        raise UserError("judge.base_url is not set: give JUDGE_BASE_URL or --set judge.base_url=http://HOST:PORT/v1")
+    from hdpo.adapters.openai_judge import OpenAIJudge
+    from hdpo.background import BackgroundLoop
+    from hdpo.judge_check import check_judge
+    background, client = BackgroundLoop(), OpenAIJudge(config.judge)
+    try:
+        check = background.run(check_judge(client))
+        print("\n".join(check.lines()))
+    finally:
+        background.run(client.close())
+        background.close()
+    return 0 if check.ok else 1
+
+
 def toy_base(argv: Sequence[str]) -> int:
     from hdpo.data.toybase import main as pretrain
     sys.argv = ["hdpo toy-base", *argv]
@@ -151,7 +175,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sft": _training_command("sft", "Supervised fine-tuning on recorded tool trajectories (columns messages, images)."),
     "rl": _training_command("rl", "HDPO reinforcement learning on rows in the Metis-RL schema."),
     "eval": _training_command("eval", "Greedy rollouts on held-out rows: accuracy and tool use, by family and by need."),
-    "tool-server": tool_server, "report": report, "settings": settings, "doctor": doctor, "toy-base": toy_base,
+    "tool-server": tool_server, "report": report, "settings": settings, "doctor": doctor, "judge": judge,
+    "toy-base": toy_base,
 }
 
 if __name__ == "__main__":

@@ -171,3 +171,7 @@ def plain_badge(rng: random.Random, source: Source) -> Puzzle:
 CYCLE: tuple[Callable[[random.Random, Source], Puzzle], ...] = (
     perception, fine, easy_sum, product, told_fact, hidden_fact, labelled_badge, plain_badge, perception, fine)
 """Ten puzzles in which every family comes twice and half need a tool."""
+
+PLAIN_CYCLE: tuple[Callable[[random.Random, Source], Puzzle], ...] = (
+    perception, perception, easy_sum, told_fact, labelled_badge, perception)
+"""Puzzles that need no tool, for demonstrations that offer none; seeing is the hardest of these skills."""

@@ -26,6 +26,8 @@ SYSTEM = (
     '<tool_call>{"name": "image_search", "arguments": {}}</tool_call>\n'
     "Think inside <reason></reason>, then write one <tool_call></tool_call> or the <answer></answer>.")
 
+PLAIN_SYSTEM = "You solve problems. Think inside <reason></reason>, then write the <answer></answer>."
+
 ASK_DIGIT = "Which digit is at the {}?"
 ASK_SUM = "What is {}?"
 ASK_FACT = "What is the gate code of {}?"

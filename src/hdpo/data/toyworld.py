@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hdpo.data import toy_words as words
-from hdpo.data.toy_families import CYCLE, Puzzle, Source
+from hdpo.data.toy_families import CYCLE, PLAIN_CYCLE, Puzzle, Source
 from hdpo.data.toy_glyphs import load_glyphs
 from hdpo.errors import DataError
 
@@ -52,13 +52,14 @@ def _sources(seed: int) -> tuple[Source, Source]:
 
 
 def draw_puzzles(seed: int, split: str, rows: int) -> list[Puzzle]:
-    """`rows` puzzles of "train", "val" or "demos", families and variants balanced, in an order of the seed's own.
+    """`rows` puzzles of "train", "val", "demos" or "plain", families and variants balanced, in an order of the seed's own.
 
     The first n of a longer draw are not the draw of n: the order is shuffled over all rows.
     """
     source = _sources(seed)[split == "val"]
     bar = tqdm(range(rows), desc=f"toy world, {split}", unit="row", mininterval=1)
-    puzzles = [CYCLE[k % len(CYCLE)](random.Random(f"toy {seed} {split} {k}"), source) for k in bar]
+    cycle = PLAIN_CYCLE if split == "plain" else CYCLE
+    puzzles = [cycle[k % len(cycle)](random.Random(f"toy {seed} {split} {k}"), source) for k in bar]
     random.Random(f"toy order {seed} {split}").shuffle(puzzles)
     return puzzles
 
@@ -76,9 +77,9 @@ def _row(puzzle: Puzzle, split: str, number: int) -> dict[str, Any]:
     }
 
 
-def demonstrate(puzzle: Puzzle, calls: bool) -> tuple[list[dict[str, str]], list[bytes]]:
+def demonstrate(puzzle: Puzzle, calls: bool, system: str = words.SYSTEM) -> tuple[list[dict[str, str]], list[bytes]]:
     """Messages and images of a demonstration that calls the tool, or of one that answers at once."""
-    messages = [("system", words.SYSTEM), ("user", puzzle.question)]
+    messages = [("system", system), ("user", puzzle.question)]
     images = list(puzzle.images)
     if calls:
         messages.append(("assistant", f"<reason>{puzzle.tool_reason}</reason>\n{puzzle.call}"))
@@ -89,10 +90,11 @@ def demonstrate(puzzle: Puzzle, calls: bool) -> tuple[list[dict[str, str]], list
     return [{"role": role, "content": content} for role, content in messages], images
 
 
-def _demonstration(puzzle: Puzzle, number: int, seed: int) -> dict[str, Any]:
+def _demonstration(puzzle: Puzzle, number: int, seed: int, plain: bool = False) -> dict[str, Any]:
+    """A demonstration with tools; a `plain` one offers none and answers, as general data in an SFT mix does."""
     calls = puzzle.tool_needed or random.Random(f"toy habit {seed} {number}").random() < BLIND_CALLS
-    messages, images = demonstrate(puzzle, calls)
-    row = _row(puzzle, "demos", number)
+    messages, images = demonstrate(puzzle, calls and not plain, words.PLAIN_SYSTEM if plain else words.SYSTEM)
+    row = _row(puzzle, "plain" if plain else "demos", number)
     return {"data_source": row["data_source"], "messages": messages, "images": [{"bytes": image} for image in images],
             "reward_model": row["reward_model"], "extra_info": row["extra_info"]}
 
@@ -150,6 +152,7 @@ def make_world(folder: str | os.PathLike[str], seed: int = 1, train_rows: int = 
                demos: int = 6000) -> World:
     """Writes train.parquet, val.parquet, demos.parquet, facts.sqlite and badges/ into `folder` (about 10 s).
 
+    `demos` counts demonstrations with tools; a fifth as many plain ones, without tools, come on top.
     Raises DataError when a count is negative or scikit-learn is missing.
     """
     if min(train_rows, val_rows, demos) < 0:
@@ -158,10 +161,11 @@ def make_world(folder: str | os.PathLike[str], seed: int = 1, train_rows: int = 
     root.mkdir(parents=True, exist_ok=True)
     world = World(*(root / name for name in ("train.parquet", "val.parquet", "demos.parquet", "facts.sqlite", "badges")))
     drawn = {split: draw_puzzles(seed, split, rows)
-             for split, rows in (("train", train_rows), ("val", val_rows), ("demos", demos))}
+             for split, rows in (("train", train_rows), ("val", val_rows), ("demos", demos), ("plain", demos // 5))}
     for split, path in (("train", world.train), ("val", world.val)):
         _write_parquet(path, [_row(puzzle, split, k) for k, puzzle in enumerate(drawn[split])])
-    _write_parquet(world.demos, [_demonstration(p, k, seed) for k, p in enumerate(drawn["demos"])], demonstrations=True)
+    _write_parquet(world.demos, [_demonstration(p, k, seed, plain=split == "plain") for split in ("demos", "plain")
+                                 for k, p in enumerate(drawn[split])], demonstrations=True)
     _write_text_index(world.text_index, dict(_sources(seed)[0].codes))
     _write_image_index(world.image_index, [puzzle for puzzles in drawn.values() for puzzle in puzzles])
     return world

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,6 +64,10 @@ class Metrics:
 
     def total(self, name: str, value: Tensor | float) -> None:
         self._merge(name, "sum", [_detached(value)])
+
+    def totals(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.total(name, value)
 
     def maximum(self, name: str, value: Tensor | float) -> None:
         self._merge(name, "max", [_detached(value)])

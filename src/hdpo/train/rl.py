@@ -64,6 +64,7 @@ def train(config: Config, parts: RlParts) -> bool:
                 return leave(config, parts, step, position)
             with log.timed("score"):
                 rewarded = scorer.score(groups, step + 1)
+                log.totals(scorer.stats())
             with log.timed("pack"):
                 advantages, members = group_advantages(rewarded, config.hdpo)
                 batch = make_batch(config, parts, rewarded, advantages, members)
