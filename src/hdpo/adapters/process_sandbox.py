@@ -42,6 +42,7 @@ class ProcessSandbox(SessionPool):
         super().__init__()
         self._options = list(options)
         self._process: asyncio.subprocess.Process | None = None
+        self._life: asyncio.StreamReader | None = None
         self._lifeline: asyncio.StreamWriter | None = None
         self._folder: Path | None = None
         self._starting = asyncio.Lock()
@@ -53,7 +54,7 @@ class ProcessSandbox(SessionPool):
 
     async def _socket_for(self, session_id: str) -> str:
         async with self._starting:
-            if self._process is None or self._process.returncode is not None:
+            if self._process is None or self._process.returncode is not None or self._life is None or self._life.at_eof():
                 await self._stop()
                 await self._launch()
             assert self._folder is not None
@@ -75,8 +76,8 @@ class ProcessSandbox(SessionPool):
             os.close(theirs)
         try:
             await asyncio.wait_for(_wait_readable(ready), START_TIMEOUT_S)
-            reader, self._lifeline = await asyncio.open_unix_connection(path)
-            message, _ = await asyncio.wait_for(read_frame(reader), START_TIMEOUT_S)
+            self._life, self._lifeline = await asyncio.open_unix_connection(path)
+            message, _ = await asyncio.wait_for(read_frame(self._life), START_TIMEOUT_S)
         except (OSError, EOFError, FrameError) as exc:
             await self._stop()
             raise SandboxError(f"the sandbox template did not start: {str(exc) or type(exc).__name__}") from exc

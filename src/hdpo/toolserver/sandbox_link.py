@@ -26,6 +26,8 @@ MAX_TEXT_CHARS = 70_000
 MAX_IMAGES = 16
 MAX_IMAGE_PIXELS = 4096 * 4096
 OPEN_TIMEOUT_S = 60.0
+RETRY_S = 0.2
+"""Pause before a second attempt at a session, long enough for the loop to learn that a template has died, seconds."""
 KILL_MARGIN_S = 5.0
 """Time beyond a cell's limit after which the supervisor itself is considered lost, seconds."""
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -188,6 +190,7 @@ class SessionPool:
         except SandboxError as exc:   # the template may just have died: `_socket_for` replaces it
             self._open_failed(session_id)
             log.warning("%s; trying once more", exc)
+            await asyncio.sleep(RETRY_S)
             return await SessionLink.open(await self._socket_for(session_id), images)
 
     async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
