@@ -18,7 +18,9 @@ first two by the session's own frame {"ok", "stdout", "stderr"} + PNG files, whi
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
+import io
 import os
 import select
 import shutil
@@ -26,6 +28,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 import frames
 import isolation
@@ -50,6 +53,12 @@ def preload(matplotlib_config: str, work: str) -> None:
     figure.canvas.draw()
     plt.close("all")
     numpy.dot(numpy.ones((2, 2)), numpy.ones((2, 2)))
+    numpy.random.seed()          # numpy imports its random module at first use: here, once, not in every session
+    PIL.Image.new("RGB", (2, 2)).save(io.BytesIO(), "PNG")
+    try:
+        exec(compile(ast.parse("1 / 0"), "<warm>", "exec"), {})
+    except ZeroDivisionError as exc:
+        traceback.TracebackException.from_exception(exc).format_exception_only()
 
 
 class Template:
