@@ -53,6 +53,12 @@ rl: install ## HDPO on this node: make rl CONFIG=launch/configs/metis_8b_rl.yaml
 eval: install ## evaluate a model folder: make eval ARGS="--set model.path=... --set data.val=[...]"
 	$(LAUNCH) launch/evaluate.py --config $(or $(CONFIG),launch/configs/metis_8b_rl.yaml) $(ARGS)
 
+sandbox: install ## build the sandbox image (BASE=image to build on; without one a Debian base is bootstrapped)
+	PYTHON="$(abspath $(BIN))/python" sandbox/build.sh
+
+test-sandbox: install ## container tests: conformance, attacks and faults against real containers
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m docker $(ARGS)
+
 tool-server: install ## start a tool server and print its URL: make tool-server ARGS="PORT WORKERS"
 	PYTHON=$(BIN)/python launch/start_tool_server.sh $(ARGS)
 

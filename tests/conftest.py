@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,25 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
            "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
             "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked docker need an engine with the sandbox image, those marked gpu a CUDA device; elsewhere they are skipped."""
+    if any(item.get_closest_marker("docker") for item in items) and (missing := _docker_missing()):
+        for item in items:
+            if item.get_closest_marker("docker"):
+                item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def _docker_missing() -> str:
+    if not shutil.which("docker"):
+        return "no docker client"
+    if subprocess.run(["docker", "info"], capture_output=True).returncode:
+        return "no Docker engine answers"
+    image = os.environ.get("HDPO_SANDBOX_IMAGE", "hdpo-sandbox")
+    if subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
+        return f"no image {image}; `make sandbox` builds it"
+    return ""
 
 
 @pytest.fixture(scope="session")

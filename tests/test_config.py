@@ -17,7 +17,7 @@ data.train data.val data.max_prompt_tokens data.bad_row data.shuffle
 rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.max_turns rollout.max_response_tokens
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager
-tools.url tools.allowed tools.call_timeout_s tools.python_timeout_s tools.retries tools.max_image_searches
+tools.url tools.allowed tools.sandbox tools.call_timeout_s tools.python_timeout_s tools.retries tools.max_image_searches
 tools.search_provider tools.text_index tools.image_index tools.search_results
 reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross_check reward.max_unscored
 judge.base_url judge.model judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache

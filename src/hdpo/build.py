@@ -129,7 +129,7 @@ class Stage(contextlib.ExitStack):
         config = self.config.tools
         command = [
             sys.executable, "-m", "hdpo.toolserver.app", "--parent-pid", str(os.getpid()),
-            "--tools", ",".join(config.allowed), "--python-timeout", str(config.python_timeout_s),
+            "--tools", ",".join(config.allowed), "--sandbox", config.sandbox, "--python-timeout", str(config.python_timeout_s),
             "--call-timeout", str(config.call_timeout_s), "--search-provider", config.search_provider,
             "--search-results", str(config.search_results), "--max-image-searches", str(config.max_image_searches)]
         for flag, value in (("--text-index", config.text_index), ("--image-index", config.image_index)):

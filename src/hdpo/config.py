@@ -77,6 +77,8 @@ class ToolsConfig(Section):
     url: str = Field("", description="Tool server to use (REMOTE_TOOL_SERVER_URL); empty starts one for the run.")
     allowed: list[Literal["python", "text_search", "image_search"]] = Field(
         default_factory=lambda: ["python", "text_search", "image_search"], description="Tools the agent may call.")
+    sandbox: Literal["process", "docker"] = Field(
+        "process", description="Where the run's own tool server executes Python; process is no security boundary.")
     call_timeout_s: float = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
     python_timeout_s: float = Field(20.0, description="Wall clock of one Python cell, seconds.")
     retries: int = Field(2, description="Further attempts at a call that never reached the server.")

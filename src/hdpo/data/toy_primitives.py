@@ -19,6 +19,7 @@ from hdpo.data.toy_tokenizer import VIEW
 from hdpo.toolserver import layout
 
 HALF = VIEW // 2
+REASONS = {"view": words.SEE, "badge": words.READ, "crop": words.FOUND, "copy": words.FOUND, "sum": words.KNOW}
 CORNERS = ((0, 0), (HALF, 0), (0, HALF), (HALF, HALF))
 
 
@@ -194,9 +195,14 @@ class Teacher:
         kinds: list[Callable[[], Lesson]] = [
             self.view, self.size, self.crops, self.badges, self.copies, self.calls, self.names, self.sums]
         lesson = self.random.choices(kinds, (0.22, 0.03, 0.14, 0.12, 0.11, 0.06, 0.25, 0.07))[0]()
-        if lesson.kind in ("view", "crop", "badge", "copy", "sum"):
-            lesson.turns = [(user, f"<answer>{answer}</answer>") for user, answer in lesson.turns]
+        if lesson.kind in REASONS:
+            lesson.turns = [(user, self._answered(lesson.kind, answer)) for user, answer in lesson.turns]
         return lesson
+
+    def _answered(self, kind: str, answer: str) -> str:
+        """In answer tags, most often after a short reason: what is asked must still be known at the end of the sentence."""
+        reason = f"<reason>{REASONS[kind]}</reason>\n" if self.random.random() < 0.7 else ""
+        return f"{reason}<answer>{answer}</answer>"
 
     def batch(self, rows: int) -> list[Lesson]:
         return [self.lesson() for _ in range(rows)]
