@@ -55,10 +55,11 @@ class Lesson:
 
 
 class Teacher:
-    """Draws lessons from a seed; `split` chooses the glyphs."""
+    """Draws lessons from a seed; `split` chooses the glyphs, `reasons` is the share of answers that follow a reason."""
 
-    def __init__(self, seed: int, split: str = "train") -> None:
+    def __init__(self, seed: int, split: str = "train", reasons: float = 0.7) -> None:
         self.random = random.Random(seed)
+        self.reasons = reasons
         self.glyphs: Glyphs = load_glyphs(split)
 
     # pictures -------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class Teacher:
 
     def _answered(self, kind: str, answer: str) -> str:
         """In answer tags, most often after a short reason: what is asked must still be known at the end of the sentence."""
-        reason = f"<reason>{REASONS[kind]}</reason>\n" if self.random.random() < 0.7 else ""
+        reason = f"<reason>{REASONS[kind]}</reason>\n" if self.random.random() < self.reasons else ""
         return f"{reason}<answer>{answer}</answer>"
 
     def batch(self, rows: int) -> list[Lesson]:
