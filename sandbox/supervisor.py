@@ -21,6 +21,7 @@ from session import log, run_session
 
 INTERRUPT_GRACE_S = 0.35
 START_TIMEOUT_S = 60.0
+SEND_TIMEOUT_S = 30.0
 MAX_REPLY_JSON, MAX_REPLY_BLOBS = 4 << 20, 64 << 20
 
 
@@ -33,6 +34,7 @@ class Supervisor:
         self.work = options.work if self.private else tempfile.mkdtemp(prefix="session-", dir=options.work)
         self.pid = 0
         self.inner: socket.socket
+        self._received = bytearray()      # of an answer not yet complete
 
     def run(self) -> None:
         os.setsid()
@@ -49,6 +51,12 @@ class Supervisor:
         if self.pid == 0:
             run_in_fork(self._session, other)
         other.close()
+        self.inner.settimeout(SEND_TIMEOUT_S)
+        self._answering, self._idle = select.poll(), select.poll()
+        self._answering.register(self.inner, select.POLLIN)
+        self._answering.register(self.client, select.POLLRDHUP)
+        self._idle.register(self.client, select.POLLIN | select.POLLRDHUP)
+        self._idle.register(self.inner, select.POLLIN | select.POLLRDHUP)
         try:
             self._relay()
         except (EOFError, OSError, frames.FrameError) as exc:
@@ -79,7 +87,6 @@ class Supervisor:
         started = time.monotonic()
         status, reply = "ok", b""
         try:
-            self.inner.settimeout(30.0)
             self.inner.sendall(raw)
             reply = self._from_session(started + timeout)
         except TimeoutError:
@@ -112,35 +119,33 @@ class Supervisor:
             self.inner.sendall(part)
 
     def _from_session(self, deadline: float) -> bytes:
-        """One whole frame, unparsed. Raises TimeoutError, EOFError, FrameError; EOFError too when the client left."""
-        data = bytearray()
-        need = frames.HEADER.size
+        """One whole frame, unparsed. Raises TimeoutError (what came so far is kept), EOFError, FrameError, ClientGone."""
+        data, need = self._received, frames.HEADER.size
+        if len(data) >= need:     # a frame that had begun before its deadline
+            need += sum(frames.sizes(bytes(data[:need]), MAX_REPLY_JSON, MAX_REPLY_BLOBS))
         while len(data) < need:
-            self._wait_for_session(deadline)
-            chunk = self.inner.recv(min(need - len(data), 1 << 20))
-            if not chunk:
-                raise EOFError("the session closed its end")
-            data += chunk
-            if len(data) == frames.HEADER.size:
-                need += sum(frames.sizes(bytes(data), MAX_REPLY_JSON, MAX_REPLY_BLOBS))
+            self._receive(deadline)
+            if need == frames.HEADER.size <= len(data):
+                need += sum(frames.sizes(bytes(data[:need]), MAX_REPLY_JSON, MAX_REPLY_BLOBS))
+        if len(data) > need:
+            raise frames.FrameError("more than one answer")
+        self._received = bytearray()
         return bytes(data)
 
-    def _wait_for_session(self, deadline: float) -> None:
-        poll = select.poll()
-        poll.register(self.inner, select.POLLIN)
-        poll.register(self.client, select.POLLRDHUP)
-        events = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    def _receive(self, deadline: float) -> None:
+        events = dict(self._answering.poll(max(0.0, deadline - time.monotonic()) * 1000))
         if self.client.fileno() in events:
             raise ClientGone
         if not events:
             raise TimeoutError
+        chunk = self.inner.recv(1 << 18)
+        if not chunk:
+            raise EOFError("the session closed its end")
+        self._received += chunk
 
     def _wait_for_client(self) -> None:
         """Until the client speaks. Raises EOFError when the session dies between cells, or speaks out of turn."""
-        poll = select.poll()
-        poll.register(self.client, select.POLLIN | select.POLLRDHUP)
-        poll.register(self.inner, select.POLLIN | select.POLLRDHUP)
-        if self.inner.fileno() in dict(poll.poll()):
+        if self.inner.fileno() in dict(self._idle.poll()):
             raise EOFError("between cells")
 
     def _kill(self) -> None:

@@ -217,7 +217,7 @@ def test_contained(box: Box, neighbour: Session, attack: Attack) -> None:
     output = result.stdout + result.stderr
     assert "ESCAPED" not in output, output[:500]
     assert attack.says in output, output[-500:]
-    assert time.monotonic() - started < attack.timeout + 5
+    assert time.monotonic() - started < attack.timeout + 15      # a starved machine is slow, a hung session never ends
     assert len(output) < 150_000 and all(w * h <= 4096 * 4096 for w, h in sizes(result))
     # the neighbour has noticed nothing
     told = neighbour.run("print(state, open('neighbours-secret').read(), sorted(os.listdir('.')))")
