@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hdpo.losses import Norms, precise_dtype, reciprocal, make_objective
+from hdpo.losses import Norms, make_objective, precise_dtype, reciprocal
 
 TokenLoss = Callable[[Tensor, slice], Tensor]
 

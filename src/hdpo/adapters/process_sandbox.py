@@ -25,11 +25,14 @@ START_TIMEOUT_S = 90.0
 
 
 def worker_folder() -> Path:
-    """Folder of sandbox/worker.py: HDPO_SANDBOX_DIR, or the one beside this checkout's src. Raises UserError."""
-    folder = Path(os.environ.get("HDPO_SANDBOX_DIR") or Path(__file__).resolve().parents[3] / "sandbox")
-    if not (folder / "worker.py").is_file():
-        raise UserError(f"{folder}/worker.py: not found; set HDPO_SANDBOX_DIR to the sandbox folder of the repository")
-    return folder
+    """Folder of sandbox/worker.py: HDPO_SANDBOX_DIR, the checkout's, or the installed package's. Raises UserError."""
+    package = Path(__file__).resolve().parents[1]
+    named = os.environ.get("HDPO_SANDBOX_DIR")
+    folders = [Path(named)] if named else [package.parents[1] / "sandbox", package / "sandbox"]
+    for folder in folders:
+        if (folder / "worker.py").is_file():
+            return folder
+    raise UserError(f"{folders[0]}/worker.py: not found; set HDPO_SANDBOX_DIR to the sandbox folder of the repository")
 
 
 class ProcessSandbox(SessionPool):
