@@ -111,7 +111,7 @@ def test_pictures_are_those_of_the_dump_and_open(run, page):
 def test_the_tasks_shown_have_a_crop_where_needed_and_a_dropped_call_elsewhere(run, page):
     before, after = (read_rollouts(run / "eval" / f"{stage}.parquet") for stage in ("sft", "rl"))
     shown = choose(before, after)
-    assert len(shown) == len(dict(shown)) == 6
+    assert len(shown) == len(dict(shown)) == 10
     new = {row.task_id: row for row in after}
     old = {row.task_id: row for row in before}
     for task, why in shown:

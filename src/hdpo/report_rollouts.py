@@ -7,26 +7,30 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 from hdpo.train.dump import DumpedRollout
 
-SCAN_COLUMNS = ("task_id", "tool_needed", "num_tool_calls", "correct", "scored")
+SCAN_COLUMNS = ("task_id", "data_source", "tool_needed", "num_tool_calls", "correct", "scored")
 """What `choose` needs, so that a large dump is scanned without pictures and tokens."""
 
 _SEGMENT = re.compile(r"<(reason|answer|tool_call)>(.*?)</\1>", re.DOTALL)
 _MAX_TEXT = 4000        # characters of one block shown; the dump has the rest
 
 
-def choose(before: Sequence[DumpedRollout], after: Sequence[DumpedRollout], limit: int = 6) -> list[tuple[str, str]]:
-    """(task id, why it is shown), at most `limit`: crops kept where needed, calls dropped where not, and failures too."""
+def choose(before: Sequence[DumpedRollout], after: Sequence[DumpedRollout], limit: int = 10) -> list[tuple[str, str]]:
+    """(task id, why it is shown), at most `limit`: calls kept where needed, dropped where not, and failures too.
+
+    Each kind goes round the data sources, so that every sort of task is seen.
+    """
     earlier = {row.task_id: row for row in before}
     pairs = [(earlier[row.task_id], row) for row in after if row.task_id in earlier]
     kinds: list[tuple[int, str, Callable[[DumpedRollout, DumpedRollout], bool]]] = [
-        (2, "a tool is needed, and called", lambda old, new: bool(new.tool_needed and new.num_tool_calls and new.correct)),
-        (2, "a needless call, dropped", lambda old, new: bool(not new.tool_needed and old.num_tool_calls
+        (4, "a tool is needed, and called", lambda old, new: bool(new.tool_needed and new.num_tool_calls and new.correct)),
+        (4, "a needless call, dropped", lambda old, new: bool(not new.tool_needed and old.num_tool_calls
                                                               and not new.num_tool_calls and new.correct)),
         (1, "still calls without need", lambda old, new: new.tool_needed is False and bool(new.num_tool_calls)),
         (1, "wrong after training", lambda old, new: new.scored and not new.correct),
@@ -34,9 +38,19 @@ def choose(before: Sequence[DumpedRollout], after: Sequence[DumpedRollout], limi
     ]
     chosen: dict[str, str] = {}
     for count, why, fits in kinds:
-        found = [new.task_id for old, new in pairs if new.task_id not in chosen and fits(old, new)]
-        chosen |= dict.fromkeys(found[:min(count, limit - len(chosen))], why)
+        found = [new for old, new in pairs if new.task_id not in chosen and fits(old, new)]
+        chosen |= dict.fromkeys(_round_robin(found)[:min(count, limit - len(chosen))], why)
     return list(chosen.items())
+
+
+def _round_robin(rows: Sequence[DumpedRollout]) -> list[str]:
+    """Task ids: the first of every data source, then the second of every one, and so on."""
+    place: Counter[str] = Counter()
+    order = []
+    for index, row in enumerate(rows):
+        order.append((place[row.data_source], index, row.task_id))
+        place[row.data_source] += 1
+    return [task_id for _, _, task_id in sorted(order)]
 
 
 def task_card(why: str, columns: Sequence[tuple[str, DumpedRollout]]) -> str:
