@@ -1,4 +1,4 @@
-"""Rules: never a false "correct" on a labelled set, decisions where the lead asks for them, doubt everywhere else."""
+"""Rules: never a false "correct" on a labelled set, decisions where they are safe, doubt everywhere else."""
 from __future__ import annotations
 
 import importlib.util
@@ -143,7 +143,9 @@ def test_the_maths_worker_sees_no_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
     process = maths._start()
     try:
-        environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        environment, deadline = b"", time.monotonic() + 30
+        while not environment and time.monotonic() < deadline:   # empty until the new program has been loaded
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
         assert b"PATH=" in environment and b"sk-very-secret" not in environment
     finally:
         process.kill()

@@ -267,4 +267,4 @@ def test_many_lives_leave_nothing_behind(box: Box) -> None:
     deadline = time.monotonic() + 20
     while processes_of(box) > before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes_of(box) == before
+    assert processes_of(box) <= before   # fewer: one that was still leaving when the count began
