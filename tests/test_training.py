@@ -41,16 +41,16 @@ def test_three_optimizer_steps_are_the_same_for_any_split_over_micro_batches_and
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), seed=5, train_rows=60, val_rows=20, demos=80)
+    return make_world(tmp_path_factory.mktemp("world"), seed=5, train_rows=60, val_rows=20, demos=600)
 
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
-    """Two SFT steps on two ranks; the run's folder."""
+    """Enough SFT on two ranks for well-formed tool calls; the run's folder."""
     folder = tmp_path_factory.mktemp("runs")
     done = accelerate("launch/train_sft.py", ["--config", "launch/configs/demo_sft.yaml", *settings(
-        run__folder=folder, run__name="sft", model__path=BASE, data__train=f"[{world.demos}]", optim__steps=2,
-        optim__rows_per_step=16, optim__lr=1e-4)])
+        run__folder=folder, run__name="sft", model__path=BASE, data__train=f"[{world.demos}]", optim__steps=24,
+        optim__rows_per_step=48, optim__lr=1e-3)])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "sft"
 
@@ -75,7 +75,7 @@ def rl(sft: Path, world: World) -> Path:
 
 def test_sft_lowers_its_loss_and_leaves_a_plain_model_folder(sft: Path) -> None:
     losses = [row["sft/loss"] for row in read_metrics(sft / "metrics.jsonl")]
-    assert len(losses) == 2 and losses[1] < losses[0]
+    assert len(losses) == 24 and losses[-1] < losses[0] / 4
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in step_folders(sft)[-1].iterdir()}
 
 

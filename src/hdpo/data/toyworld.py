@@ -26,7 +26,7 @@ from hdpo.data.toy_families import CYCLE, PLAIN_CYCLE, Puzzle, Source
 from hdpo.data.toy_glyphs import load_glyphs
 from hdpo.errors import DataError
 
-BLIND_CALLS = 0.75    # share of demonstrations that call a tool although the question does not need one
+BLIND_CALLS = 0.82    # share of demonstrations that call a tool although the question does not need one
 NAMES = tuple(f"{stem} {kind}" for stem in words.STEMS for kind in words.KINDS)
 
 
