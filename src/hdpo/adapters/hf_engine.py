@@ -236,14 +236,17 @@ class HfEngine:
 def _load(model_path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     activate()
     from transformers import AutoImageProcessor, AutoModelForImageTextToText
+    from transformers.integrations import deepspeed
     from transformers.utils import logging
 
     kind = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    shown = logging.is_progress_bar_enabled()
+    shown, sharding = logging.is_progress_bar_enabled(), deepspeed._hf_deepspeed_config_weak_ref
     logging.disable_progress_bar()
+    deepspeed.unset_hf_deepspeed_config()   # the trainer's ZeRO-3 setting is global: it would shard this copy too
     try:
         model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=getattr(torch, kind))
     finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
         if shown:
             logging.enable_progress_bar()
     return model.to(device).eval().requires_grad_(False), AutoImageProcessor.from_pretrained(model_path)
