@@ -23,7 +23,7 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-gpu test-sandbox sft rl eval curate sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-gpu test-sandbox sft rl eval sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (about 25 minutes on 2 cores)
@@ -67,6 +67,11 @@ judge: install ## serve a model folder as the judge with vLLM: make judge ARGS="
 
 doctor: install ## versions, devices, space and services of this machine
 	$(BIN)/hdpo doctor
+
+bench: install ## short benchmarks of loss and advantages, as JSON in benchmarks/results and a table
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/bench_loss.py --short --json benchmarks/results/loss.json
+	$(BIN)/python benchmarks/bench_advantages.py --short --json benchmarks/results/advantages.json
 
 toy-base: install ## pretrain the demo's base model again: make toy-base ARGS="--out DIR --seed 1"
 	$(BIN)/hdpo toy-base $(ARGS)
