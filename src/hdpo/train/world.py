@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 
 class World:
-    """Rank and size of this run. Every method is a collective: all ranks call it, in the same order."""
+    """Rank and size of this run. Every method but `claim` is a collective: all ranks call it, in the same order."""
 
     def __init__(self, timeout_s: float = 7200.0) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -23,6 +24,8 @@ class World:
         self.node = int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._group: dist.ProcessGroup | None = None
+        self.store: dist.Store | None = None    # shared by all ranks once connected; None in a world of one
+        self._claimed: dict[str, int] = {}
 
     @property
     def is_main(self) -> bool:
@@ -32,7 +35,22 @@ class World:
         """Open the control group; torch.distributed must be initialised first when there is more than one rank."""
         if self.size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self.store = self._open_store()
         return self
+
+    def _open_store(self) -> dist.Store:
+        """A key-value store on rank 0's host, for what is not a collective: shared counters and signs of life."""
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1") if self.is_main else ""
+        mine = dist.TCPStore(host, _free_port(), self.size, True, self._timeout, wait_for_workers=False) if host else None
+        host, port = self.broadcast((host, mine.port if mine is not None else 0))
+        return mine or dist.TCPStore(host, port, self.size, False, self._timeout)
+
+    def claim(self, counter: str, count: int = 1) -> int:
+        """Take the next `count` numbers of a counter that all ranks share: returns the first. Not a collective."""
+        if self.store is None:
+            self._claimed[counter] = self._claimed.get(counter, 0) + count
+            return self._claimed[counter] - count
+        return self.store.add(f"claim/{counter}", count) - count
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
@@ -70,3 +88,9 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=op, group=self._group)
         return [float(v) for v in tensor]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
