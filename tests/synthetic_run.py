@@ -73,7 +73,7 @@ def make_trajectory(task: Task, sample_index: int, *, call: bool, right: bool,
         turns=tuple(turns), weight_version=3, seconds=1.0 + 2.0 * len(calls))
 
 
-def score(trajectories: tuple[Trajectory, ...]) -> RewardedGroup:
+def score(trajectories: tuple[Trajectory, ...], index: int = 0) -> RewardedGroup:
     """Exact match; an infrastructure end is unscored."""
     task = trajectories[0].task
     judgements, rewards = [], []
@@ -85,7 +85,7 @@ def score(trajectories: tuple[Trajectory, ...]) -> RewardedGroup:
         formatted = scored and trajectory.end is EndReason.ANSWERED
         tool = right / (trajectory.num_tool_calls + 1)
         rewards.append(Reward(0.9 * right + 0.1 * formatted, tool, right, formatted, scored))
-    return RewardedGroup(task, trajectories, tuple(judgements), tuple(rewards))
+    return RewardedGroup(task, trajectories, tuple(judgements), tuple(rewards), index)
 
 
 class CoinRollouts:
@@ -105,7 +105,7 @@ class CoinRollouts:
         return make_trajectory(task, sample, call=call, right=right)
 
     def score(self, groups):
-        return [score(group) for group in groups]
+        return [score(group, index) for index, group in enumerate(groups)]
 
 
 def write_run(folder: Path, *, steps: int = 24, seed: int = 5) -> Path:

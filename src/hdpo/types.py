@@ -102,7 +102,8 @@ class ToolCall:
 class Trajectory:
     """One rollout, append-only while it grows. mask[t] is 1 where the policy sampled token t, 0 where it was given.
 
-    `images` are what the model saw (already bounded), in order of their placeholder runs in `token_ids`.
+    `images` are what the model saw (already bounded), in order of their placeholder runs in `token_ids`;
+    `image_keys[i]` names the content of `images[i]` (empty where nobody computed it).
     `log_probs[t]` is 0.0 wherever mask[t] is 0.
     """
 
@@ -119,6 +120,7 @@ class Trajectory:
     weight_version: int = 0
     seconds: float = 0.0
     error: str = ""            # why, when end is INFRASTRUCTURE or ABORTED
+    image_keys: tuple[str, ...] = ()
 
     @property
     def num_tool_calls(self) -> int:
@@ -156,12 +158,17 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class RewardedGroup:
-    """The G rollouts of one task with their rewards; lives on one rank. The three tuples have equal length."""
+    """The G rollouts of one task with their rewards; lives on one rank. The three tuples have equal length.
+
+    A rank may hold any number of a step's groups; `index` says which prompt of the step it is, over all ranks, and so
+    to which mini-batch it belongs wherever it was sampled.
+    """
 
     task: Task
     trajectories: tuple[Trajectory, ...]
     judgements: tuple[Judgement, ...]
     rewards: tuple[Reward, ...]
+    index: int                 # of the prompt among the step's prompts
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,7 +274,7 @@ class Rollouts:
             task=live.task, sample_index=live.key.sample, token_ids=builder.token_ids, mask=builder.mask,
             log_probs=builder.log_probs, prompt_length=live.prompt_length, images=tuple(builder.images),
             calls=tuple(live.calls), end=end, turns=tuple(live.turns), weight_version=run.weight_version,
-            seconds=time.monotonic() - live.started, error=live.error)
+            seconds=time.monotonic() - live.started, error=live.error, image_keys=tuple(builder.image_keys))
 
     # -- on the calling thread ------------------------------------------------------------------------------------
 
