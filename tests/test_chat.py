@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hdpo.agent.builder import TrajectoryBuilder
-from hdpo.agent.chat import OBSERVATION_CLOSE, OBSERVATION_OPEN, ChatFormat, load_chat_format
+from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.errors import ConfigError, DataError, ModelError
 from hdpo.types import Completion, StopReason
 
@@ -81,7 +81,8 @@ def test_a_prompt_with_control_tokens_is_refused(chat: ChatFormat) -> None:
 
 def test_an_observation_is_wrapped_as_the_next_user_turn(chat: ChatFormat) -> None:
     segment = chat.observation("Code execution result:\n7", [], 100)
-    assert raw(chat, segment.compact_ids) == OBSERVATION_OPEN + "Code execution result:\n7" + OBSERVATION_CLOSE
+    assert raw(chat, segment.compact_ids) == (
+        "<|im_end|>\n<|im_start|>user\nCode execution result:\n7<|im_end|>\n<|im_start|>assistant\n")
 
 
 @given(HOSTILE, st.integers(0, 60), st.integers(0, 2), st.integers(0, 2))

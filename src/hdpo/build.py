@@ -196,15 +196,15 @@ def build_judge(config: Config) -> Judge | None:
 
 
 def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
-    """Budgets and the filler row: one blank image of the smallest size and two tokens of text."""
-    blank = chat.bound(Image.new("RGB", (chat.factor, chat.factor)))
-    segment = chat.observation("", [blank], max_tokens=1 << 20)
+    """Budgets and the filler row: two tokens of text and, for a model that sees, one blank image of the smallest size."""
+    blank = [chat.bound(Image.new("RGB", (chat.factor, chat.factor)))] if chat.sees else []
+    segment = chat.observation("", blank, max_tokens=1 << 20)
     length = len(segment.expanded_ids)
     filler = Sample(list(segment.expanded_ids), [0] * length, [0.0] * length, (), (), chat.vision(segment.images))
     return PackingSpec(
         image_token_id=chat.image_token_id, merge_size=chat.merge_size, max_tokens=config.batch.tokens_per_micro_batch,
         max_patches=config.batch.patches_per_micro_batch, filler=filler, aggregation=config.hdpo.aggregation,
-        response_budget=config.rollout.max_response_tokens)
+        response_budget=config.rollout.max_response_tokens, positions=chat.family.positions)
 
 
 def check_split(config: Config) -> None:

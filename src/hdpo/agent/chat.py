@@ -1,4 +1,4 @@
-"""Messages <-> token ids and vision tensors of the Qwen-VL family; rollouts and demonstrations use the same functions.
+"""Messages <-> token ids and vision tensors of one model; rollouts and demonstrations use the same functions.
 
 Tokens are appended, never re-rendered: a prompt is rendered once by the chat template, an observation is tokenised by
 itself and wrapped as a user turn. Text that comes from tools or data cannot turn into control or vision tokens.
@@ -15,20 +15,14 @@ from tokenizers import Tokenizer
 
 from hdpo.agent.builder import Segment
 from hdpo.agent.demonstration import plan_demonstration
+from hdpo.agent.families import FAMILIES, Family
 from hdpo.agent.images import bound_image, bounded_size, content_key, num_image_tokens
 from hdpo.agent.observation import cut_middle, images_that_fit
 from hdpo.agent.parse import TOOL_CALL_CLOSE
 from hdpo.errors import ConfigError, DataError, ModelError
 from hdpo.types import Vision
 
-FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
-"""`model_type` of config.json and the family's name. They share the words below and the grid rule
-tokens = grid.prod() / merge_size**2; patch and merge size come from the folder's image processor."""
-
 IMAGE_MARKER = "<image>"
-IMAGE_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
-END_OF_TURN = "<|im_end|>"
-OBSERVATION_OPEN, OBSERVATION_CLOSE = "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 class ChatFormat:
@@ -38,9 +32,12 @@ class ChatFormat:
     banned_ids  all other control tokens (vision placeholders, <|im_start|>, ...): never to be sampled, or the counts of
                 placeholders and images would part. Engine and trainer both leave them out of the softmax
     min_pixels, max_pixels  the given bounds narrowed to those of the image processor, so that it resizes nothing
+    image_token_id          None for a text-only model: prompts with images are refused, images of tools are left out
     """
 
-    def __init__(self, tokenizer: Any, image_processor: Any, min_pixels: int, max_pixels: int) -> None:
+    def __init__(self, family: Family, tokenizer: Any, image_processor: Any, min_pixels: int, max_pixels: int) -> None:
+        """`image_processor` is None for a text-only model."""
+        self.family = family
         self._template = tokenizer
         self._processor = image_processor
         # Copies of the Rust tokenizer: transformers' wrapper changes shared state while it encodes, which threads trip over
@@ -50,18 +47,22 @@ class ChatFormat:
         self._turn.encode_special_tokens = True
         self._plain = Tokenizer.from_str(json.dumps(description | {"added_tokens": []}))   # parses none
         special = {token.content: id for id, token in self._control.get_added_tokens_decoder().items() if token.special}
-        self.image_token_id = self._single_token(IMAGE_PAD)
         self.tool_call_end_id = self._single_token(TOOL_CALL_CLOSE)
-        self.end_of_turn_id = self._single_token(END_OF_TURN)
+        self.end_of_turn_id = self._single_token(family.end_of_turn)
         if self.decode([self.tool_call_end_id]) != TOOL_CALL_CLOSE:
             raise ModelError(f"the tokenizer hides {TOOL_CALL_CLOSE} in decoded text: it must be added with special=False")
         self._control_words = tuple(special)
         self.banned_ids = tuple(sorted(set(special.values()) - {self.end_of_turn_id}))
-        self._image_block = self._encode(self._control, VISION_START + IMAGE_PAD + VISION_END)
-        self._open, self._close = (self._encode(self._control, s) for s in (OBSERVATION_OPEN, OBSERVATION_CLOSE))
-        self.merge_size = int(image_processor.merge_size)
-        self.factor = int(image_processor.patch_size) * self.merge_size
-        self.min_pixels, self.max_pixels = self._narrow(min_pixels, max_pixels)
+        self._image_words = "".join(family.image_words or ())
+        self._image_block = self._encode(self._control, self._image_words)
+        self._open, self._close = (self._encode(self._control, s) for s in family.observation_words)
+        self.image_token_id: int | None = None
+        self.merge_size, self.factor, self.min_pixels, self.max_pixels = 1, 1, min_pixels, max_pixels
+        if family.image_words:
+            self.image_token_id = self._single_token(family.image_words[1])
+            self.merge_size = int(image_processor.merge_size)
+            self.factor = int(image_processor.patch_size) * self.merge_size
+            self.min_pixels, self.max_pixels = self._narrow(min_pixels, max_pixels)
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -70,7 +71,7 @@ class ChatFormat:
     def _single_token(self, text: str) -> int:
         ids = self._encode(self._control, text)
         if len(ids) != 1:
-            raise ModelError(f"{text} is not a single token of this tokenizer; a Qwen-VL tokenizer is needed")
+            raise ModelError(f"{text} is not a single token of this tokenizer; {self.family.name} has it as one")
         return ids[0]
 
     def _narrow(self, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -97,6 +98,10 @@ class ChatFormat:
         return self._encode(self._turn, text)
 
     # -- images ---------------------------------------------------------------------------------------------------
+
+    @property
+    def sees(self) -> bool:
+        return self.image_token_id is not None
 
     def bound(self, image: Image) -> Image:
         """The image as the model sees it; the same object if it already is."""
@@ -142,6 +147,8 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Sequence[dict[str, str]], num_images: int) -> list[int]:
         """The compact ids of `prompt`."""
+        if num_images and not self.sees:
+            raise DataError(f"{self.family.name} models see no images, and the prompt has {num_images}")
         markers = sum(m["content"].count(IMAGE_MARKER) for m in messages if m["role"] == "user")
         if markers != num_images:
             raise DataError(f"the user messages hold {markers} {IMAGE_MARKER} markers for {num_images} images")
@@ -150,11 +157,11 @@ class ChatFormat:
             role, content = message["role"], message["content"]
             self._refuse_control_words(content)
             if role == "user":
-                content = content.replace(IMAGE_MARKER, VISION_START + IMAGE_PAD + VISION_END)
+                content = content.replace(IMAGE_MARKER, self._image_words)
             rendered.append({"role": role, "content": content})
         text = self._template.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         ids = self._encode(self._control, text)
-        if ids.count(self.image_token_id) != num_images:
+        if self.sees and ids.count(self.image_token_id) != num_images:
             raise ModelError("the model's chat template changes the number of image placeholders")
         return ids
 
@@ -171,7 +178,7 @@ class ChatFormat:
         cut in its middle. Cut tokens and dropped images are named. Images stand at the `<image>` markers if there is one
         for each, else after the text. No part of the text becomes a control, vision or tool-call token.
         """
-        bounded = [self.bound(image) for image in images]
+        bounded = [self.bound(image) for image in images] if self.sees else list(images)
         compact, kept = self.observation_ids(text, [image.size for image in bounded], max_tokens, max_images)
         return self._segment(compact, [image for image, keep in zip(bounded, kept) if keep])
 
@@ -182,10 +189,14 @@ class ChatFormat:
         if len(pieces) != len(sizes) + 1:
             pieces = [text] + [""] * len(sizes)
         ids = [self._encode(self._plain, piece) for piece in pieces]
-        costs = [self.image_tokens(size) + len(self._image_block) - 1 for size in sizes]
-        kept = images_that_fit(costs, sum(map(len, ids)), max_tokens, len(sizes) if max_images is None else max_images)
+        if self.sees:
+            costs = [self.image_tokens(size) + len(self._image_block) - 1 for size in sizes]
+            kept = images_that_fit(costs, sum(map(len, ids)), max_tokens, len(sizes) if max_images is None else max_images)
+        else:
+            costs, kept = [0] * len(sizes), [False] * len(sizes)
         if dropped := kept.count(False):
-            note = f"\n[{dropped} of {len(sizes)} images are not shown: they exceed the limit]"
+            reason = "they exceed the limit" if self.sees else "only text can be shown"
+            note = f"\n[{dropped} of {len(sizes)} images are not shown: {reason}]"
             ids[-1] = ids[-1] + self._encode(self._plain, note)
         room = max_tokens - sum(cost for cost, keep in zip(costs, kept) if keep)
         ids = cut_middle(ids, room, lambda n: self._encode(self._plain, f"\n[... {n} tokens cut ...]\n"))
@@ -230,18 +241,19 @@ def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatF
     if not model_path or not folder.is_dir():
         raise ModelError(f"model.path: no such folder: {model_path or '(empty)'}")
     try:
-        family = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError) as exc:
         raise ModelError(f"{folder}: config.json is missing or unreadable ({exc.__class__.__name__})") from exc
-    if family not in FAMILIES:
-        raise ModelError(f"{folder}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
+    if kind not in FAMILIES:
+        raise ModelError(f"{folder}: model_type {kind!r} is not supported; known are {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True) if family.image_words else None
     except (OSError, ValueError, KeyError) as exc:
         raise ModelError(f"{folder}: tokenizer or image processor can't be loaded: {' '.join(str(exc).split())}") from exc
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"{folder}: the tokenizer has no chat template")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ModelError(f"{folder}: tokenizer.json is missing, a fast tokenizer is needed")
-    return ChatFormat(tokenizer, image_processor, min_pixels, max_pixels)
+    return ChatFormat(family, tokenizer, image_processor, min_pixels, max_pixels)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hdpo.agent.families import Positions, multimodal_positions
 from hdpo.errors import ConfigError
 from hdpo.train.world import World
 from hdpo.types import MicroBatch, MiniBatch, Sample, TrainBatch, Vision
@@ -30,42 +31,14 @@ class PackingSpec:
     the same order.
     """
 
-    image_token_id: int
+    image_token_id: int | None
     merge_size: int            # patches per side that become one image token
     max_tokens: int
     max_patches: int
     filler: Sample
     aggregation: str = "token_mean"
     response_budget: int = 1   # tokens; the constant of dr_grpo
-
-
-def multimodal_positions(token_ids: Tensor, grid_thw: Tensor | None, image_token_id: int, merge_size: int) -> Tensor:
-    """Positions [4, L] of one row: its text positions, then (temporal, height, width) as Qwen2-VL to Qwen3-VL count them.
-
-    Text advances all three together; an image spans its own grid and advances by its longer side in merged patches.
-    Images only. Equal to the model's `get_rope_index` (tested).
-    """
-    length = len(token_ids)
-    text = torch.arange(length)
-    if grid_thw is None or not len(grid_thw):
-        return text.expand(4, length).clone()
-    positions = torch.empty(3, length, dtype=torch.int64)
-    is_image = token_ids == image_token_id
-    cursor = start = 0
-    for t, h, w in grid_thw.tolist():
-        first = start + int(is_image[start:].to(torch.int8).argmax())
-        positions[:, start:first] = torch.arange(first - start) + cursor
-        cursor += first - start
-        h, w = h // merge_size, w // merge_size
-        grid = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
-        end = first + t * h * w
-        if not bool(is_image[first:end].all()) or end > length:
-            raise ValueError(f"image tokens and grid disagree: {t}x{h}x{w} tokens expected at position {first}")
-        positions[:, first:end] = torch.stack(grid).reshape(3, -1) + cursor
-        cursor += max(h, w)
-        start = end
-    positions[:, start:] = torch.arange(length - start) + cursor
-    return torch.cat([text[None], positions])
+    positions: Positions = multimodal_positions
 
 
 def pack(samples: Sequence[Sample], spec: PackingSpec, channels: int = 0) -> MicroBatch:
@@ -81,7 +54,7 @@ def pack(samples: Sequence[Sample], spec: PackingSpec, channels: int = 0) -> Mic
         mask = torch.tensor(sample.mask[1:], dtype=torch.bool)   # the first token of a row is never predicted
         sampled = mask.nonzero()[:, 0]
         ids.append(tokens)
-        positions.append(multimodal_positions(tokens, grid, spec.image_token_id, spec.merge_size))
+        positions.append(spec.positions(tokens, grid, spec.image_token_id, spec.merge_size))
         trained.append(sampled + offset)
         targets.append(tokens[1:][sampled])
         weight.append(torch.full((len(sampled),), token_weight(len(sampled), spec)))
