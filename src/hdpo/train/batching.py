@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hdpo.agent.families import Positions, multimodal_positions
 from hdpo.errors import ConfigError
