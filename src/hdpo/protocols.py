@@ -4,13 +4,14 @@ Nothing here knows a vendor: vllm, deepspeed, docker and openai live under `hdpo
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hdpo.types import Completion, Judgement, Task
+from hdpo.types import Completion, Judgement, MicroBatch, Task
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -103,7 +104,30 @@ class LogSink(Protocol):
     def close(self) -> None: ...
 
 
-class WeightSource(Protocol):
-    """Full (gathered) parameters, in bounded groups. All ranks iterate together: gathering is a collective."""
+class Policy(Protocol):
+    """Trainable weights over all ranks. Every method is a collective: all ranks call it, in the same order."""
 
-    def iter_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    dtype: torch.dtype         # of the weights in forward, and of what `iter_weights` yields
+    world: Any                 # train.world.World
+
+    def run(self, micro: MicroBatch, job: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """One forward whose head hands (hidden [M, H], weight [V, H]) to `job`; returns what the job returns."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients of a loss whose norms are global; `last` closes the optimizer step."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip and update; the global gradient norm before clipping. Not finite: nothing was changed, gradients are cleared."""
+        ...
+
+    def iter_weights(self, group_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """Full parameters by Hugging Face name, gathered in groups of bounded size; valid until the iterator advances."""
+        ...
+
+    def park(self) -> None:
+        """Move what only an update needs (optimizer state, fp32 weights, gradients) to host memory. CUDA; twice is once."""
+        ...
+
+    def unpark(self) -> None: ...

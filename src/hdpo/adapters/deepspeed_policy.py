@@ -25,7 +25,7 @@ from hdpo.adapters.policy_model import (
     resolve_dtype,
 )
 from hdpo.config import ModelConfig, OptimConfig
-from hdpo.errors import CheckpointError, NonFiniteError, boundary
+from hdpo.errors import CheckpointError, boundary
 from hdpo.train.world import World
 from hdpo.types import MicroBatch
 
@@ -44,7 +44,8 @@ def zero3_config(dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,   # boundaries are set by hand; our norms replace DeepSpeed's division
         "gradient_clipping": grad_clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"keep_in_fp32_modules": ["inv_freq"]},
+        # a step's gradients are summed over dozens of micro-batches: in bf16 the later ones would round away
+        "data_types": {"keep_in_fp32_modules": ["inv_freq"], "grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True,
             "stage3_gather_16bit_weights_on_model_save": True,
@@ -103,13 +104,12 @@ class DeepSpeedPolicy:
         if not last:
             self.engine.step()   # advances DeepSpeed's micro-step counter; nothing is updated
 
-    def step(self, lr: float, loss_is_finite: bool) -> float:
+    def step(self, lr: float) -> float:
         """Clip and update. Returns the global gradient norm before clipping.
 
-        Raises NonFiniteError, before anything is changed, when some rank's loss was not finite.
+        DeepSpeed looks at the norm before it touches a weight: one that is not finite clears the gradients on every rank
+        and changes nothing else, and infinity is returned.
         """
-        if self.world.any(not loss_is_finite):
-            raise NonFiniteError("the loss is NaN or infinite on some rank; weights were left as they are")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()

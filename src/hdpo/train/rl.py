@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hdpo.agent.chat import ChatFormat
@@ -18,7 +19,7 @@ from hdpo.train.objectives import HdpoObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import group_advantages, to_samples
 from hdpo.train.sync import check_parity, sync_weights
-from hdpo.train.update import old_log_probs, update
+from hdpo.train.update import StepGuard, old_log_probs, update
 from hdpo.types import RewardedGroup, Sample, TrainBatch
 
 
@@ -45,6 +46,7 @@ def train(config: Config, parts: RlParts) -> bool:
         tasks.restore(position)
     objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
                               config.batch.head_chunk_tokens)
+    guard = StepGuard(config.optim.max_skipped)
     open_gate(config, parts, start)
     if start == 0 and config.eval.before:
         run_evaluation(config, parts, config.eval.label_before, 0)
@@ -77,9 +79,10 @@ def train(config: Config, parts: RlParts) -> bool:
             with log.timed("update"):
                 for _ in range(config.optim.ppo_epochs):
                     for mini, old_of_mini in zip(batch.mini_batches, old):
-                        log.add("actor/grad_norm", update(policy, mini, objective, lr, old_of_mini))
-            log.write(step + 1, {"actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch,
-                                 "data/skipped": len(tasks.skipped)}, rewarded, advantages)
+                        guard.note(update(policy, mini, objective, lr, old_of_mini))
+            log.write(step + 1, {**guard.scalars(), "actor/lr": lr, "training/global_step": step + 1,
+                                 "training/epoch": tasks.epoch, "data/skipped": len(tasks.skipped)}, rewarded, advantages)
+            guard.check(partial(checkpoint.save, run, step + 1, policy, tasks.state(), config))
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from hdpo.agent.chat import ChatFormat
 from hdpo.config import Config
@@ -11,7 +12,7 @@ from hdpo.train.batching import PackingSpec, make_train_batch
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import SftObjective
 from hdpo.train.runlog import RunLog
-from hdpo.train.update import update
+from hdpo.train.update import StepGuard, update
 from hdpo.types import Sample
 
 
@@ -32,6 +33,7 @@ def train(config: Config, parts: SftParts) -> bool:
     if position is not None:
         demos.restore(position)
     objective = SftObjective(log, config.batch.head_chunk_tokens)
+    guard = StepGuard(config.optim.max_skipped)
 
     with StopSignal() as stop:
         for step in log.steps(start, steps, "SFT"):
@@ -42,10 +44,11 @@ def train(config: Config, parts: SftParts) -> bool:
                 batch = make_train_batch([samples], parts.spec, world)
             lr = learning_rate(config.optim, step)
             with log.timed("update"):
-                norm = update(policy, batch.mini_batches[0], objective, lr)
-            log.write(step + 1, {"actor/grad_norm": norm, "actor/lr": lr, "training/global_step": step + 1,
+                guard.note(update(policy, batch.mini_batches[0], objective, lr))
+            log.write(step + 1, {**guard.scalars(), "actor/lr": lr, "training/global_step": step + 1,
                                  "training/epoch": demos.epoch,
                                  "data/skipped": len(demos.skipped)})
+            guard.check(partial(checkpoint.save, run, step + 1, policy, demos.state(), config))
             stopping = world.any(stop.requested)
             if stopping or step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
                 with log.timed("save"):

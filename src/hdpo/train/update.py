@@ -1,37 +1,62 @@
 """One optimizer step from one mini-batch, and the log-probs an off-policy mini-batch needs. Shared by SFT and RL."""
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hdpo.errors import NonFiniteError
+from hdpo.protocols import Policy
 from hdpo.train.objectives import LogProbs
 from hdpo.types import MiniBatch, TrainBatch
-
-
-class Policy(Protocol):
-    """What training needs of the policy (see adapters/deepspeed_policy.py). Every method is a collective."""
-
-    def run(self, micro: Any, job: Any) -> tuple[Tensor, ...]: ...
-
-    def backward(self, loss: Tensor, last: bool) -> None: ...
-
-    def step(self, lr: float, loss_is_finite: bool) -> float: ...
 
 
 def update(policy: Policy, mini: MiniBatch, objective: Any, lr: float, old_log_probs: list[Tensor] | None = None) -> float:
     """Forward, fused loss and backward for each micro-batch, then clip and step. Returns the gradient norm.
 
-    The device is asked once, before the step, whether every loss was finite.
+    A norm that is not finite means that the step was skipped on every rank. A loss that is not finite makes it so, even
+    where its gradients would be: the last micro-batch's are spoiled with it, which asks the device and other ranks nothing.
     """
-    finite: list[Tensor] = []
+    healthy: Tensor | None = None
     for index, micro in enumerate(mini.micro_batches):
         old = old_log_probs[index] if old_log_probs is not None else None
         (loss,) = policy.run(micro, objective(micro, mini.norms, old))
-        policy.backward(loss, last=index == len(mini.micro_batches) - 1)
-        finite.append(torch.isfinite(loss.detach()))
-    return policy.step(lr, bool(torch.stack(finite).all()))
+        last = index == len(mini.micro_batches) - 1
+        finite = torch.isfinite(loss.detach())
+        healthy = finite if healthy is None else healthy & finite
+        policy.backward(loss * torch.where(healthy, 1.0, math.nan) if last else loss, last)
+    return policy.step(lr)
+
+
+class StepGuard:
+    """Watches optimizer steps: counts those skipped because a loss or gradient was not finite, and ends a run of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.skipped_in_a_row = limit, 0
+        self._norms: list[float] = []
+
+    def note(self, norm: float) -> None:
+        """Record what `update` returned; it is the same on every rank."""
+        self._norms.append(norm)
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+
+    def scalars(self) -> dict[str, float]:
+        """What was noted since the last call: mean gradient norm of the steps that were taken, count of those that weren't."""
+        taken = [norm for norm in self._norms if math.isfinite(norm)]
+        skipped, self._norms = len(self._norms) - len(taken), []
+        return {"actor/skipped_steps": skipped} | ({"actor/grad_norm": sum(taken) / len(taken)} if taken else {})
+
+    def check(self, save: Callable[[], object]) -> None:
+        """Raise NonFiniteError, having called `save`, once more than `limit` steps in a row were skipped."""
+        if self.skipped_in_a_row > self.limit:
+            save()
+            raise NonFiniteError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite; the weights of "
+                "the last good step are saved. Lower optim.lr or optim.grad_clip, or look at the data of these steps "
+                "(optim.max_skipped is the limit)")
 
 
 def old_log_probs(policy: Policy, batch: TrainBatch, log_probs: LogProbs, epochs: int) -> list[list[Tensor] | None]:
