@@ -19,7 +19,7 @@ from pathlib import Path
 from common import Figure, arguments, report
 
 from hdpo.adapters.openai_judge import OpenAIJudge
-from hdpo.background import BackgroundLoop
+from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.config import JudgeConfig, RewardConfig
 from hdpo.reward.rules import rule_verdict
 from hdpo.reward.scoring import Scorer
@@ -103,6 +103,7 @@ def main() -> int:
         port = int(server.stdout.readline())
         with tempfile.TemporaryDirectory() as folder:
             score(trajectories(CONCURRENCY), port, Path(folder) / "warm_up.sqlite")   # imports, not scoring
+            freeze_heap()   # as a run does before its first step
             cold, cold_cpu, cold_stats = score(trajectories(count), port, Path(folder) / "verdicts.sqlite")
             repeats = [score(trajectories(count), port, Path(folder) / "verdicts.sqlite") for _ in range(3)]
     finally:

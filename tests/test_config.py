@@ -20,7 +20,7 @@ rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tenso
 tools.url tools.allowed tools.sandbox tools.call_timeout_s tools.python_timeout_s tools.retries tools.max_image_searches
 tools.search_provider tools.text_index tools.image_index tools.search_results
 reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross_check reward.max_unscored
-judge.base_url judge.model judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache
+judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache
 judge.max_prediction_chars
 hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip_low hdpo.clip_high hdpo.dual_clip
 hdpo.importance hdpo.importance_cap hdpo.mask_truncated

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -46,3 +47,13 @@ class BackgroundLoop:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=10)
         self.loop.close()
+
+
+def freeze_heap() -> None:
+    """Keep what is loaded by now out of garbage collection: call once when everything is built.
+
+    A full collection walks millions of objects of torch, transformers and the engine, which are there to stay; it holds
+    every thread for tens of milliseconds, and it costs 40 % of the time of scoring a step from the cache.
+    """
+    gc.collect()
+    gc.freeze()

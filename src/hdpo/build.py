@@ -16,7 +16,7 @@ from PIL import Image
 
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.agent.rollout import Rollouts
-from hdpo.background import BackgroundLoop
+from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.config import Config, dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
 from hdpo.errors import ConfigError, DataError, ToolServerError
@@ -67,6 +67,7 @@ class Stage(contextlib.ExitStack):
                                 ("blind", "tool/rate_not_needed"), ("|Q|", "hdpo/q_size_mean"), ("k3", "mismatch/k3"),
                                 ("s", "time/step")])
         evaluator = Evaluator(config, rollouts, scorer, held_out, world)
+        freeze_heap()
         return RlParts(policy, engine, self.chat, rollouts, scorer, tasks, evaluator, build_packing(config, self.chat), log)
 
     def evaluation(self) -> Evaluator:
@@ -190,9 +191,12 @@ def build_judge(config: Config) -> Judge | None:
     """The configured judge, or None: then what rules can't decide is unscored."""
     if not config.judge.base_url or not config.reward.judge:
         return None
-    from hdpo.adapters.openai_judge import OpenAIJudge
+    from hdpo.adapters.openai_judge import open_judges
+    from hdpo.reward.panel import PanelJudge
     from hdpo.reward.verdict_cache import CachedJudge
-    return CachedJudge(OpenAIJudge(config.judge), Path(config.judge.cache or config.run.path / "verdicts.sqlite"))
+    judges = open_judges(config.judge)
+    return CachedJudge(judges[0] if len(judges) == 1 else PanelJudge(judges),
+                       Path(config.judge.cache or config.run.path / "verdicts.sqlite"))
 
 
 def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:

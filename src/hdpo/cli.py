@@ -145,17 +145,20 @@ def judge(argv: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     if not config.judge.base_url:
         raise UserError("judge.base_url is not set: give JUDGE_BASE_URL or --set judge.base_url=http://HOST:PORT/v1")
-    from hdpo.adapters.openai_judge import OpenAIJudge
+    from hdpo.adapters.openai_judge import open_judges
     from hdpo.background import BackgroundLoop
     from hdpo.judge_check import check_judge
-    background, client = BackgroundLoop(), OpenAIJudge(config.judge)
+    background, judges = BackgroundLoop(), open_judges(config.judge)
+    checks = []
     try:
-        check = background.run(check_judge(client))
-        print("\n".join(check.lines()))
+        for client in judges:
+            checks.append(background.run(check_judge(client)))
+            print(*[f"{client.config.base_url}:"] * (len(judges) > 1), *checks[-1].lines(), sep="\n")
     finally:
-        background.run(client.close())
+        for client in judges:
+            background.run(client.close())
         background.close()
-    return 0 if check.ok else 1
+    return 0 if all(check.ok for check in checks) else 1
 
 
 def toy_base(argv: Sequence[str]) -> int:

@@ -104,7 +104,9 @@ class RewardConfig(Section):
 class JudgeConfig(Section):
     base_url: str = Field("", description="OpenAI-compatible endpoint (JUDGE_BASE_URL).")
     model: str = Field("", description="Model name (JUDGE_MODEL); empty takes the first that /models lists.")
-    concurrency: int = Field(128, description="Requests in flight per rank.")
+    panel: list[str] = Field(
+        default_factory=list, description="Further judges as MODEL@URL, keys in JUDGE_API_KEY_2, _3, ...; the majority counts.")
+    concurrency: int = Field(128, description="Requests in flight per rank and judge.")
     timeout_s: float = Field(30.0, description="Deadline of one request, seconds.")
     deadline_s: float = Field(300.0, description="Deadline of one verdict with all retries, seconds.")
     votes: int = Field(1, description="Verdicts asked per question; the majority counts.")

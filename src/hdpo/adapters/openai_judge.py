@@ -31,6 +31,9 @@ MAX_REPLY_TOKENS = 2048     # room for a reasoning model to think
 MAX_READINGS = 3            # replies asked for until one can be read
 BACKOFF_CAP_S = 30.0
 _RETRIED = (408, 409, 425, 429)   # and every 5xx
+_NO_TELEMETRY = {f"X-Stainless-{name}": openai.Omit() for name in (
+    "Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout")}
+"""What the client tells about this machine is nobody's business, and each header costs as much as a look-up in a cache."""
 
 
 class OpenAIJudge:
@@ -52,6 +55,7 @@ class OpenAIJudge:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._client: openai.AsyncOpenAI | None = None
         self._model: asyncio.Task[str] | None = None
+        self._fingerprint = ""
         self._outage = _Outage(config.deadline_s, config.base_url)
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
@@ -79,8 +83,10 @@ class OpenAIJudge:
         The address is not part of it, so that a judge which moved to another host or port keeps its verdicts.
         """
         config = self.config
-        return "\0".join(map(str, (await self.model(), prompt_version(), config.votes, config.max_prediction_chars,
-                                   MAX_REPLY_TOKENS, MAX_READINGS)))
+        if not self._fingerprint:
+            self._fingerprint = "\0".join(map(str, (
+                await self.model(), prompt_version(), config.votes, config.max_prediction_chars, MAX_REPLY_TOKENS, MAX_READINGS)))
+        return self._fingerprint
 
     def stats(self) -> dict[str, float]:
         """Counts, tokens and seconds since the previous call; names begin with "judge/"."""
@@ -148,7 +154,7 @@ class OpenAIJudge:
             # the aiohttp transport costs a fraction of the default one per request; retries and timeouts are ours
             self._client = openai.AsyncOpenAI(
                 base_url=self.config.base_url, api_key=self._key, max_retries=0, timeout=self.config.timeout_s,
-                http_client=openai.DefaultAioHttpClient(timeout=self.config.timeout_s))
+                http_client=openai.DefaultAioHttpClient(timeout=self.config.timeout_s), default_headers=_NO_TELEMETRY)
         return self._client
 
     # --- failures -----------------------------------------------------------------------------------------------------
@@ -208,6 +214,18 @@ class OpenAIJudge:
         kind = text.split(":")[0] if text.startswith("HTTP") else type(exc).__name__
         self._counts[f"error_{kind.replace(' ', '_')}"] += 1
         return " ".join(text.replace(self._key, "***").split())[:300]
+
+
+def open_judges(config: JudgeConfig) -> list[OpenAIJudge]:
+    """The configured judge and the further members of its panel. A member never sees another one's key."""
+    judges = [OpenAIJudge(config)]
+    for number, member in enumerate(config.panel, start=2):
+        model, at, url = member.partition("@")
+        if not (model and at and url.startswith(("http://", "https://"))):
+            raise ConfigError(f"judge.panel: {member!r} is not MODEL@URL, as in Qwen3-32B@http://host:8000/v1")
+        own = config.model_copy(update={"model": model, "base_url": url, "panel": []})
+        judges.append(OpenAIJudge(own, os.environ.get(f"JUDGE_API_KEY_{number}") or "EMPTY"))
+    return judges
 
 
 class _WentDownError(Exception):

@@ -88,8 +88,10 @@ def may_need_maths(ground_truth: str | list[str], prediction: str, policy: str) 
     if len(prediction) > _MAX_CHARS or policy not in ("auto", "maths"):
         return False
     golds = [ground_truth] if isinstance(ground_truth, str) else ground_truth
-    return (policy == "maths" or any(_looks_like_maths(text) for text in [*golds, prediction])) and readable(
-        unwrap(prediction)) and any(readable(_unwrapped(gold)) for gold in golds)
+    if not any(_gold_readable(gold) for gold in golds):   # first: the G rollouts of a prompt share it
+        return False
+    looks = policy == "maths" or any(_looks_like_maths(text) for text in [*golds, prediction])
+    return looks and readable(unwrap(prediction))
 
 
 def _verdict(prediction: str, gold: str, policy: str, question: str, maths: bool) -> RuleVerdict:
@@ -119,6 +121,11 @@ def _verdict(prediction: str, gold: str, policy: str, question: str, maths: bool
 @lru_cache(maxsize=4096)
 def _unwrapped(gold: str) -> str:
     return unwrap(gold)   # the G rollouts of a prompt share it
+
+
+@lru_cache(maxsize=4096)
+def _gold_readable(gold: str) -> bool:
+    return readable(_unwrapped(gold))
 
 
 @lru_cache(maxsize=4096)
@@ -155,8 +162,8 @@ def _holds_a_number(answer: str) -> bool:
 
 def _yesno(answer: str, gold: str, question: str, explicit: bool) -> RuleVerdict | None:
     target = YES_NO.get(normalise(gold))
-    said = polarity(answer)
-    return None if target is None or said is None else _decided(said == target, "yes/no")
+    said = polarity(answer) if target is not None else None
+    return None if said is None else _decided(said == target, "yes/no")
 
 
 def _choice(answer: str, gold: str, question: str, explicit: bool) -> RuleVerdict | None:
@@ -209,11 +216,16 @@ def _same_item(answer: str, gold: str) -> bool:
     return bool(a and b and compare(a, b))
 
 
-_MATHS_SIGN = re.compile(r"\\[a-zA-Z]|\^|√|π|[=<>≤≥]|(?<=[\w)])\s*[*/+]\s*[\w(]|\d[a-z]\b|\)\s*\(")
+_MAY_BE_SIGN = re.compile(r"[\\^√π=<>≤≥*/+\d)]")   # a plain class, because it is searched in every answer
+_MATHS_SIGN = re.compile(r"\\[a-zA-Z]|[\^√π=<>≤≥]|\d[a-z]\b|\)\s*\(")
+_OPERATOR = re.compile(r"[*/+]\s*[\w(]")
+_OPERAND_END = re.compile(r"[\w)]\s*\Z")
 
 
 def _looks_like_maths(text: str) -> bool:
-    return len(text) <= 300 and bool(_MATHS_SIGN.search(text))
+    return len(text) <= 300 and any(
+        _MATHS_SIGN.match(text, m.start()) or _OPERATOR.match(text, m.start()) and _OPERAND_END.search(text[:m.start()])
+        for m in _MAY_BE_SIGN.finditer(text))
 
 
 def _maths(answer: str, gold: str, question: str) -> RuleVerdict:

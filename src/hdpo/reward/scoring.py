@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 
 from hdpo.agent.parse import extract_answer
 from hdpo.background import BackgroundLoop
@@ -43,6 +44,7 @@ class Scorer:
         self._pending: dict[int, tuple[Trajectory, Judgement | asyncio.Task[Judgement]]] = {}
         self._cross_checks: dict[int, asyncio.Task[Judgement]] = {}
         self._slow_rules = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hdpo-rules")
+        self._policy = lru_cache(maxsize=None)(partial(policy_for, rules=config.rules))   # per data_source
         self._decided: Counter[str] = Counter()
         self._waited_s = 0.0
 
@@ -111,12 +113,11 @@ class Scorer:
 
     def _rule(self, trajectory: Trajectory, answer: str, maths: bool) -> RuleVerdict:
         task = trajectory.task
-        policy = policy_for(task.data_source, self.config.rules)
-        return rule_verdict(answer, task.ground_truth, policy, task.question, maths)
+        return rule_verdict(answer, task.ground_truth, self._policy(task.data_source), task.question, maths)
 
     async def _decide(self, trajectory: Trajectory, answer: str) -> Judgement:
         task = trajectory.task
-        if may_need_maths(task.ground_truth, answer, policy_for(task.data_source, self.config.rules)):
+        if may_need_maths(task.ground_truth, answer, self._policy(task.data_source)):
             verdict = _by_rule(await asyncio.get_running_loop().run_in_executor(
                 self._slow_rules, self._rule, trajectory, answer, True))
             if verdict:
