@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from hdpo.config import Config, dump_config
+from hdpo.config import Config
+from hdpo.config_file import dump_config
 from hdpo.evaluate import evaluate, write_summary
 from hdpo.reward.audit import AuditLog, audit_record
 from hdpo.train.dump import write_rollouts

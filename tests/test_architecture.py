@@ -15,7 +15,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # Lowest first; a room imports itself and rooms before it.
 ROOMS = ["maths", "words", "agent", "reward", "data", "train", "top"]
 MATHS = {"losses", "advantages", "fused_loss"}
-WORDS = {"types", "errors", "protocols", "config", "background"}
+WORDS = {"types", "errors", "protocols", "config", "config_file", "background"}
 VENDORS = {"vllm", "deepspeed", "accelerate", "docker", "openai", "wandb", "tensorboard"}
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hdpo.config import Config, describe_fields, dump_config, field_paths, load_config
+from hdpo.config import Config
+from hdpo.config_file import describe_fields, dump_config, field_paths, load_config
 from hdpo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"

@@ -17,7 +17,8 @@ from PIL import Image
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.agent.rollout import Rollouts
 from hdpo.background import BackgroundLoop, freeze_heap
-from hdpo.config import Config, dump_config
+from hdpo.config import Config
+from hdpo.config_file import dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
 from hdpo.errors import ConfigError, DataError, ToolServerError
 from hdpo.evaluate import Evaluator

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hdpo.config import Config, describe_fields, dump_config, load_config
+from hdpo.config import Config
+from hdpo.config_file import describe_fields, dump_config, load_config
 from hdpo.errors import HdpoError, UserError
 
 ABOUT = """\

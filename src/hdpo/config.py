@@ -1,20 +1,15 @@
-"""Settings: one frozen tree, one sentence and a unit per field, read from YAML and `--set a.b=c`.
+"""Settings: one frozen tree, one sentence and a unit per field. `config_file.py` reads and writes it.
 
 Derived numbers are properties, never second fields. Unknown keys are errors that name the nearest key. A test holds
-the list of fields: a new knob edits that list in the same commit. Imports pydantic and PyYAML only, so that the tool
+the list of fields: a new knob edits that list in the same commit. Imports pydantic only, so that the tool
 server can read settings without torch.
 """
 from __future__ import annotations
 
-import difflib
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from hdpo.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -207,126 +202,3 @@ class Config(Section):
     @property
     def max_model_len(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
-
-
-ENVIRONMENT = {
-    "MODEL_PATH": "model.path", "TRAIN_DATA": "data.train", "VAL_DATA": "data.val", "JUDGE_BASE_URL": "judge.base_url",
-    "JUDGE_MODEL": "judge.model", "SEARCH_PROVIDER": "tools.search_provider", "REMOTE_TOOL_SERVER_URL": "tools.url",
-}
-"""Environment variables of the reference and the field each one fills when the configuration leaves it at its default.
-
-Secrets (JUDGE_API_KEY, SERPER_API_KEY, ...) are deliberately absent: they are read where they are used and never
-become part of a configuration, a log or a dump.
-"""
-
-
-def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all leaf fields, in order."""
-    paths: list[str] = []
-    for name, info in section.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            paths += field_paths(kind, f"{prefix}{name}.")
-        else:
-            paths.append(prefix + name)
-    return paths
-
-
-def _nearest(path: str) -> str:
-    known = field_paths() + list(Config.model_fields)
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        path.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(Config.model_fields)}"
-
-
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, leaf = path.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: {name} is not a section")
-    tree[leaf] = value
-
-
-def _has(tree: dict[str, Any], path: str) -> bool:
-    node: Any = tree
-    for name in path.split("."):
-        if not isinstance(node, dict) or name not in node:
-            return False
-        node = node[name]
-    return True
-
-
-def _from_environment(path: str, text: str) -> Any:
-    if path in ("data.train", "data.val"):   # the reference writes "[a.parquet,b.parquet]"
-        return [part.strip().strip("'\"") for part in text.strip().strip("[]").split(",") if part.strip()]
-    return text
-
-
-def _validate(tree: dict[str, Any], source: str) -> Config:
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{source}: unknown key {path}{_nearest(path)}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if not path else f" (got {first['input']!r})"
-        raise ConfigError(f"{source}: {path + ': ' if path else ''}{message}{given}") from None
-
-
-def load_config(path: str | os.PathLike[str] | None, overrides: list[str] | tuple[str, ...] = (),
-                environment: dict[str, str] | None = None) -> Config:
-    """Read YAML, then environment variables of the reference for fields it leaves out, then `a.b=c` overrides.
-
-    Raises ConfigError with one line that names the file, the key and the nearest known key.
-    """
-    tree: dict[str, Any] = {}
-    source = str(path) if path else "configuration"
-    if path:
-        try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such configuration file") from None
-        except yaml.YAMLError as exc:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: expected a mapping of sections at the top level")
-    env = dict(os.environ if environment is None else environment)
-    for variable, field in ENVIRONMENT.items():
-        if env.get(variable) and not _has(tree, field):
-            _put(tree, field, _from_environment(field, env[variable]))
-    for item in overrides:
-        key, eq, text = item.partition("=")
-        if not eq:
-            raise ConfigError(f"--set {item}: expected KEY=VALUE, for example --set hdpo.w_tool=0.1")
-        if key not in field_paths():
-            raise ConfigError(f"--set {item}: unknown key {key}{_nearest(key)}")
-        _put(tree, key, yaml.safe_load(_float_friendly(text)))
-    return _validate(tree, source)
-
-
-def _float_friendly(text: str) -> str:
-    """YAML 1.1 reads 1e-6 as a string; write it so that it is a number."""
-    try:
-        return repr(float(text)) if "e" in text.lower() and not text.lower().startswith("0x") else text
-    except ValueError:
-        return text
-
-
-def dump_config(config: Config) -> str:
-    """YAML with every field, in order; reading it back gives the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def describe_fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """(dotted name, default, description) of every leaf field: the table of settings in --help and README."""
-    rows: list[tuple[str, Any, str]] = []
-    for name, info in section.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            rows += describe_fields(kind, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, info.get_default(call_default_factory=True), info.description or ""))
-    return rows
