@@ -6,12 +6,14 @@ tasks rightly only after a crop. Used by the tests of metrics, dumps, evaluation
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from hdpo.agent.rollout import static_queue
 from hdpo.config import Config
 from hdpo.config_file import dump_config
 from hdpo.evaluate import evaluate, write_summary
@@ -95,8 +97,9 @@ class CoinRollouts:
     def __init__(self, seed: int, eager: float, useful: float) -> None:
         self.seed, self.eager, self.useful = seed, eager, useful
 
-    def collect(self, tasks, *, group_size, temperature, step, weight_version):
-        return [tuple(self._one(task, sample, step) for sample in range(group_size)) for task in tasks]
+    def collect(self, tasks, *, queue, group_size, temperature, step, weight_version):
+        mine = itertools.takewhile(lambda number: number < len(tasks), iter(queue.claim, None))
+        return [tuple(self._one(tasks[number], sample, step) for sample in range(group_size)) for number in mine]
 
     def _one(self, task: Task, sample: int, step: int) -> Trajectory:
         coin = random.Random(f"{self.seed}/{task.id}/{sample}/{step}")
@@ -106,7 +109,7 @@ class CoinRollouts:
         return make_trajectory(task, sample, call=call, right=right)
 
     def score(self, groups):
-        return [score(group, index) for index, group in enumerate(groups)]
+        return [score(group, group[0].index) for group in groups]
 
 
 def write_run(folder: Path, *, steps: int = 24, seed: int = 5) -> Path:
@@ -118,7 +121,8 @@ def write_run(folder: Path, *, steps: int = 24, seed: int = 5) -> Path:
     for step in range(1, steps + 1):
         progress = step / steps
         policy = CoinRollouts(seed, eager=max(0.03, 0.95 - 1.2 * progress), useful=0.9)
-        groups = policy.score(policy.collect(tasks, group_size=4, temperature=1.0, step=step, weight_version=step))
+        groups = policy.score(policy.collect(
+            tasks, queue=static_queue(), group_size=4, temperature=1.0, step=step, weight_version=step))
         sink.write(step, rollout_scalars(rollout_rows(groups)) | _training_scalars(step, progress))
         if step in (1, steps):
             write_rollouts(folder / "rollouts" / f"step_{step:06d}.parquet", groups, step=step)

@@ -50,7 +50,7 @@ def test_evaluation_is_greedy_with_one_trajectory_per_task():
             return super().collect(tasks, **settings)
     policy = Watched(1, 0.5, 0.5)
     result = evaluate(policy, policy, TASKS, step=7, weight_version=4)
-    assert asked == {"group_size": 1, "temperature": 0.0, "step": 7, "weight_version": 4}
+    assert asked.pop("queue") and asked == {"group_size": 1, "temperature": 0.0, "step": 7, "weight_version": 4}
     assert result.summary["rows"] == len(TASKS) == len(result.rows)
 
 

@@ -14,7 +14,7 @@ from scripted import Script, ScriptedEngine, ScriptedTools
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import encode_png
 from hdpo.agent.parse import EXAMPLES, extract_answer, format_ok
-from hdpo.agent.rollout import Rollouts, sampling_seed
+from hdpo.agent.rollout import PromptQueue, Rollouts, sampling_seed
 from hdpo.background import BackgroundLoop
 from hdpo.config import RolloutConfig, ToolsConfig
 from hdpo.errors import DataError, ToolServerError
@@ -48,14 +48,15 @@ def collect(chat: ChatFormat, background: BackgroundLoop) -> Callable[..., list[
     """Run one collection; returns its groups and leaves `.engine` and `.rollouts` for a closer look."""
     def run(script: Script, tools: ScriptedTools | None = None, tasks: list[Task] | None = None, *, group_size: int = 1,
             max_model_len: int = 4096, deterministic: bool = False, tools_config: dict[str, Any] | None = None,
-            on_finished: Any = None, prepare: Callable[[Rollouts, ScriptedEngine], None] = lambda r, e: None,
-            **config: Any) -> list[tuple[Trajectory, ...]]:
+            prepare: Callable[[Rollouts, ScriptedEngine], None] = lambda r, e: None, on_finished: Any = None,
+            queue: PromptQueue | None = None, known: Any = None, first_index: int = 0, **config: Any,
+            ) -> list[tuple[Trajectory, ...]]:
         run.engine = ScriptedEngine(chat, script)
         run.rollouts = Rollouts(run.engine, chat, tools or ScriptedTools(), background, RolloutConfig(**config),
                                 ToolsConfig(**(tools_config or {})), max_model_len, seed=3, deterministic=deterministic)
         prepare(run.rollouts, run.engine)
         groups = run.rollouts.collect(tasks or [task()], group_size=group_size, temperature=1.0, step=5, weight_version=0,
-                                      on_finished=on_finished)
+                                      on_finished=on_finished, queue=queue, known=known, first_index=first_index)
         run.rollouts.close()
         assert run.engine.num_unfinished() == 0
         return groups
@@ -302,19 +303,16 @@ def test_stale_weights_are_noticed(collect: Any) -> None:
         collect(once, prepare=prepare)
 
 
-def test_metrics_and_progress_describe_the_collection(chat: ChatFormat, background: BackgroundLoop) -> None:
+def test_metrics_describe_the_collection(chat: ChatFormat, background: BackgroundLoop) -> None:
     async def before(action: str) -> None:
         await asyncio.sleep(0.05)
     engine = ScriptedEngine(chat, once)
     rollouts = Rollouts(engine, chat, ScriptedTools(before=before), background, RolloutConfig(), ToolsConfig(), 4096)
-    seen: list[tuple[int, int]] = []
-    rollouts.collect([task(), task("b")], group_size=2, temperature=0.0, step=0, weight_version=0,
-                     progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    rollouts.collect([task(), task("b")], group_size=2, temperature=0.0, step=0, weight_version=0)
     assert rollouts.metrics["rollout/engine_steps"] == len(engine.batches)
     assert rollouts.metrics["rollout/tool_seconds"] >= 4 * 0.05
     assert 0.02 < rollouts.metrics["rollout/idle_seconds"] < rollouts.metrics["rollout/seconds"]
-    assert rollouts.metrics["rollout/loop_lag_max_seconds"] >= 0
+    assert rollouts.metrics["rollout/loop_lag_max_seconds"] >= rollouts.metrics["rollout/loop_lag_p99_seconds"] >= 0
     assert rollouts.collect([], group_size=2, temperature=0.0, step=0, weight_version=0) == []
     rollouts.close()
 
@@ -331,3 +329,39 @@ def test_an_engine_that_drops_a_request_aborts_only_that_trajectory(chat: ChatFo
         engine._completion = dropping
     t = only(collect(lambda p, r: ANSWER, prepare=prepare))
     assert t.end is EndReason.ABORTED and "dropped" in t.error
+
+
+def tokens(groups: list[tuple[Trajectory, ...]]) -> dict[tuple[int, int], Any]:
+    return {(t.index, t.sample_index): (t.task.id, t.token_ids, t.mask, t.log_probs, t.end) for g in groups for t in g}
+
+
+def by_seed(prompt: str, request: GenerateRequest) -> str:
+    """What a rollout does is a function of its seed alone: up to three calls, then an answer."""
+    calls = prompt.count(OBSERVATION)
+    return ANSWER if request.seed % 3 == 0 or calls == 3 else CALL.replace("1 + 1", str(request.seed))
+
+
+def test_rollouts_that_are_known_are_taken_as_they_are_and_scored(collect: Any) -> None:
+    tasks = [task(n) for n in "abc"]
+    whole = collect(by_seed, tasks=tasks, group_size=4, first_index=10)
+    known = {(t.index, t.sample_index): t for g in whole for t in g if (t.index + t.sample_index) % 3 or t.index == 11}
+    finished: list[Trajectory] = []
+    tools = ScriptedTools()
+    again = collect(by_seed, tools, tasks, group_size=4, first_index=10, known=known, on_finished=finished.append)
+    assert tokens(again) == tokens(whole)
+    assert all(again[i][j] is known[10 + i, j] for i in range(3) for j in range(4) if (10 + i, j) in known)
+    assert {(t.index, t.sample_index) for t in finished} == set(tokens(whole)) and len(finished) == 12
+    started = {(t.index, t.sample_index) for g in again for t in g} - set(known)
+    assert {tuple(map(int, name.split("-")[-2:])) for name in tools.finished} == started
+    assert collect(by_seed, tasks=tasks, group_size=4, first_index=10, known=tokens_of(whole)) == whole
+    assert collect.engine.batches == [], "nothing left to sample"
+
+
+def tokens_of(groups: list[tuple[Trajectory, ...]]) -> dict[tuple[int, int], Trajectory]:
+    return {(t.index, t.sample_index): t for g in groups for t in g}
+
+
+def test_a_known_rollout_of_another_task_is_not_taken(collect: Any) -> None:
+    whole = collect(once, tasks=[task("a"), task("b")])
+    again = collect(once, tasks=[task("a"), task("c")], known=tokens_of(whole))
+    assert again[0][0] is whole[0][0] and again[1][0].task.id == "c"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hdpo.agent.rollout import PromptQueue, static_queue
 from hdpo.config import Config
 from hdpo.train.dump import write_rollouts
 from hdpo.train.metrics import Gather, alone
@@ -25,8 +26,8 @@ Summary = dict[str, Any]
 class Collects(Protocol):
     stop: threading.Event | None
 
-    def collect(self, tasks: Sequence[Task], *, group_size: int, temperature: float, step: int, weight_version: int,
-                ) -> list[tuple[Trajectory, ...]]: ...
+    def collect(self, tasks: Sequence[Task], *, queue: PromptQueue, group_size: int, temperature: float, step: int,
+                weight_version: int) -> list[tuple[Trajectory, ...]]: ...
 
 
 class Scores(Protocol):
@@ -55,7 +56,7 @@ def evaluate(rollouts: Collects, scorer: Scores, tasks: Sequence[Task], *, gathe
     Raises what the scorer raises when too many trajectories are unscored.
     """
     collected = rollouts.collect(
-        list(tasks[rank::world]), group_size=1, temperature=0.0, step=step, weight_version=weight_version)
+        tasks, queue=static_queue(rank, world), group_size=1, temperature=0.0, step=step, weight_version=weight_version)
     groups = tuple(scorer.score(collected))
     gathered = gather(rollout_rows(groups, rank=rank))
     rows = tuple(row for part in gathered for row in part)

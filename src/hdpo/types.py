@@ -83,6 +83,7 @@ class Completion:
     log_probs: list[float]     # natural log, at the sampling temperature, banned ids removed; same length as token_ids
     stop: StopReason
     weight_version: int
+    num_cached: int = 0        # prompt tokens that the engine had in its prefix cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ class Trajectory:
     seconds: float = 0.0
     error: str = ""            # why, when end is INFRASTRUCTURE or ABORTED
     image_keys: tuple[str, ...] = ()
+    index: int = 0             # number of its prompt among those of the step, over all ranks
 
     @property
     def num_tool_calls(self) -> int:

@@ -11,20 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from hdpo.agent.trajectory import Key
 from hdpo.protocols import Engine, GenerateRequest
 from hdpo.types import Completion
 
 STOP_POLL_S = 0.2
 """How often a blocked pump looks at the stop event, seconds."""
-
-
-class Key(NamedTuple):
-    """A trajectory of one collection: which task, which of its rollouts. Orders requests in deterministic mode."""
-
-    task: int
-    sample: int
 
 
 @dataclass(slots=True)
@@ -43,10 +36,9 @@ class EnginePump:
     has a request in it: how long tools take then cannot change any batch.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, live: list[Key], *, deterministic: bool = False,
-                 on_ended: Callable[[int], None] | None = None) -> None:
-        self._engine, self._loop, self._deterministic, self._on_ended = engine, loop, deterministic, on_ended
-        self._live = set(live)
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, *, deterministic: bool = False) -> None:
+        self._engine, self._loop, self._deterministic = engine, loop, deterministic
+        self._live: set[Key] = set()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()   # what coroutines ask, done by `run`
         self._waiting: dict[Key, _Pending] = {}
         self._running: dict[str, _Pending] = {}
@@ -56,10 +48,14 @@ class EnginePump:
 
     # -- called on the event loop ---------------------------------------------------------------------------------
 
+    def started(self, key: Key) -> None:
+        """The trajectory is going to send requests."""
+        self._inbox.put(lambda: self._live.add(key))
+
     async def generate(self, key: Key, request: GenerateRequest) -> Completion:
         """One generation; cancelling it drops the request from the engine."""
         self._count += 1
-        pending = _Pending(key, request, self._loop.create_future(), f"{key.task}-{key.sample}-{self._count}")
+        pending = _Pending(key, request, self._loop.create_future(), f"{key.prompt}-{key.sample}-{self._count}")
         self._inbox.put(lambda: self._waiting.__setitem__(key, pending))
         try:
             return await pending.reply
@@ -69,7 +65,7 @@ class EnginePump:
 
     def ended(self, key: Key) -> None:
         """The trajectory sends no further request."""
-        self._inbox.put(lambda: self._end(key))
+        self._inbox.put(lambda: self._live.discard(key))
 
     def close(self) -> None:
         """Make `run` return. Safe from any thread."""
@@ -136,11 +132,6 @@ class EnginePump:
             del self._waiting[pending.key]
         elif self._running.pop(pending.request_id, None) is not None:
             self._engine.abort([pending.request_id])
-
-    def _end(self, key: Key) -> None:
-        self._live.discard(key)
-        if self._on_ended is not None:
-            self._on_ended(len(self._live))
 
 
 def _resolve(replies: list[tuple[asyncio.Future[Completion], Completion]]) -> None:

@@ -52,11 +52,9 @@ class Scorer:
         """Start scoring a finished trajectory; returns at once. From any thread, the background loop's included."""
         self._background.loop.call_soon_threadsafe(self._start, trajectory)
 
-    def score(self, groups: Sequence[tuple[Trajectory, ...]], step: int | None = None,
-              indices: Sequence[int] | None = None) -> list[RewardedGroup]:
+    def score(self, groups: Sequence[tuple[Trajectory, ...]], step: int | None = None) -> list[RewardedGroup]:
         """Wait for all verdicts and return the groups in order. Not from the background loop's own thread.
 
-        `indices` are the groups' prompts among those of the step; None counts from 0.
         What was submitted is awaited, what was not is submitted. Never raises for a failing judge: count with
         `unscored_share`, then stop with `check_unscored`. `step` names the audit file; without it none is written.
         """
@@ -64,8 +62,8 @@ class Scorer:
         judgements = self._background.run(self._collect(groups))
         self._waited_s += time.monotonic() - started
         rewarded = [RewardedGroup(group[0].task, group, verdicts, tuple(
-            reward_of(t, j, self.config) for t, j in zip(group, verdicts, strict=True)), index)
-            for index, group, verdicts in zip(indices or range(len(groups)), groups, judgements, strict=True)]
+            reward_of(t, j, self.config) for t, j in zip(group, verdicts, strict=True)), group[0].index)
+            for group, verdicts in zip(groups, judgements, strict=True)]
         self._decided.update(f"{j.verdict.value}_by_{j.by}" for verdicts in judgements for j in verdicts)
         self._write_audit(step, rewarded)
         return rewarded

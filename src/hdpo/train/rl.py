@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.rollout import Rollouts
+from hdpo.agent.rollout import Rollouts, static_queue
 from hdpo.config import Config
 from hdpo.data.tasks import TaskStream
 from hdpo.protocols import Engine
@@ -58,16 +58,15 @@ def train(config: Config, parts: RlParts) -> bool:
             with log.timed("sync"):
                 sync_weights(policy, engine, step, config.sync.group_mib)
             with log.timed("rollout"):
-                prompts = tasks.take(config.rollout.prompts_per_step)
-                mine = range(world.rank, len(prompts), world.size)
                 groups = rollouts.collect(
-                    [prompts[i] for i in mine], step=step, weight_version=step,
-                    group_size=config.rollout.group_size, temperature=config.rollout.temperature, on_finished=scorer.submit)
+                    tasks.take(config.rollout.prompts_per_step), queue=static_queue(world.rank, world.size), step=step,
+                    weight_version=step, group_size=config.rollout.group_size, temperature=config.rollout.temperature,
+                    on_finished=scorer.submit)
             engine.sleep()
             if world.any(stop.requested):
                 return leave(config, parts, step, position)
             with log.timed("score"):
-                rewarded = scorer.score(groups, step + 1, mine)
+                rewarded = scorer.score(groups, step + 1)
                 log.totals(scorer.stats())
             with log.timed("pack"):
                 advantages, members = group_advantages(rewarded, config.hdpo)

@@ -1,0 +1,141 @@
+"""One trajectory: sample, call, append, until it ends.
+
+`Player.play` is a coroutine of the background loop. Pixels and long texts are handled in threads; what it waits for are
+its own generation and its own tool call, never another trajectory.
+"""
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from hdpo.agent.builder import Segment, TrajectoryBuilder
+from hdpo.agent.chat import ChatFormat
+from hdpo.agent.images import decode_image
+from hdpo.agent.parse import extract_answer
+from hdpo.agent.tools import AgentTools, ToolOutcome
+from hdpo.config import RolloutConfig
+from hdpo.errors import DataError
+from hdpo.types import Completion, EndReason, StopReason, Task, ToolCall, Trajectory
+
+Generate = Callable[["Live", int, int], Awaitable[Completion]]
+"""generate(trajectory, turn, max_tokens): the next turn."""
+
+
+class Key(NamedTuple):
+    """A trajectory of one step: the number of its prompt, over all ranks, and which of the group's rollouts it is."""
+
+    prompt: int
+    sample: int
+
+
+@dataclass(slots=True)
+class Live:
+    """A trajectory while it grows."""
+
+    key: Key
+    id: str                    # its name on the tool server: unique over runs
+    task: Task
+    started: float = field(default_factory=time.monotonic)
+    builder: TrajectoryBuilder = field(default_factory=TrajectoryBuilder)
+    prompt_length: int = 0
+    calls: list[ToolCall] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    error: str = ""
+
+    def record(self, end: EndReason, weight_version: int) -> Trajectory:
+        builder = self.builder
+        return Trajectory(
+            task=self.task, index=self.key.prompt, sample_index=self.key.sample, token_ids=builder.token_ids,
+            mask=builder.mask, log_probs=builder.log_probs, prompt_length=self.prompt_length, images=tuple(builder.images),
+            calls=tuple(self.calls), end=end, turns=tuple(self.turns), weight_version=weight_version,
+            seconds=time.monotonic() - self.started, error=self.error, image_keys=tuple(builder.image_keys))
+
+
+class Player:
+    """What all trajectories of a process share: the chat format, the tools, the budgets and the threads for pixels."""
+
+    def __init__(self, chat: ChatFormat, tools: AgentTools, config: RolloutConfig, max_model_len: int) -> None:
+        self._chat, self._tools, self._config, self._max_model_len = chat, tools, config, max_model_len
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="hdpo-images")
+
+    async def prompt(self, task: Task) -> Segment:
+        """Decoded and tokenised once for all rollouts of the task. Raises DataError for a task that cannot be shown."""
+        def make() -> Segment:
+            images = [decode_image(data, f"image {i} of task {task.id}") for i, data in enumerate(task.images)]
+            return self._chat.prompt(task.messages, images)
+        return await self._in_pool(make)
+
+    async def play(self, live: Live, prompt: asyncio.Task[Segment], generate: Generate) -> EndReason:
+        """Grow `live` until it ends; what was sampled so far stays in it when this is cancelled."""
+        segment = await asyncio.shield(prompt)   # shared: one rollout's clock must not cancel it
+        live.builder.append_given(segment)
+        live.prompt_length = len(segment.expanded_ids)
+        for turn in range(self._config.max_turns + 1):
+            if (full := self._full(live)) is not None:
+                return full
+            budget = min(self._config.max_turn_tokens, self._response_left(live), self._context_left(live))
+            completion = await generate(live, turn, budget)
+            live.builder.append_sampled(completion)
+            live.turns.append(self._chat.decode(completion.token_ids))
+            if completion.stop is not StopReason.TOOL_CALL:
+                return self._final(live, completion.stop)
+            if turn == self._config.max_turns:
+                break
+            if (end := await self._observe(live)) is not None:
+                return end
+        return EndReason.MAX_TURNS
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    async def _in_pool(self, function: Callable[..., Segment], *arguments: Any) -> Segment:
+        """Pixels and long texts are handled in threads: on the loop they would delay every other trajectory."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def _response_left(self, live: Live) -> int:
+        return self._config.max_response_tokens - (len(live.builder.token_ids) - live.prompt_length)
+
+    def _context_left(self, live: Live) -> int:
+        return self._max_model_len - len(live.builder.token_ids)
+
+    def _full(self, live: Live, extra: int = 0) -> EndReason | None:
+        """Why no token can be sampled after `extra` more given ones; None if one can."""
+        if self._context_left(live) <= extra:
+            return EndReason.CONTEXT_FULL
+        return EndReason.MAX_TOKENS if self._response_left(live) <= extra else None
+
+    def _final(self, live: Live, stop: StopReason) -> EndReason:
+        if stop is StopReason.LENGTH:
+            return EndReason.MAX_TOKENS
+        if stop is StopReason.ABORTED:
+            live.error = "the engine dropped the request"
+            return EndReason.ABORTED
+        return EndReason.UNPARSEABLE if extract_answer(live.turns[-1]) is None else EndReason.ANSWERED
+
+    async def _observe(self, live: Live) -> EndReason | None:
+        """Execute the turn's call and append what came of it; why the trajectory ends here, if it does."""
+        outcome = await self._tools.run(live.id, live.turns[-1], live.task)
+        live.calls.append(outcome.call)
+        if outcome.call.infrastructure:
+            live.error = outcome.error
+            return EndReason.INFRASTRUCTURE
+        room = max(0, self._config.max_images - len(live.builder.images))
+        segment = await self._in_pool(self._observation, outcome, room)
+        if (full := self._full(live, len(segment.expanded_ids))) is not None:
+            return full
+        live.builder.append_given(segment)
+        return None
+
+    def _observation(self, outcome: ToolOutcome, max_images: int) -> Segment:
+        text, images = outcome.call.observation, []
+        for i, data in enumerate(outcome.images):
+            try:
+                images.append(decode_image(data, f"image {i + 1}"))
+            except DataError as exc:
+                text += f"\n[{exc}]"
+        return self._chat.observation(text, images, self._config.max_observation_tokens, max_images)
