@@ -63,7 +63,8 @@ class OpenAIJudge:
     async def judge(self, question: str, ground_truth: str | list[str], prediction: str) -> Judgement:
         """The verdict of the majority of `config.votes`; UNSCORED, with the reason, if there is none."""
         prompt = build_prompt(question, ground_truth, prediction, self.config.max_prediction_chars)
-        votes = await asyncio.gather(*[self._vote(prompt, seed) for seed in range(self.config.votes)])
+        asked = [self._vote(prompt, seed) for seed in range(self.config.votes)]
+        votes = await asyncio.gather(*asked) if len(asked) > 1 else [await asked[0]]
         counts = Counter(vote.verdict for vote in votes)
         majority = next((v for v in (Verdict.CORRECT, Verdict.WRONG) if 2 * counts[v] > len(votes)), Verdict.UNSCORED)
         self._counts[f"verdicts_{majority.value}"] += 1

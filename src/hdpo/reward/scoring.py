@@ -23,6 +23,7 @@ from hdpo.reward.rewards import reward_of
 from hdpo.reward.rules import RuleVerdict, check_policies, may_need_maths, policy_for, rule_verdict
 from hdpo.types import Judgement, RewardedGroup, Trajectory, Verdict
 
+_STARTED_AT_ONCE = 128
 _CROSS_CHECK_GRACE_S = 5.0   # a step never waits longer than this for verdicts that only the report needs
 
 
@@ -125,8 +126,10 @@ class Scorer:
         return await self._judge.judge(task.question, task.ground_truth, answer)
 
     async def _collect(self, groups: Sequence[tuple[Trajectory, ...]]) -> list[tuple[Judgement, ...]]:
-        for trajectory in (t for group in groups for t in group):
+        for count, trajectory in enumerate(t for group in groups for t in group):
             self._start(trajectory)
+            if count % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)   # the judge begins with the first while the others are prepared
         verdicts = []
         for group in groups:
             found = [self._pending[id(trajectory)][1] for trajectory in group]
