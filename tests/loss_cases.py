@@ -10,6 +10,7 @@ from hdpo.fused_loss import fused_linear_hdpo_loss
 from hdpo.losses import hdpo_loss
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5}
+CAP = 1.4
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,22 @@ class Case:
     member: torch.Tensor           # [C, N]
     mask: torch.Tensor             # [N]
     rollout_weights: torch.Tensor  # [N]
+    rollout_log_probs: torch.Tensor  # [N], about one in three far enough from old for the cap
     bias: torch.Tensor             # [V], -inf at two ids that are no target
     temperature: float
 
     def part(self, index) -> Case:
         cut = {f.name: getattr(self, f.name)[..., index] for f in fields(self)
-               if f.name in ("old_log_probs", "advantages", "member", "mask", "rollout_weights", "targets")}
+               if f.name in ("old_log_probs", "advantages", "member", "mask", "rollout_weights",
+                             "rollout_log_probs", "targets") and getattr(self, f.name) is not None}
         return replace(self, hidden=self.hidden[index], **cut)
 
     def leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
 
     def kwargs(self) -> dict:
-        return {"member": self.member, "rollout_weights": self.rollout_weights, **CLIPS}
+        return {"member": self.member, "rollout_weights": self.rollout_weights, "rollout_log_probs": self.rollout_log_probs,
+                "importance_cap": CAP, **CLIPS}
 
 
 def make_case(seed=0, tokens=97, hidden=12, vocabulary=53, channels=2, dtype=torch.float64, temperature=0.7, scale=1.0):
@@ -53,8 +57,24 @@ def make_case(seed=0, tokens=97, hidden=12, vocabulary=53, channels=2, dtype=tor
     log_probs = naive_log_probs(h.double(), w.double(), targets, temperature, bias)
     old = (log_probs + 0.5 * normal(tokens)).to(torch.float64 if dtype == torch.float64 else torch.float32)
     advantages = normal(channels, tokens) * chance(0.9, channels, tokens)
-    return Case(h, w, targets, old, advantages, chance(0.8, channels, tokens), chance(0.7, tokens).double(),
-                torch.rand(tokens, generator=g, dtype=torch.float64) * 2, bias, temperature)
+    member, mask = chance(0.8, channels, tokens), chance(0.7, tokens).double()
+    rollout_weights = torch.rand(tokens, generator=g, dtype=torch.float64) * 2
+    rollout = (log_probs + 0.7 * normal(tokens)).to(old.dtype)
+    return Case(h, w, targets, old, advantages, member, mask, rollout_weights, rollout, bias, temperature)
+
+
+def on_every_branch(case: Case, seed=0) -> Case:
+    """The case with ratios far from all kinks, whose first eight tokens lie on every piece of the surrogate in all channels."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = len(case.targets)
+    ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.4, 4.0])[torch.randint(0, 6, (tokens,), generator=g)]
+    ratio[:8] = torch.tensor([0.5, 1.0, 1.4, 4.0] * 2)
+    log_probs = naive_log_probs(case.hidden.double(), case.weight.double(), case.targets, case.temperature, case.bias)
+    sign = torch.tensor([1.0] * 4 + [-1.0] * 4) * torch.tensor([1.0, -1.0, 1.0])[:len(case.advantages), None]
+    advantages, member, mask = case.advantages.clone(), case.member.clone(), case.mask.clone()
+    advantages[:, :8], member[:, :8], mask[:8] = sign * (0.5 + advantages[:, :8].abs()), True, 1.0
+    return replace(case, old_log_probs=(log_probs - ratio.double().log()).to(case.old_log_probs.dtype), mask=mask,
+                   advantages=advantages, member=member)
 
 
 def naive_log_probs(hidden, weight, targets, temperature=1.0, bias=None):
@@ -77,7 +97,8 @@ def defined_loss(log_probs, case: Case, weights=(1.0, 0.15), norms=None, clip_lo
                 surrogate = advantage * (1 - clip_low)
             else:                # and so is loss, by the dual clip
                 surrogate = advantage * (ratio if ratio < dual_clip else dual_clip)
-            total = total - w * case.rollout_weights[t] * counted[t] * surrogate / norm
+            importance = torch.exp(case.old_log_probs[t] - case.rollout_log_probs[t]).clamp(max=CAP)
+            total = total - w * case.rollout_weights[t] * importance * counted[t] * surrogate / norm
     return total
 
 

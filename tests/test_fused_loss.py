@@ -7,7 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import branches, fused, make_case, naive_log_probs, on, readable, relative, run, sampled_everywhere
+from loss_cases import (
+    branches,
+    fused,
+    make_case,
+    naive_log_probs,
+    on,
+    on_every_branch,
+    readable,
+    relative,
+    run,
+    sampled_everywhere,
+)
 from torch.utils.checkpoint import checkpoint
 
 from hdpo.fused_loss import fused_linear_hdpo_loss, fused_linear_log_probs, fused_linear_nll_loss
@@ -29,20 +40,29 @@ def test_equals_the_readable_loss_for_any_chunk_with_every_clip_branch_hit(dtype
         torch.testing.assert_close(got[3][name], value, rtol=tolerance * 10, atol=tolerance * 10, msg=name)
 
 
-@settings(max_examples=60, deadline=None)
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}   # bf16 rounds every logit and its gradient
+
+
+@settings(max_examples=120, deadline=None)
 @given(seed=st.integers(0, 10**6), tokens=st.integers(0, 40), hidden=st.integers(1, 9), vocabulary=st.integers(4, 60),
        channels=st.integers(1, 3), chunk=st.integers(1, 50), temperature=st.floats(0.3, 2.0), on_policy=st.booleans(),
-       global_norms=st.booleans(), dual_clip=st.sampled_from([0, None, 1.2, 3.0]))
-def test_equals_the_readable_loss_on_random_shapes(seed, tokens, hidden, vocabulary, channels, chunk, temperature, on_policy,
-                                                   global_norms, dual_clip):
-    case = make_case(seed, tokens, hidden, vocabulary, channels, temperature=temperature)
+       global_norms=st.booleans(), dual_clip=st.sampled_from([0, None, 1.2, 3.0]), dtype=st.sampled_from(list(TOLERANCE)))
+def test_equals_the_readable_loss_on_random_shapes_and_types_with_every_clip_branch_hit(
+        seed, tokens, hidden, vocabulary, channels, chunk, temperature, on_policy, global_norms, dual_clip, dtype):
+    case = make_case(seed, tokens, hidden, vocabulary, channels, temperature=temperature, dtype=dtype)
+    if tokens >= 8:
+        case = on_every_branch(case, seed)
+        log_probs = naive_log_probs(case.hidden, case.weight, case.targets, temperature, case.bias)
+        assert (branches(log_probs, case, dual_clip=dual_clip or 3.0) > 0).all()
     if on_policy:
         case = replace(case, old_log_probs=None)
     options = {"weights": (1.0, 0.15, -0.4)[:channels], "dual_clip": dual_clip,
                "norms": torch.arange(1.0, 1 + channels) * 17 if global_norms else None}
     got, expected = run(fused, case, chunk_tokens=chunk, **options), run(readable, case, **options)
-    for a, b in zip(got[:3], expected[:3]):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    terms = expected[3]["loss"].abs().sum()   # what the loss is a difference of
+    assert (got[0] - expected[0]).abs() <= TOLERANCE[dtype] * (1 + terms)
+    for a, b in zip(got[1:3], expected[1:3]):
+        assert a.dtype == dtype and (a - b).double().norm() <= TOLERANCE[dtype] * b.double().norm() + 1e-7
 
 
 def test_gradients_agree_with_finite_differences():
@@ -169,6 +189,7 @@ def test_masked_tokens_may_hold_nan_and_ignored_targets(device):
                                targets=case.targets.masked_fill(out, -100),
                                old_log_probs=case.old_log_probs.masked_fill(out, torch.nan),
                                rollout_weights=case.rollout_weights.masked_fill(out, torch.inf),
+                               rollout_log_probs=case.rollout_log_probs.masked_fill(out, torch.nan),
                                advantages=case.advantages.masked_fill(out, torch.nan)))
     assert all(torch.equal(a, b) for a, b in zip(clean[:3], dirty[:3]))
     assert (dirty[1][out] == 0).all()

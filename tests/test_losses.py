@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import CLIPS, branches, defined_loss, make_case, naive_log_probs, relative
+from loss_cases import CAP, CLIPS, branches, defined_loss, make_case, naive_log_probs, relative
 
-from hdpo.losses import aggregation_norms, aggregation_token_weights, hdpo_loss, nll_loss
+from hdpo.losses import aggregation_norms, aggregation_token_weights, hdpo_loss, nll_loss, rows_within
 
 
 def log_probs_of(case):
@@ -89,6 +89,58 @@ def test_channels_must_not_be_added_before_clipping_unless_on_policy():
     assert relative(*gradients(None)) < 1e-12
 
 
+def test_truncated_importance_of_engine_and_trainer_is_a_constant_weight_that_leaves_the_norms_alone():
+    case = make_case(6, tokens=200)
+    weight = (case.old_log_probs - case.rollout_log_probs).exp()
+    assert ((weight > CAP) & (case.mask != 0)).any() and ((weight < 1) & (case.mask != 0)).any()
+    plain = {"member": case.member, **CLIPS}
+    for old in (case.old_log_probs, None):   # None: on-policy, the log-probs are the old ones, and are not differentiated as such
+        log_probs = log_probs_of(case)
+        seen = log_probs.detach() if old is None else old
+        got = loss_and_gradient(log_probs, old, case.advantages, case.mask, rollout_log_probs=case.rollout_log_probs,
+                                importance_cap=CAP, **plain)
+        by_hand = loss_and_gradient(log_probs, seen, case.advantages, case.mask,
+                                    rollout_weights=(seen - case.rollout_log_probs).exp().clamp(max=CAP), **plain)
+        for a, b in zip(got[:2], by_hand[:2]):
+            assert relative(a, b) < 1e-14
+        torch.testing.assert_close(got[2]["norm"], (case.member * case.mask).sum(1))
+
+
+def test_a_log_prob_the_engine_could_not_state_weighs_one_and_an_infinite_one_is_bounded():
+    old, rollout = torch.full((3,), -1.0), torch.tensor([torch.nan, -torch.inf, torch.inf])
+    loss, gradient, _ = loss_and_gradient(torch.full((3,), -1.0, requires_grad=True), old, -torch.ones(1, 3), torch.ones(3),
+                                          weights=(1.0,), norms=[1.0], rollout_log_probs=rollout, importance_cap=2.0)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, 2.0, 0.0]), atol=1e-8, rtol=1e-6)
+
+
+def test_rows_are_within_by_the_geometric_mean_of_their_sampled_tokens_whatever_their_length():
+    row = torch.tensor([0] * 3 + [1] * 300 + [2] * 2 + [3] * 2)   # row 4 has no token
+    d = torch.cat([torch.tensor([0.5, -0.5, 0.003]), torch.full((300,), 0.009), torch.tensor([0.03, 0.0]),
+                   torch.tensor([-0.02, 9.0])])
+    mask = torch.ones(len(row))
+    mask[-1] = 0                                                    # the token that would save row 3 is not sampled
+    old = -torch.rand(len(row))
+    kept = rows_within(old, old - d, mask, row, 5, 0.99, 1.01)
+    assert kept.tolist() == [True, True, False, False, True]        # row 1: its product, 14.9, says nothing
+    order = torch.randperm(len(row), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rows_within(old[order], (old - d)[order], mask[order], row[order], 5, 0.99, 1.01), kept)
+
+
+def test_a_dropped_row_leaves_the_loss_and_stays_in_the_norms():
+    case = make_case(7, tokens=40)
+    row, log_probs = torch.arange(40) // 10, log_probs_of(case)
+    kept = torch.tensor([True, False, True, True])
+    loss, gradient, stats = loss_and_gradient(log_probs, case.old_log_probs, case.advantages, case.mask, member=case.member,
+                                              rollout_weights=kept[row].double())
+    norms = (case.member * case.mask).sum(1)
+    rest = case.part(row != 1)
+    expected, _ = hdpo_loss(log_probs.detach()[row != 1], rest.old_log_probs, rest.advantages, rest.mask, member=rest.member,
+                            norms=norms)
+    assert (gradient[row == 1] == 0).all() and (gradient[row != 1] != 0).any()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(stats["norm"], norms)
+
+
 def test_a_tool_weight_of_zero_is_grpo():
     case = make_case(2, tokens=150)
     log_probs, options = log_probs_of(case), {"rollout_weights": case.rollout_weights, **CLIPS}
@@ -118,7 +170,8 @@ def test_masked_tokens_may_hold_anything():
         spoiled = case.advantages.masked_fill(out, rubbish)
         dirty = loss_and_gradient(
             log_probs.masked_fill(out, rubbish).requires_grad_(), case.old_log_probs.masked_fill(out, rubbish), spoiled,
-            case.mask, member=case.member, rollout_weights=case.rollout_weights.masked_fill(out, rubbish), **CLIPS)
+            case.mask, member=case.member, rollout_weights=case.rollout_weights.masked_fill(out, rubbish),
+            rollout_log_probs=case.rollout_log_probs.masked_fill(out, rubbish), importance_cap=CAP, **CLIPS)
         assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
         for name in clean[2]:
             assert torch.equal(clean[2][name], dirty[2][name]), name
@@ -210,6 +263,7 @@ def test_nll_is_the_mean_over_trained_tokens_and_splits():
     ({"advantages": torch.ones(2, 3)}, "advantages .* fits neither"), ({"weights": (1.0,)}, "one leading entry per weight"),
     ({"member": torch.ones(2, 9)}, "member .* fits neither"), ({"norms": [1.0]}, "one number per channel"),
     ({"member": torch.ones(1, 4)}, "member must have the channels"), ({"rollout_weights": torch.ones(1)}, "rollout_weights"),
+    ({"rollout_log_probs": torch.ones(1)}, "rollout_log_probs must have"),
 ])
 def test_shapes_that_do_not_fit_are_named(change, message):
     good = {"log_probs": torch.zeros(4), "old_log_probs": torch.zeros(4), "advantages": torch.ones(2, 4),

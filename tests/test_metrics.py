@@ -103,7 +103,18 @@ def test_mismatch_counts_only_sampled_tokens_and_agrees_with_the_formulas():
     assert found["mismatch/k1"] == pytest.approx(-d.mean().item(), abs=1e-6)
     assert found["mismatch/k3"] == pytest.approx((d.exp() - 1 - d).mean().item(), abs=1e-6)
     assert found["mismatch/ratio_max"] == pytest.approx(d.abs().max().exp().item(), rel=1e-5)
-    assert found["mismatch/ratio_p99"] == pytest.approx(d.abs().quantile(0.99).exp().item(), rel=0.015)
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        expected = d.abs().quantile(share).item()
+        assert math.log(found[f"mismatch/ratio_{name}"]) == pytest.approx(expected, rel=0.04), name
+
+
+def test_a_log_prob_the_engine_could_not_state_is_counted_and_spoils_no_other_number():
+    d = torch.tensor([0.1, torch.nan, -0.1, torch.inf])
+    metrics = Metrics()
+    metrics.add_mismatch(d, torch.zeros(4), torch.ones(4))
+    found = metrics.reduce_over_ranks()
+    assert found["mismatch/unknown"] == 0.5 and found["mismatch/abs"] == pytest.approx(0.1)
+    assert found["mismatch/ratio_max"] == pytest.approx(math.exp(0.1))
 
 
 def test_mismatch_of_an_empty_micro_batch_is_no_number():

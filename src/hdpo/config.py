@@ -120,9 +120,12 @@ class HdpoConfig(Section):
     clip_low: float = Field(0.2, description="Lower clip range of the ratio.")
     clip_high: float = Field(0.2, description="Upper clip range of the ratio.")
     dual_clip: float = Field(3.0, description="Bound on the ratio for negative advantages; 0 turns it off.")
-    importance: Literal["token", "none"] = Field(
-        "token", description="Correction for engine versus trainer log-probs: truncated per token, or none.")
-    importance_cap: float = Field(2.0, description="Upper bound of the importance weight.")
+    importance: Literal["token", "sequence", "none"] = Field(
+        "token", description="Correction for engine versus trainer log-probs: truncated weights per token; sequence also drops "
+                             "rows outside importance_range, for one more head product in the first mini-batch; or none.")
+    importance_cap: float = Field(2.0, description="Upper bound of a token's importance weight.")
+    importance_range: tuple[float, float] = Field(
+        (0.99, 1.01), description="Geometric mean ratio of trainer to engine outside which a row is dropped (sequence).")
     mask_truncated: bool = Field(False, description="Leave trajectories cut by a budget out of the loss.")
 
 
@@ -195,6 +198,9 @@ class Config(Section):
             raise ValueError(
                 f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) must be a multiple of "
                 f"optim.mini_batch_prompts ({self.optim.mini_batch_prompts})")
+        low, high = self.hdpo.importance_range
+        if not 0 < low <= 1 <= high:
+            raise ValueError(f"hdpo.importance_range ({low}, {high}) must hold 1, with a lower bound above 0")
         if self.rollout.group_size < 2:
             raise ValueError("rollout.group_size must be at least 2: advantages are relative to the group")
         return self

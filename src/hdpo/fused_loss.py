@@ -28,16 +28,19 @@ def fused_linear_hdpo_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, old_log_probs: Tensor | None, advantages: Tensor, mask: Tensor, *,
     temperature: float = 1.0, bias: Tensor | None = None, member: Tensor | None = None,
     weights: Sequence[float] = (1.0, 0.15), norms: Norms | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
-    dual_clip: float | None = 3.0, rollout_weights: Tensor | None = None, chunk_tokens: int | None = None,
-    row: Tensor | None = None, keep: Tensor | None = None, entropy: bool = True,
+    dual_clip: float | None = 3.0, rollout_weights: Tensor | None = None, rollout_log_probs: Tensor | None = None,
+    importance_cap: float = 2.0, chunk_tokens: int | None = None, row: Tensor | None = None, keep: Tensor | None = None,
+    entropy: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Same value and gradients as `hdpo_loss` on the log-softmax of (hidden @ weight.T + bias) / temperature.
 
     hidden [N, H] and weight [V, H] of one floating dtype (else weight is cast); targets [N] int64. old_log_probs, mask,
-    rollout_weights [N]; advantages, member [C, N], or [C, B] together with row [N], the row index of every token.
-    The rest is described at `hdpo_loss`.
+    rollout_weights, rollout_log_probs [N]; advantages, member [C, N], or [C, B] together with row [N], the row index of
+    every token. The rest is described at `hdpo_loss`. With old_log_probs None (on-policy) each chunk's own log-probs stand
+    for them, in the ratio and in the importance weight: one pass is all the first mini-batch of a step needs.
 
-    bias [V]: constant added to the logits, for example -inf at ids the engine never samples; gets no gradient.
+    bias [V]: constant added to the logits, for example -inf (taken as -1e30) at ids the engine never samples; gets no
+    gradient.
     chunk_tokens: tokens whose logits exist at once; None chooses by memory, see `default_chunk_tokens`.
     keep [K] int64: the tokens to compute, all those with mask != 0 among them. None: on CPU they are found here, and
     tokens whose advantages are all zero skip the gradient products; on CUDA, where finding them would wait for the
@@ -52,7 +55,7 @@ def fused_linear_hdpo_loss(
     if row is not None:
         advantages, member = advantages[:, row], None if member is None else member[:, row]
     objective = make_objective(old_log_probs, advantages, mask, member, weights, norms, clip_low, clip_high, dual_clip,
-                               rollout_weights, precise_dtype(hidden.dtype))
+                               rollout_weights, rollout_log_probs, importance_cap, precise_dtype(hidden.dtype))
     order = _order(mask, (objective.coefficient * objective.advantages != 0).any(0), keep)
     chosen = objective if order.tokens is None else objective.select(order.tokens)
 
@@ -187,8 +190,9 @@ class _FusedLinearLoss(torch.autograd.Function):
                 value, slope = _value_and_slope(token_loss, log_probs[rows], rows, needs_slope)
                 loss += value
                 if slope is not None:
-                    _to_logit_gradient(logits, total, targets[rows], slope / head.temperature)
-                    _accumulate(logits, hidden[rows], weight, None if d_hidden is None else d_hidden[rows], d_weight)
+                    d_logits = _logit_gradient(logits, total, targets[rows], slope / head.temperature,
+                                               weight.dtype if hidden.is_cuda else dtype)
+                    _accumulate(d_logits, hidden[rows], weight, None if d_hidden is None else d_hidden[rows], d_weight)
         del buffer
         ctx.gradients = (d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(log_probs, entropy)
@@ -224,7 +228,7 @@ def _project(hidden: Tensor, head: _Head, buffer: Tensor) -> Tensor:
     else:
         logits.copy_(torch.mm(hidden, head.weight.t()))
     if head.bias is not None:
-        logits += head.bias
+        logits += head.bias.clamp(min=-1e30)   # -inf would make 0 * -inf, a NaN, of the entropy's terms
     if head.temperature != 1.0:
         logits /= head.temperature
     return logits
@@ -242,11 +246,9 @@ def _exp_in_place(logits: Tensor, targets: Tensor, log_probs: Tensor, entropy: T
     if entropy is None:
         torch.sum(logits.sub_(top).exp_(), 1, keepdim=True, out=total)
     else:
-        # exp(floor) is exactly 0, and 0 * floor is 0 where 0 * -inf (a banned id) would be NaN
-        floor = -110.0 if logits.dtype == torch.float32 else -750.0
         block = max(1, (2**26 if logits.is_cuda else 2**18) // logits.shape[1])
         for rows in _chunks(len(logits), 0, block):
-            shifted = logits[rows].sub_(top[rows]).clamp_(min=floor)
+            shifted = logits[rows].sub_(top[rows])
             exp = torch.exp(shifted)
             torch.sum(exp, 1, keepdim=True, out=total[rows])
             entropy[rows] = -torch.linalg.vecdot(shifted, exp)
@@ -266,22 +268,22 @@ def _value_and_slope(token_loss: TokenLoss, log_probs: Tensor, rows: slice, slop
         return value.detach(), torch.autograd.grad(value, log_probs)[0]
 
 
-def _to_logit_gradient(exp: Tensor, total: Tensor, targets: Tensor, slope: Tensor) -> None:
-    """In place: exp [n, V] -> slope * (onehot - softmax), the gradient by hidden @ weight.T."""
+def _logit_gradient(exp: Tensor, total: Tensor, targets: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp [n, V] -> slope * (onehot - softmax), the gradient by hidden @ weight.T, rounded to `dtype` at the very end.
+
+    In place, unless dtype is another: then the product and the cast are one pass.
+    """
     exp.scatter_add_(1, targets.unsqueeze(1), -total)
-    exp.mul_(-slope.unsqueeze(1) / total)
+    return torch.mul(exp, -slope.unsqueeze(1) / total, out=exp if dtype == exp.dtype else torch.empty_like(exp, dtype=dtype))
 
 
 def _accumulate(d_logits: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
     """d_hidden = d_logits @ weight, d_weight += d_logits.T @ hidden."""
-    narrow = d_logits.to(weight.dtype) if d_hidden is not None or d_logits.is_cuda else d_logits
     if d_hidden is not None:
-        torch.mm(narrow, weight, out=d_hidden)
-    if d_weight is None:
-        return
-    if d_logits.is_cuda and narrow.dtype != d_weight.dtype:
-        torch.addmm(d_weight, narrow.t(), hidden, out_dtype=d_weight.dtype, out=d_weight)
-    else:   # CPUs take no mixed product: the float32 one needs no copy of [V, H], and rounds nothing
+        torch.mm(d_logits.to(weight.dtype), weight, out=d_hidden)
+    if d_weight is not None and d_logits.dtype != d_weight.dtype:
+        torch.addmm(d_weight, d_logits.t(), hidden, out_dtype=d_weight.dtype, out=d_weight)
+    elif d_weight is not None:   # CPUs take no mixed product: the float32 one needs no copy of [V, H], and rounds nothing
         d_weight.addmm_(d_logits.t(), hidden.to(d_weight.dtype))
 
 

@@ -12,6 +12,7 @@ states without ever holding all logits.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -26,7 +27,8 @@ Norms = Tensor | Sequence[float]
 def hdpo_loss(
     log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor, mask: Tensor, *, member: Tensor | None = None,
     weights: Sequence[float] = (1.0, 0.15), norms: Norms | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
-    dual_clip: float | None = 3.0, rollout_weights: Tensor | None = None,
+    dual_clip: float | None = 3.0, rollout_weights: Tensor | None = None, rollout_log_probs: Tensor | None = None,
+    importance_cap: float = 2.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its detached statistics.
 
@@ -39,8 +41,12 @@ def hdpo_loss(
         step; None: this batch's own sum of mask over members. A norm of 0 makes the channel contribute exactly 0.
     clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. dual_clip: bound on the ratio where the
         advantage is negative; 0 or None turns it off.
-    rollout_weights: shape of log_probs; constants (such as truncated importance weights of engine versus trainer)
-        multiplied onto each token's loss. They do not enter the norms.
+    rollout_weights: shape of log_probs; constants (such as the 0 and 1 of `rows_within`) multiplied onto each token's loss.
+    rollout_log_probs: shape of log_probs; what the engine stated when it sampled. Multiplies each token's loss by the
+        constant min(exp(old - rollout), importance_cap), which corrects for engine and trainer being two programs
+        (truncated importance sampling); old is log_probs itself when old_log_probs is None. NaN counts as weight 1.
+        Neither these weights nor rollout_weights enter the norms: norms are global and fixed before any forward, so a
+        token that is weighed down or dropped makes the step smaller instead of the others' weight larger.
 
     The loss is float32 (float64 for float64 input) and attached to the graph of log_probs even if no token counts.
     Statistics: per channel [C] `loss` (unweighted, additive over splits when norms are given), `norm` (this batch's own),
@@ -51,7 +57,7 @@ def hdpo_loss(
     if log_probs.shape != mask.shape:
         raise ValueError(f"mask must have the shape of log_probs, {list(log_probs.shape)}, not {list(mask.shape)}")
     objective = make_objective(old_log_probs, advantages, mask, member, weights, norms, clip_low, clip_high, dual_clip,
-                               rollout_weights, precise_dtype(log_probs.dtype))
+                               rollout_weights, rollout_log_probs, importance_cap, precise_dtype(log_probs.dtype))
     log_probs = torch.where(objective.mask != 0, log_probs.to(objective.mask.dtype), 0.0)
     return objective.loss(log_probs), objective.stats(log_probs.detach())
 
@@ -64,6 +70,25 @@ def nll_loss(log_probs: Tensor, mask: Tensor, norm: Tensor | float | None = None
     mask = mask.to(precise_dtype(log_probs.dtype))
     log_probs = torch.where(mask != 0, log_probs.to(mask.dtype), 0.0)
     return -(log_probs * mask).sum() * reciprocal(mask.sum() if norm is None else norm, mask)
+
+
+def rows_within(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor, row: Tensor, num_rows: int, low: float,
+                high: float) -> Tensor:
+    """[num_rows] bool: whether the geometric mean of exp(old - rollout) over a row's tokens lies in [low, high].
+
+    The first four are [N] flat tokens, row their row indices; tokens with mask 0 do not count, a row without tokens is
+    within. The mean over a row does not grow with its length, as the product would. `rows_within(...)[row]` as
+    rollout_weights drops the rows outside from the loss but not from the norms, see `hdpo_loss`.
+    """
+    sampled = (mask != 0).double()
+    log_ratio = torch.where(mask != 0, _log_importance(old_log_probs.detach(), rollout_log_probs), 0.0).double()
+    total, count = (x.new_zeros(num_rows).index_add_(0, row, x) for x in (log_ratio, sampled))
+    mean = total / count.clamp(min=1.0)
+    return (mean >= math.log(low)) & (mean <= math.log(high))
+
+
+def _log_importance(old_log_probs: Tensor, rollout_log_probs: Tensor) -> Tensor:
+    return (old_log_probs - rollout_log_probs).nan_to_num(nan=0.0).clamp(-20.0, 20.0)
 
 
 def aggregation_token_weights(lengths: Tensor, how: Aggregation) -> Tensor:
@@ -106,23 +131,28 @@ class Objective:
     mask: Tensor                   # [...] token weights
     counted: Tensor                # [C, ...] member * mask
     coefficient: Tensor            # [C, ...] counted * rollout weight / norm, without the channel's weight
+    rollout_log_probs: Tensor | None   # [...]
     weights: tuple[float, ...]     # [C]; Python numbers, so that using them never waits for the device
     clip_low: float
     clip_high: float
     dual_clip: float | None
+    importance_cap: float
 
     def select(self, index: Tensor | slice) -> Objective:
         """The same objective on some of its flat tokens."""
-        old = None if self.old_log_probs is None else self.old_log_probs[index]
-        return replace(self, old_log_probs=old, advantages=self.advantages[:, index], mask=self.mask[index],
-                       counted=self.counted[:, index], coefficient=self.coefficient[:, index])
+        old, rollout = (None if x is None else x[index] for x in (self.old_log_probs, self.rollout_log_probs))
+        return replace(self, old_log_probs=old, rollout_log_probs=rollout, advantages=self.advantages[:, index],
+                       mask=self.mask[index], counted=self.counted[:, index], coefficient=self.coefficient[:, index])
 
     def loss(self, log_probs: Tensor) -> Tensor:
-        per_channel = self._channel_losses(self._terms(self._ratio(log_probs)))
+        per_channel = self._channel_losses(log_probs, self._ratio(log_probs))
         return torch.stack([w * loss for w, loss in zip(self.weights, per_channel, strict=True)]).sum()
 
+    def _old(self, log_probs: Tensor) -> Tensor:
+        return log_probs.detach() if self.old_log_probs is None else self.old_log_probs
+
     def _log_ratio(self, log_probs: Tensor) -> Tensor:
-        return log_probs - (log_probs.detach() if self.old_log_probs is None else self.old_log_probs)
+        return log_probs - self._old(log_probs)
 
     def _ratio(self, log_probs: Tensor) -> Tensor:
         return self._log_ratio(log_probs).clamp(-20.0, 20.0).exp()
@@ -136,8 +166,12 @@ class Objective:
             terms = torch.where(self.advantages < 0, bounded, terms)
         return terms
 
-    def _channel_losses(self, terms: Tensor) -> Tensor:
-        return (self.coefficient * terms).flatten(1).sum(1)
+    def _channel_losses(self, log_probs: Tensor, ratio: Tensor) -> Tensor:
+        terms = self.coefficient * self._terms(ratio)
+        if self.rollout_log_probs is not None:
+            importance = _log_importance(self._old(log_probs), self.rollout_log_probs).exp()
+            terms = terms * importance.clamp(max=self.importance_cap)
+        return terms.flatten(1).sum(1)
 
     @torch.no_grad()
     def stats(self, log_probs: Tensor) -> dict[str, Tensor]:
@@ -157,7 +191,7 @@ class Objective:
             return x.flatten(1).sum(1) / tokens.clamp(min=1)
 
         return {
-            "loss": self._channel_losses(self._terms(ratio)), "norm": self.counted.flatten(1).sum(1), "tokens": tokens,
+            "loss": self._channel_losses(log_probs, ratio), "norm": self.counted.flatten(1).sum(1), "tokens": tokens,
             "clip_fraction": share(clipped), "dual_clip_fraction": share(beyond), "num_tokens": num_tokens,
             "ratio_mean": mean(ratio),
             "ratio_max": torch.where(sampled, ratio, 0.0).max() if ratio.numel() else ratio.sum(),
@@ -168,13 +202,14 @@ class Objective:
 def make_objective(
     old_log_probs: Tensor | None, advantages: Tensor, mask: Tensor, member: Tensor | None, weights: Sequence[float],
     norms: Norms | None, clip_low: float, clip_high: float, dual_clip: float | None, rollout_weights: Tensor | None,
-    dtype: torch.dtype,
+    rollout_log_probs: Tensor | None, importance_cap: float, dtype: torch.dtype,
 ) -> Objective:
     """Check shapes, expand scalars per row over tokens, blank what is masked, and fold the norms into one coefficient."""
     channels = advantages.shape[0] if advantages.dim() else 0
     if not channels or len(weights) != channels:
         raise ValueError(f"advantages {list(advantages.shape)} must have one leading entry per weight, {list(weights)}")
-    for name, value in (("old_log_probs", old_log_probs), ("rollout_weights", rollout_weights)):
+    for name, value in (("old_log_probs", old_log_probs), ("rollout_weights", rollout_weights),
+                        ("rollout_log_probs", rollout_log_probs)):
         if value is not None and value.shape != mask.shape:
             raise ValueError(f"{name} must have the shape of mask, {list(mask.shape)}, not {list(value.shape)}")
     mask = mask.to(dtype)
@@ -192,10 +227,11 @@ def make_objective(
     coefficient = counted * reciprocal(norms, mask).view(-1, *[1] * mask.dim())
     if rollout_weights is not None:
         coefficient = coefficient * torch.where(mask != 0, rollout_weights.detach().to(dtype), 0.0)
-    if old_log_probs is not None:
-        old_log_probs = torch.where(mask != 0, old_log_probs.detach().to(dtype), 0.0)
+    old_log_probs, rollout_log_probs = (
+        None if x is None else torch.where(mask != 0, x.detach().to(dtype), 0.0) for x in (old_log_probs, rollout_log_probs))
     advantages = torch.where(counted != 0, advantages, 0.0)
-    return Objective(old_log_probs, advantages, mask, counted, coefficient, tuple(weights), clip_low, clip_high, dual_clip)
+    return Objective(old_log_probs, advantages, mask, counted, coefficient, rollout_log_probs, tuple(weights), clip_low,
+                     clip_high, dual_clip, importance_cap)
 
 
 def _over_tokens(name: str, per_channel: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hdpo.config import HdpoConfig
 from hdpo.fused_loss import fused_linear_hdpo_loss, fused_linear_log_probs, fused_linear_nll_loss
+from hdpo.losses import rows_within
 from hdpo.train.metrics import Metrics
 from hdpo.types import MicroBatch
 
@@ -32,7 +33,7 @@ def ban_bias(banned_ids: tuple[int, ...], vocabulary: int, device: torch.device)
 
 
 class LogProbs:
-    """Job: (log_probs [M], entropy [M]) at the sampling temperature, without a graph."""
+    """Job: (log_probs [M],) at the sampling temperature, without a graph."""
 
     def __init__(self, banned_ids: Sequence[int], temperature: float = 1.0, chunk_tokens: int | None = None) -> None:
         self.banned_ids, self.temperature, self.chunk_tokens = tuple(banned_ids), temperature, chunk_tokens or None
@@ -40,8 +41,9 @@ class LogProbs:
     def __call__(self, micro: MicroBatch) -> Job:
         def job(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             bias = ban_bias(self.banned_ids, weight.shape[0], weight.device)
-            return fused_linear_log_probs(hidden, weight, micro.targets.to(hidden.device), temperature=self.temperature,
-                                          bias=bias, chunk_tokens=self.chunk_tokens)
+            (targets,) = _moved(hidden.device, micro.targets)
+            return fused_linear_log_probs(hidden, weight, targets, temperature=self.temperature, bias=bias,
+                                          chunk_tokens=self.chunk_tokens, entropy=False)[:1]
         return job
 
 
@@ -54,9 +56,9 @@ class SftObjective:
     def __call__(self, micro: MicroBatch, norms: Tensor, old_log_probs: Tensor | None = None) -> Job:
         def job(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             device = hidden.device
-            token_weight = micro.weight.to(device)
+            targets, token_weight, norm = _moved(device, micro.targets, micro.weight, norms[0])
             loss, stats = fused_linear_nll_loss(
-                hidden, weight, micro.targets.to(device), token_weight, norm=norms[0].to(device),
+                hidden, weight, targets, token_weight, norm=norm,
                 chunk_tokens=self.chunk_tokens, keep=torch.arange(len(micro.targets), device=device), entropy=False)
             self.metrics.total("sft/loss", loss)
             self.metrics.add("sft/token_accuracy_proxy", stats["log_probs"].exp().mean() if len(micro.targets) else 0.0,
@@ -66,7 +68,13 @@ class SftObjective:
 
 
 class HdpoObjective:
-    """The two clipped surrogates (paper, section 3), with truncated importance weights between engine and trainer."""
+    """The two clipped surrogates (paper, section 3), corrected for engine and trainer being two programs.
+
+    `hdpo.importance`: "token" multiplies each token's loss by its truncated importance weight. "sequence" does so too, and
+    drops the rows whose geometric mean ratio leaves `importance_range` (the whole row came from another model: a token's
+    weight cannot mend that). Dropped rows stay in the norms, see `hdpo_loss`. Whether a row is dropped is known only after
+    its last token, so on-policy this costs a pass of the head for the log-probs first: four products instead of three.
+    """
 
     def __init__(self, config: HdpoConfig, banned_ids: Sequence[int], temperature: float, metrics: Metrics,
                  chunk_tokens: int | None = None) -> None:
@@ -77,20 +85,26 @@ class HdpoObjective:
         """`old_log_probs` [M] of the weights that sampled, or None in the first mini-batch, where they are the policy's own."""
         def job(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             device, c = hidden.device, self.config
-            targets, rollout = micro.targets.to(device), micro.rollout_log_probs.to(device)
-            old = self.log_probs(micro)(hidden, weight)[0] if old_log_probs is None else old_log_probs.to(device)
-            correction = (old - rollout).exp().clamp(max=c.importance_cap) if c.importance == "token" else None
+            old = None if old_log_probs is None else old_log_probs.to(device)
+            targets, token_weight, row, rollout, advantages, member, norms_there = _moved(
+                device, micro.targets, micro.weight, micro.row, micro.rollout_log_probs, micro.advantages, micro.member, norms)
+            kept = None
+            if c.importance == "sequence":
+                seen = self.log_probs(micro)(hidden, weight)[0] if old is None else old
+                kept = rows_within(seen, rollout, token_weight, row, advantages.shape[1], *c.importance_range)
             loss, stats = fused_linear_hdpo_loss(
-                hidden, weight, targets, old, micro.advantages.to(device), micro.weight.to(device),
-                temperature=self.log_probs.temperature, bias=ban_bias(self.log_probs.banned_ids, weight.shape[0], device),
-                member=micro.member.to(device), weights=(c.w_acc, c.w_tool), norms=norms.to(device), clip_low=c.clip_low,
-                clip_high=c.clip_high, dual_clip=c.dual_clip, rollout_weights=correction, row=micro.row.to(device),
+                hidden, weight, targets, old, advantages, token_weight, temperature=self.log_probs.temperature,
+                bias=ban_bias(self.log_probs.banned_ids, weight.shape[0], device), member=member,
+                weights=(c.w_acc, c.w_tool), norms=norms_there, clip_low=c.clip_low, clip_high=c.clip_high,
+                dual_clip=c.dual_clip, rollout_weights=None if kept is None else kept[row].to(token_weight.dtype),
+                rollout_log_probs=None if c.importance == "none" else rollout, importance_cap=c.importance_cap, row=row,
                 chunk_tokens=self.log_probs.chunk_tokens, keep=torch.arange(len(targets), device=device))
-            self._record(loss, stats, old, rollout, correction)
+            self._record(loss, stats)
+            self._record_mismatch(stats["log_probs"] if old is None else old, rollout, kept, micro.num_rows)
             return (loss,)
         return job
 
-    def _record(self, loss: Tensor, stats: dict[str, Tensor], old: Tensor, rollout: Tensor, correction: Tensor | None) -> None:
+    def _record(self, loss: Tensor, stats: dict[str, Tensor]) -> None:
         m, count = self.metrics, stats["num_tokens"]
         m.total("actor/pg_loss", loss)
         for index, name in enumerate(CHANNEL_NAMES):
@@ -101,6 +115,17 @@ class HdpoObjective:
         m.add("actor/ratio_mean", stats["ratio_mean"], count)
         m.maximum("actor/ratio_max", stats["ratio_max"])
         m.add("actor/entropy", stats["entropy"].sum() / count.clamp(min=1), count)
+
+    def _record_mismatch(self, old: Tensor, rollout: Tensor, kept: Tensor | None, num_rows: int) -> None:
+        m = self.metrics
         m.add_mismatch(old, rollout, torch.ones_like(old))
-        if correction is not None and len(old):
-            m.add("mismatch/importance_capped", (correction >= self.config.importance_cap).float().mean(), len(old))
+        if self.config.importance != "none" and len(old):
+            capped = (old - rollout).exp() >= self.config.importance_cap
+            m.add("mismatch/importance_capped", capped.float().mean(), len(old))
+        if kept is not None and num_rows:
+            m.add("mismatch/rows_dropped", (~kept).sum() / num_rows, num_rows)
+
+
+def _moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A micro-batch's tensors there, without waiting for the device's queue."""
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)

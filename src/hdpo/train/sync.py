@@ -122,7 +122,7 @@ def _generate(engine: Engine, prompts: Sequence[Any], tokens: int) -> list[Compl
 def _difference(policy: PolicyLike, sample: Sample, spec: PackingSpec, chat: ChatFormat) -> Tensor:
     micro = pack([sample], spec)
     with torch.no_grad():
-        log_probs, _ = policy.run(micro, LogProbs(chat.banned_ids)(micro))
+        (log_probs,) = policy.run(micro, LogProbs(chat.banned_ids)(micro))
     return (log_probs.float().cpu() - micro.rollout_log_probs).abs()
 
 
