@@ -25,8 +25,8 @@ judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.d
 judge.max_prediction_chars
 hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip_low hdpo.clip_high hdpo.dual_clip
 hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.mask_truncated
-optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.max_skipped
-optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
+optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.offload
+optim.max_skipped optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
 batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens
 sync.group_mib sync.parity_tolerance checkpoint.every_steps checkpoint.keep
 eval.every_steps eval.rows eval.before eval.after eval.label_before eval.label_after

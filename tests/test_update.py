@@ -26,16 +26,27 @@ def run_steps(model: Path, *steps: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_skipped_step_leaves_weights_byte_equal_on_two_bf16_ranks_and_the_next_step_never_saw_it(tmp_path: Path) -> None:
     model = save_tiny_qwen3_vl(tmp_path)
-    spoiled = run_steps(model, "good", "nan_loss", "infinite_loss", "infinite_gradient", "good")
+    spoiled = run_steps(model, "good", "nan_loss", "infinite_loss", "infinite_gradient", "park", "good")
     clean = run_steps(model, "good", "good")
-    start, first, *skipped, last = spoiled["hashes"]
+    start, first, *skipped, last = spoiled["hashes"]   # the one gathered while the optimizer's state is away is among them
     assert set(skipped) == {first} and len({start, first, last}) == 3
     assert [math.isfinite(norm) for norm in spoiled["norms"]] == [True, False, False, False, True]
     assert [start, first, last] == clean["hashes"]
     assert [spoiled["norms"][0], spoiled["norms"][-1]] == clean["norms"]
     assert spoiled["micro_batches"] > 1
+    assert spoiled["parked"][0] > 0 == spoiled["parked"][1]
     assert spoiled["dtypes"] == {"weights": "torch.bfloat16", "master": "torch.float32", "moments": "torch.float32",
                                  "summed_gradients": "torch.float32"}
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_an_optimizer_offloaded_for_good_takes_the_same_steps_and_skips_the_same(tmp_path: Path) -> None:
+    model = save_tiny_qwen3_vl(tmp_path)
+    run = run_steps(model, "offload", "good", "nan_loss", "good")
+    start, first, skipped, last = run["hashes"]
+    assert skipped == first and len({start, first, last}) == 3 and not math.isfinite(run["norms"][1])
+    assert run["dtypes"]["master"] == run["dtypes"]["moments"] == "torch.float32"
 
 
 class PlainPolicy:
@@ -46,6 +57,9 @@ class PlainPolicy:
 
     def run(self, micro: Any, job: Any) -> tuple[torch.Tensor, ...]:
         return job(self.weight, self.weight)
+
+    def unpark(self) -> None:
+        """Nothing is ever away."""
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()

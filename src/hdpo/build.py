@@ -61,7 +61,9 @@ class Stage(contextlib.ExitStack):
         policy = self._policy()
         world = policy.world
         background, backend = self._tools(world)
+        policy.park()      # the engine measures what device memory is left
         engine = self._engine()
+        engine.sleep()     # until the first sync: a checkpoint may have to be loaded
         rollouts = self._rollouts(engine, backend, background)
         scorer = self._scorer(background, world)
         log = self._log(world, [("acc", "reward/accuracy/mean"), ("tools", "tool/rate"), ("needed", "tool/rate_needed"),

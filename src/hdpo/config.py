@@ -137,6 +137,7 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
     weight_decay: float = Field(0.01, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, description="Largest global gradient norm.")
+    offload: bool = Field(False, description="Keep optimizer state and fp32 weights in host memory for good (slower updates).")
     max_skipped: int = Field(3, description="Optimizer steps in a row that may be skipped for a loss or gradient not finite.")
     rows_per_step: int = Field(256, description="Demonstrations of one SFT step over all ranks (SFT only).")
     mini_batch_prompts: int = Field(64, description="Prompts of one optimizer step over all ranks (RL only).")

@@ -1,15 +1,16 @@
 """Run under a launcher: optimizer steps in bf16, some of them spoiled as told. Prints a JSON line on rank 0.
 
-Usage: skip_steps.py MODEL STEPS...     each of STEPS: good | nan_loss | infinite_loss | infinite_gradient
+Usage: skip_steps.py MODEL [offload] STEPS...     each of STEPS: good | nan_loss | infinite_loss | infinite_gradient | park
 
 Only the last rank's second micro-batch is spoiled. `infinite_loss` has the gradients of a good step, `infinite_gradient`
-the loss of one.
+the loss of one. `park` takes no step: it gathers the weights while what an update needs is away, as CUDA devices do.
 """
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from update_once import IMAGE, START, row
 
 from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
+from hdpo.adapters.zero3 import optimizer_tensors
 from hdpo.config import HdpoConfig, ModelConfig, OptimConfig
 from hdpo.train.batching import PackingSpec, make_train_batch
 from hdpo.train.metrics import Metrics
@@ -56,15 +58,25 @@ def weights_hash(policy: DeepSpeedPolicy) -> str:
 
 def main() -> None:
     folder, *steps = sys.argv[1:]
-    policy = DeepSpeedPolicy(ModelConfig(path=folder, dtype="bfloat16"), OptimConfig(lr=1e-3), IMAGE, seed=0)
+    offload = steps[:1] == ["offload"]
+    steps = steps[offload:]
+    policy = DeepSpeedPolicy(ModelConfig(path=folder, dtype="bfloat16"), OptimConfig(lr=1e-3, offload=offload), IMAGE, seed=0)
     world = policy.world
     generator = torch.Generator().manual_seed(0)
     mine = [row(i, generator) for i in range(8)][world.rank::world.size]
     filler = Sample([START, IMAGE, 260, 1], [0] * 4, [0.0] * 4, (), (), Vision(torch.zeros(4, 384), torch.tensor([[1, 2, 2]])))
     spec = PackingSpec(IMAGE, 2, 70, 10_000, filler)
     objective = HdpoObjective(HdpoConfig(), (START, IMAGE), 1.0, Metrics())
-    norms, hashes, micro_batches = [], [weights_hash(policy)], 0
+    norms, hashes, micro_batches, parked = [], [weights_hash(policy)], 0, [0, 0]
     for how in steps:
+        if how == "park":
+            tensors = [*chain(*optimizer_tensors(policy.engine.optimizer))]
+            before = sum(t.untyped_storage().nbytes() for t in tensors)
+            policy.parks = True
+            policy.park()
+            parked = [before, sum(t.untyped_storage().nbytes() for t in tensors)]
+            hashes.append(weights_hash(policy))
+            continue
         mini = make_train_batch([mine], spec, world).mini_batches[0]
         micro_batches = len(mini.micro_batches)
         job: Any = Spoiled(objective, how if world.rank == world.size - 1 else "good")
@@ -75,7 +87,7 @@ def main() -> None:
               "moments": inner.optimizer.state[inner.fp32_partitioned_groups_flat[0]]["exp_avg"].dtype,
               "summed_gradients": inner.gradient_accumulation_dtype}
     if world.is_main:
-        print("RESULT " + json.dumps({"norms": norms, "hashes": hashes, "micro_batches": micro_batches,
+        print("RESULT " + json.dumps({"norms": norms, "hashes": hashes, "micro_batches": micro_batches, "parked": parked,
                                       "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}))
     policy.close()
 

@@ -11,7 +11,6 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from hdpo.adapters.policy_model import (
     resolve_attention,
     resolve_dtype,
 )
+from hdpo.adapters.zero3 import Parking, optimizer_tensors, zero3_config
 from hdpo.config import ModelConfig, OptimConfig
 from hdpo.errors import CheckpointError, boundary
 from hdpo.train.world import World
@@ -35,25 +35,6 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
-
-
-def zero3_config(dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
-    """The DeepSpeed configuration. `keep_in_fp32_modules` guards the rotary frequencies (see assert_rope_fp32)."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,   # boundaries are set by hand; our norms replace DeepSpeed's division
-        "gradient_clipping": grad_clip,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        # a step's gradients are summed over dozens of micro-batches: in bf16 the later ones would round away
-        "data_types": {"keep_in_fp32_modules": ["inv_freq"], "grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": 3, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-        "wall_clock_breakdown": False,
-    }
 
 
 def ensure_launched() -> None:
@@ -79,17 +60,20 @@ class DeepSpeedPolicy:
         handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"           # also without `accelerate launch`
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)       # the launcher's fields give way to ours
-        plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip), zero3_init_flag=True)
+        plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip, optim.offload), zero3_init_flag=True)
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
         self.world = World().connect()
         set_seed(seed)   # the same on every rank; what must differ is seeded per rollout
         module = load_policy_model(model.path, self.dtype, resolve_attention(model.attention),
                                    model.gradient_checkpointing)
         parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay,
+                                      fused=optim.offload or not on_cpu)   # unfused it needs the weights' size again
         self.engine, _ = self.accelerator.prepare(module, optimizer)
         assert_rope_fp32(self.engine)
         self.device = self.engine.device
+        self._parking = Parking()
+        self.parks = self.device.type == "cuda"
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -115,6 +99,22 @@ class DeepSpeedPolicy:
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def park(self) -> None:
+        """Move optimizer state and fp32 weights to host memory and drop gradient buffers, while the engine is awake.
+
+        Weights stay on the device, sharded, for the sync. Nothing happens on CPU, and the second call of two is free.
+        """
+        if self.parks and not self._parking.parked:
+            self.engine.empty_partition_cache()
+            here = [[t for t in tensors if t.device.type == self.device.type]
+                    for tensors in optimizer_tensors(self.engine.optimizer)]
+            self._parking.park(*here)
+
+    def unpark(self) -> None:
+        self._parking.unpark()
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -156,10 +156,12 @@ class DeepSpeedPolicy:
 
     def save_state(self, folder: Path) -> None:
         """Write what resuming needs besides the model folder: each rank's shard of weights and optimizer."""
+        self.unpark()
         with boundary(CheckpointError, f"cannot write {folder}", OSError, RuntimeError):
             self.engine.save_checkpoint(str(folder), tag="zero3", save_latest=False)
 
     def load_state(self, folder: Path) -> None:
+        self.unpark()
         with boundary(CheckpointError, f"cannot resume from {folder}: damaged or of another run"):
             loaded, _ = self.engine.load_checkpoint(str(folder), tag="zero3")
             if loaded is None:

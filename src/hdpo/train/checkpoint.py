@@ -19,8 +19,8 @@ from hdpo.errors import CheckpointError
 from hdpo.train.world import World
 
 MAY_CHANGE = (
-    "run.", "log.", "eval.", "checkpoint.", "optim.steps", "optim.max_skipped", "judge.", "tools.", "batch.", "sync.",
-    "reward.max_unscored",
+    "run.", "log.", "eval.", "checkpoint.", "optim.steps", "optim.max_skipped", "optim.offload", "judge.", "tools.",
+    "batch.", "sync.", "reward.max_unscored",
     "rollout.max_num_seqs", "rollout.max_batched_tokens", "rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.engine")
 """Fields a resumed run may set differently: they do not change what is learned."""
 

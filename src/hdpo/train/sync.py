@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -16,25 +16,15 @@ from torch import Tensor
 
 from hdpo.agent.chat import ChatFormat
 from hdpo.errors import ParityError
-from hdpo.protocols import Engine, GenerateRequest
+from hdpo.protocols import Engine, GenerateRequest, Policy
 from hdpo.train.batching import PackingSpec, pack
 from hdpo.train.objectives import LogProbs
 from hdpo.types import Completion, Sample
 
 
-class PolicyLike(Protocol):
-    """What sync needs of the policy (see adapters/deepspeed_policy.py)."""
-
-    dtype: torch.dtype
-    world: Any
-
-    def iter_weights(self, group_bytes: int) -> Any: ...
-
-    def run(self, micro: Any, job: Any) -> tuple[Tensor, ...]: ...
-
-
-def sync_weights(policy: PolicyLike, engine: Engine, version: int, group_mib: int) -> None:
+def sync_weights(policy: Policy, engine: Engine, version: int, group_mib: int) -> None:
     """Send every parameter, tied ones under each name, in gathered groups of bounded size. Collective."""
+    policy.park()
     engine.wake()
     engine.load_weights(policy.iter_weights(group_mib << 20), version)
 
@@ -82,7 +72,7 @@ def canary_prompts(chat: ChatFormat) -> list[tuple[list[dict[str, str]], list[Im
     ]
 
 
-def check_parity(policy: PolicyLike, engine: Engine, chat: ChatFormat, spec: PackingSpec, *, stage: str,
+def check_parity(policy: Policy, engine: Engine, chat: ChatFormat, spec: PackingSpec, *, stage: str,
                  tolerance: float = 0.0, tokens: int = 16) -> ParityReport:
     """Let the engine continue the canary and compare its log-probs with the trainer's. Collective.
 
@@ -119,7 +109,7 @@ def _generate(engine: Engine, prompts: Sequence[Any], tokens: int) -> list[Compl
     return [done[f"canary-{index}"] for index in range(len(prompts))]
 
 
-def _difference(policy: PolicyLike, sample: Sample, spec: PackingSpec, chat: ChatFormat) -> Tensor:
+def _difference(policy: Policy, sample: Sample, spec: PackingSpec, chat: ChatFormat) -> Tensor:
     micro = pack([sample], spec)
     with torch.no_grad():
         (log_probs,) = policy.run(micro, LogProbs(chat.banned_ids)(micro))

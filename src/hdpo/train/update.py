@@ -20,6 +20,7 @@ def update(policy: Policy, mini: MiniBatch, objective: Any, lr: float, old_log_p
     A norm that is not finite means that the step was skipped on every rank. A loss that is not finite makes it so, even
     where its gradients would be: the last micro-batch's are spoiled with it, which asks the device and other ranks nothing.
     """
+    policy.unpark()
     healthy: Tensor | None = None
     for index, micro in enumerate(mini.micro_batches):
         old = old_log_probs[index] if old_log_probs is not None else None
