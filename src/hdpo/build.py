@@ -31,6 +31,7 @@ from hdpo.train.checkpoint import step_folders
 from hdpo.train.metrics import JsonlSink
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog
+from hdpo.train.samples import PixelPool
 from hdpo.train.sft import SftParts
 from hdpo.train.world import World
 from hdpo.types import Sample, Task
@@ -70,8 +71,11 @@ class Stage(contextlib.ExitStack):
                                 ("blind", "tool/rate_not_needed"), ("|Q|", "hdpo/q_size_mean"), ("k3", "mismatch/k3"),
                                 ("s", "time/step")])
         evaluator = Evaluator(config, rollouts, scorer, held_out, world)
+        pixels = PixelPool(self.chat)
+        self.callback(pixels.close)
         freeze_heap()
-        return RlParts(policy, engine, self.chat, rollouts, scorer, tasks, evaluator, build_packing(config, self.chat), log)
+        return RlParts(policy, engine, self.chat, rollouts, scorer, tasks, evaluator, build_packing(config, self.chat), pixels,
+                       log)
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""

@@ -175,10 +175,23 @@ class RewardedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Vision:
-    """The processor's tensors for all images of one sample."""
+    """The processor's tensors for the images of one sample or micro-batch.
 
-    pixel_values: Tensor       # [patches, patch_dim]
+    Rows that show the same image hold the same tensor, so patches are laid side by side only on their way to the device.
+    """
+
+    pixels: tuple[Tensor, ...]   # per image: [patches, patch_dim]
     grid_thw: Tensor           # [images, 3] int64
+
+    @property
+    def num_patches(self) -> int:
+        return sum(len(pixels) for pixels in self.pixels)
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """[patches, patch_dim] of all images, a fresh tensor."""
+        import torch
+        return torch.cat(self.pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +232,7 @@ class MiniBatch:
     """The micro-batches of one optimizer step; norms are global over ranks and micro-batches."""
 
     micro_batches: list[MicroBatch]
-    norms: Tensor              # [C] (for SFT [1]) float32: summed weights of each channel's tokens, over all ranks
+    norms: Tensor              # [C] (for SFT [1]) float64: summed weights of each channel's tokens, over all ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def main() -> None:
     world = policy.world
     generator = torch.Generator().manual_seed(0)
     mine = [row(i, generator) for i in range(8)][world.rank::world.size]
-    filler = Sample([START, IMAGE, 260, 1], [0] * 4, [0.0] * 4, (), (), Vision(torch.zeros(4, 384), torch.tensor([[1, 2, 2]])))
+    filler = Sample([START, IMAGE, 260, 1], [0] * 4, [0.0] * 4, (), (), Vision((torch.zeros(4, 384),), torch.tensor([[1, 2, 2]])))
     spec = PackingSpec(IMAGE, 2, 70, 10_000, filler)
     objective = HdpoObjective(HdpoConfig(), (START, IMAGE), 1.0, Metrics())
     norms, hashes, micro_batches, parked = [], [weights_hash(policy)], 0, [0, 0]
@@ -77,7 +77,7 @@ def main() -> None:
             parked = [before, sum(t.untyped_storage().nbytes() for t in tensors)]
             hashes.append(weights_hash(policy))
             continue
-        mini = make_train_batch([mine], spec, world).mini_batches[0]
+        mini = make_train_batch([mine], spec, world, channels=2).mini_batches[0]
         micro_batches = len(mini.micro_batches)
         job: Any = Spoiled(objective, how if world.rank == world.size - 1 else "good")
         norms.append(update(policy, mini, job, 1e-3))

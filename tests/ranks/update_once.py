@@ -1,4 +1,6 @@
-"""Run under a launcher: three optimizer steps on fixed rows, cut as told. Prints a JSON line on rank 0.
+"""Run under a launcher: optimizer steps on fixed rows, cut as told. Prints a JSON line on rank 0.
+
+Two rounds of two mini-batches: one row, which leaves all other ranks with fillers, and the seven others.
 
 Usage: update_once.py MODEL TOKENS_PER_MICRO_BATCH SHARE      SHARE: "even" deals rows round-robin, "first" gives all to rank 0
 """
@@ -23,7 +25,7 @@ def row(index: int, generator: torch.Generator) -> Sample:
     vision = None
     if index % 2 == 0:
         ids = [START, *[IMAGE] * 4, END, *ids]
-        vision = Vision(torch.randn(16, 384, generator=generator), torch.tensor([[1, 4, 4]]))
+        vision = Vision((torch.randn(16, 384, generator=generator),), torch.tensor([[1, 4, 4]]))
     mask = [0] * (len(ids) - 10) + [1] * 10
     return Sample(ids, mask, [-5.5 * m for m in mask], ((-1.0) ** index * (1 + index / 3), 0.5 * index - 1.0),
                   (True, index % 3 > 0), vision)
@@ -35,17 +37,18 @@ def main() -> None:
     world = policy.world
     generator = torch.Generator().manual_seed(0)
     rows = [row(i, generator) for i in range(8)]
-    mine = rows[world.rank::world.size] if share == "even" else rows if world.is_main else []
-    filler = Sample([START, IMAGE, END, 1], [0] * 4, [0.0] * 4, (), (), Vision(torch.zeros(4, 384), torch.tensor([[1, 2, 2]])))
+    mine = set(range(8)[world.rank::world.size] if share == "even" else range(8) if world.is_main else [])
+    filler = Sample([START, IMAGE, END, 1], [0] * 4, [0.0] * 4, (), (), Vision((torch.zeros(4, 384),), torch.tensor([[1, 2, 2]])))
     spec = PackingSpec(IMAGE, 2, tokens, 10_000, filler)
     metrics = Metrics()
     objective = HdpoObjective(HdpoConfig(), (START, IMAGE), 1.0, metrics)
     norms, losses, micro_batches = [], [], 0
-    for _ in range(3):
-        mini = make_train_batch([mine], spec, world).mini_batches[0]
-        micro_batches = len(mini.micro_batches)
-        norms.append(update(policy, mini, objective, 1e-3))
-        losses.append(metrics.reduce_over_ranks(world.gather)["actor/pg_loss"])
+    minis = [[rows[i] for i in sorted(mine & part)] for part in ({7}, set(range(7)))]
+    for _ in range(2):
+        for mini in make_train_batch(minis, spec, world, channels=2).mini_batches:
+            micro_batches = len(mini.micro_batches)
+            norms.append(update(policy, mini, objective, 1e-3))
+            losses.append(metrics.reduce_over_ranks(world.gather)["actor/pg_loss"])
     weights = {name: float(value.double().abs().sum()) for name, value in policy.iter_weights(50_000)}
     if world.is_main:
         print("RESULT " + json.dumps({"norms": norms, "losses": losses, "micro_batches": micro_batches, "weights": weights}))

@@ -122,7 +122,7 @@ class ChatFormat:
         expected = [num_image_tokens(image.size, self.factor) for image in images]
         if counts != expected:
             raise ModelError(f"the image processor makes {counts} tokens of images that hold {expected} placeholders")
-        return Vision(output["pixel_values"], grid)
+        return Vision(output["pixel_values"].split(grid.prod(-1).tolist()), grid)
 
     def _segment(self, compact_ids: list[int], images: Sequence[Image]) -> Segment:
         """Expand the k-th placeholder to the k-th image's token count."""

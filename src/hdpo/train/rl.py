@@ -15,12 +15,12 @@ from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscor
 from hdpo.train import checkpoint
 from hdpo.train.batching import PackingSpec, make_train_batch
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
-from hdpo.train.objectives import HdpoObjective
+from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
 from hdpo.train.runlog import RunLog
-from hdpo.train.samples import group_advantages, to_samples
+from hdpo.train.samples import PixelPool, group_advantages, to_samples
 from hdpo.train.sync import check_parity, sync_weights
 from hdpo.train.update import StepGuard, old_log_probs, update
-from hdpo.types import RewardedGroup, Sample, TrainBatch
+from hdpo.types import RewardedGroup, Sample, TrainBatch, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,13 @@ class RlParts:
     tasks: TaskStream
     evaluator: Callable[[str, int], Any]   # evaluate.Evaluator
     spec: PackingSpec
+    pixels: PixelPool
     log: RunLog
+
+    def ended(self, trajectory: Trajectory) -> None:
+        """What can begin for a trajectory while others still roll out."""
+        self.scorer.submit(trajectory)
+        self.pixels.submit(trajectory)
 
 
 def train(config: Config, parts: RlParts) -> bool:
@@ -61,7 +67,7 @@ def train(config: Config, parts: RlParts) -> bool:
                 groups = rollouts.collect(
                     tasks.take(config.rollout.prompts_per_step), queue=static_queue(world.rank, world.size), step=step,
                     weight_version=step, group_size=config.rollout.group_size, temperature=config.rollout.temperature,
-                    on_finished=scorer.submit)
+                    on_finished=parts.ended)
             engine.sleep()
             if world.any(stop.requested):
                 return leave(config, parts, step, position)
@@ -79,6 +85,7 @@ def train(config: Config, parts: RlParts) -> bool:
                 for _ in range(config.optim.ppo_epochs):
                     for mini, old_of_mini in zip(batch.mini_batches, old):
                         guard.note(update(policy, mini, objective, lr, old_of_mini))
+                del batch, mini   # the step's pixels: not to be held while the next step rolls out
             log.write(step + 1, {**guard.scalars(), "actor/lr": lr, "training/global_step": step + 1,
                                  "training/epoch": tasks.epoch, "data/skipped": len(tasks.skipped)}, rewarded, advantages)
             guard.check(partial(checkpoint.save, run, step + 1, policy, tasks.state(), config))
@@ -107,17 +114,23 @@ def open_gate(config: Config, parts: RlParts, start: int) -> None:
 
 def make_batch(config: Config, parts: RlParts, rewarded: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]],
                members: Sequence[Sequence[bool]]) -> TrainBatch:
-    """Split this rank's groups into the step's mini-batches, whole groups at a time, and pack each. Collective."""
+    """Deal the step's groups over its mini-batches by the order of their prompts, wherever they were sampled, and pack.
+
+    Collective: each rank gives the groups it has.
+    """
+    world = parts.policy.world
+    prompts = sorted(index for indices in world.gather([group.index for group in rewarded]) for index in indices)
+    place = {index: position for position, index in enumerate(prompts)}
     num_mini = config.rollout.prompts_per_step // config.optim.mini_batch_prompts
-    bounds = [round(i * len(rewarded) / num_mini) for i in range(num_mini + 1)]
-    first = [0]
+    minis: list[list[Sample]] = [[] for _ in range(num_mini)]
+    first = 0
     for group in rewarded:
-        first.append(first[-1] + len(group.rewards))
-    minis: list[list[Sample]] = []
-    for low, high in zip(bounds, bounds[1:]):
-        rows = slice(first[low], first[high])
-        minis.append(to_samples(rewarded[low:high], advantages[rows], members[rows], parts.chat, config.hdpo))
-    return make_train_batch(minis, parts.spec, parts.policy.world)
+        rows = slice(first, first + len(group.rewards))
+        first = rows.stop
+        minis[place[group.index] * num_mini // len(prompts)] += to_samples(
+            [group], advantages[rows], members[rows], parts.pixels, config.hdpo)
+    parts.pixels.clear()
+    return make_train_batch(minis, parts.spec, world, len(CHANNEL_NAMES))
 
 
 def stop_if_unscored(config: Config, parts: RlParts, step: int, position: dict[str, Any],

@@ -1,16 +1,75 @@
 """Rewarded groups -> advantages -> training rows. A group lives on one rank, so nothing is communicated here."""
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from PIL.Image import Image
 
 from hdpo.advantages import hdpo_advantages
 from hdpo.agent.chat import ChatFormat
+from hdpo.agent.images import content_key
 from hdpo.config import HdpoConfig
-from hdpo.types import EndReason, RewardedGroup, Sample, Trajectory
+from hdpo.types import EndReason, RewardedGroup, Sample, Trajectory, Vision
 
+AHEAD_BYTES = 4 << 30
+"""Pixels that may be computed before it is known whether their rows carry a gradient, bytes per rank."""
+BYTES_PER_PIXEL = 2 * 3 * 4   # float32 channels of the two frames a patch spans
 TRUNCATED = (EndReason.MAX_TURNS, EndReason.MAX_TOKENS, EndReason.CONTEXT_FULL)
+
+
+class PixelPool:
+    """The processor's tensors of a step's images, each distinct image computed once, in threads.
+
+    A group's rollouts share the prompt's images, and often the crops their tools return. `submit` starts on a trajectory
+    as soon as it has ended, while others still roll out or are scored, and so costs the step nothing where there are
+    cores to spare. Rows hold the very tensors that are kept here: `clear` after a step, and the last row frees them.
+    """
+
+    def __init__(self, chat: ChatFormat, workers: int = 0, ahead_bytes: int = AHEAD_BYTES) -> None:
+        """`workers`: threads; 0 takes half the cores, at most 4."""
+        self._chat, self._ahead_bytes = chat, ahead_bytes
+        self._threads = ThreadPoolExecutor(workers or min(4, max(1, (os.cpu_count() or 1) // 2)), "hdpo-pixels")
+        self._lock = threading.Lock()
+        self._ready: dict[str, Future[Vision | None]] = {}
+        self._bytes = 0
+
+    def submit(self, trajectory: Trajectory) -> None:
+        """Start on the images of an ended trajectory; returns at once. From any thread. Nothing happens beyond
+        `ahead_bytes`, or when the trajectory can't be scored: `vision` computes what is missing."""
+        if trajectory.end.scorable and self._bytes < self._ahead_bytes:
+            self._start(trajectory)
+
+    def vision(self, trajectory: Trajectory) -> Vision | None:
+        """What `ChatFormat.vision` makes of the trajectory's images, bit for bit; waits for it. None without images."""
+        parts = [part for future in self._start(trajectory) if (part := future.result()) is not None]
+        if not parts:
+            return None
+        return Vision(tuple(p for part in parts for p in part.pixels), torch.cat([part.grid_thw for part in parts]))
+
+    def clear(self) -> None:
+        """Forget the images of the step. Not while `submit` may still be called for it."""
+        with self._lock:
+            for future in self._ready.values():
+                future.cancel()
+            self._ready, self._bytes = {}, 0
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, trajectory: Trajectory) -> list[Future[Vision | None]]:
+        keys = trajectory.image_keys or [content_key(image) for image in trajectory.images]
+        with self._lock:
+            return [self._future(key, image) for key, image in zip(keys, trajectory.images, strict=True)]
+
+    def _future(self, key: str, image: Image) -> Future[Vision | None]:
+        if key not in self._ready:
+            self._ready[key] = self._threads.submit(self._chat.vision, [image])
+            self._bytes += image.width * image.height * BYTES_PER_PIXEL
+        return self._ready[key]
 
 
 def group_advantages(groups: Sequence[RewardedGroup], config: HdpoConfig) -> tuple[list[list[float]], list[list[bool]]]:
@@ -27,10 +86,10 @@ def group_advantages(groups: Sequence[RewardedGroup], config: HdpoConfig) -> tup
 
 
 def to_samples(groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]], members: Sequence[Sequence[bool]],
-               chat: ChatFormat, config: HdpoConfig) -> list[Sample]:
+               pixels: PixelPool, config: HdpoConfig) -> list[Sample]:
     """Training rows of the scored trajectories. Unscored ones leave no trace: no row, no norm.
 
-    Images are processed only for rows that carry a gradient.
+    Only rows that carry a gradient get images.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     rewards = [r for group in groups for r in group.rewards]
@@ -38,12 +97,12 @@ def to_samples(groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[fl
     for trajectory, reward, advantage, member in zip(trajectories, rewards, advantages, members, strict=True):
         cut = config.mask_truncated and trajectory.end in TRUNCATED
         if reward.scored and not cut and any(member):
-            samples.append(_sample(trajectory, advantage, member, chat))
+            samples.append(_sample(trajectory, advantage, member, pixels))
     return samples
 
 
-def _sample(trajectory: Trajectory, advantage: Sequence[float], member: Sequence[bool], chat: ChatFormat) -> Sample:
+def _sample(trajectory: Trajectory, advantage: Sequence[float], member: Sequence[bool], pixels: PixelPool) -> Sample:
     return Sample(
         token_ids=trajectory.token_ids, mask=trajectory.mask, rollout_log_probs=trajectory.log_probs,
         advantages=tuple(advantage), member=tuple(member),
-        vision=chat.vision(trajectory.images) if any(advantage) else None)
+        vision=pixels.vision(trajectory) if any(advantage) else None)

@@ -1,6 +1,8 @@
 """Supervised fine-tuning: rollouts that were recorded earlier, through the same chat, batching and policy as RL."""
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,13 +37,13 @@ def train(config: Config, parts: SftParts) -> bool:
     objective = SftObjective(log, config.batch.head_chunk_tokens)
     guard = StepGuard(config.optim.max_skipped)
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, ThreadPoolExecutor(min(8, os.cpu_count() or 1), "hdpo-encode") as threads:
         for step in log.steps(start, steps, "SFT"):
             with log.timed("data"):
                 rows = demos.take(config.optim.rows_per_step)[world.rank::world.size]
-                samples = [encode(parts.chat, row) for row in rows]
+                samples = list(threads.map(partial(encode, parts.chat), rows))
             with log.timed("pack"):
-                batch = make_train_batch([samples], parts.spec, world)
+                batch = make_train_batch([samples], parts.spec, world, channels=0)
             lr = learning_rate(config.optim, step)
             with log.timed("update"):
                 guard.note(update(policy, batch.mini_batches[0], objective, lr))

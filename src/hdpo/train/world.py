@@ -8,10 +8,15 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+MESSAGE_BYTES = 64 << 20
+"""Largest message from rank to rank."""
 
 
 class World:
@@ -68,6 +73,26 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
+    def exchange(self, outgoing: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """`outgoing[r]` are CPU tensors for rank r; returns the tensors from each rank, this rank's own without a copy.
+
+        Only shapes go to all ranks; the contents go straight from rank to rank, in messages of at most MESSAGE_BYTES,
+        one neighbour at a time.
+        """
+        if self._group is None:
+            return [list(tensors) for tensors in outgoing]
+        shapes = self.gather([[(tensor.dtype, tensor.shape) for tensor in tensors] for tensors in outgoing])
+        incoming = [[torch.empty(shape, dtype=dtype) for dtype, shape in sent[self.rank]] for sent in shapes]
+        incoming[self.rank] = list(outgoing[self.rank])
+        for distance in range(1, self.size):
+            target, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
+            pending = [dist.irecv(part, source, self._group, tag) for tag, part in _messages(incoming[source])]
+            pending += [dist.isend(part, target, self._group, tag) for tag, part in _messages(outgoing[target])]
+            for message in pending:
+                assert message is not None
+                message.wait()
+        return incoming
+
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise float64 sums over ranks."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -88,6 +113,13 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=op, group=self._group)
         return [float(v) for v in tensor]
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(tag, bytes) of each message that the tensors make; writing into the bytes writes into a contiguous tensor."""
+    parts = [part for tensor in tensors if tensor.numel()
+             for part in tensor.contiguous().view(-1).view(torch.uint8).split(MESSAGE_BYTES)]
+    return enumerate(parts)
 
 
 def _free_port() -> int:
