@@ -1,0 +1,74 @@
+"""Plans: every row once, no budget exceeded, ranks in step, little moved."""
+from __future__ import annotations
+
+import random
+from itertools import chain
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hdpo.train.planning import Budget, RowCost, plan
+
+ROWS = st.lists(st.builds(RowCost, st.integers(1, 100), st.integers(0, 50), st.integers(0, 999), st.integers(0, 2)), max_size=60)
+
+
+def works(rows: list[RowCost], plan_: list[list[list[int]]]) -> list[list[int]]:
+    return [[sum(rows[i].work for i in bin_) for bin_ in bins] for bins in plan_]
+
+
+def agent_rows(ranks: int, prompts: int = 64, seed: int = 0) -> list[RowCost]:
+    """Groups of 16 of a multimodal agent: a shared prompt with an image, heavy-tailed responses, groups dealt at random."""
+    coin = random.Random(seed)
+    rows = []
+    for _ in range(prompts):
+        owner, prompt = coin.randrange(ranks), int(coin.lognormvariate(8, 0.5))
+        for _ in range(16):
+            tokens = min(24_000, prompt + int(coin.lognormvariate(7.2, 0.8)))
+            rows.append(RowCost(tokens, 2 * prompt, 12_288 * prompt + 13 * tokens, owner))
+    return rows
+
+
+@given(ROWS, st.integers(1, 3), st.integers(120, 400), st.integers(50, 200), st.sampled_from([0, 20]))
+def test_every_row_is_planned_once_and_no_micro_batch_exceeds_its_budget(
+        rows: list[RowCost], ranks: int, tokens: int, patches: int, filler: int) -> None:
+    rows = [row._replace(owner=row.owner % ranks) for row in rows]
+    made = plan(rows, ranks, Budget(tokens, patches, filler))
+    assert sorted(i for bins in made for i in chain(*bins)) == list(range(len(rows)))
+    assert len({len(bins) for bins in made}) == 1 and made[0]
+    for bin_ in chain(*made):
+        seen = sum(rows[i].patches for i in bin_)
+        assert sum(rows[i].tokens for i in bin_) + (0 if seen else filler) <= tokens and seen <= patches
+
+
+@given(ROWS, st.integers(10, 100))
+def test_a_row_beyond_the_budget_gets_a_micro_batch_of_its_own(rows: list[RowCost], tokens: int) -> None:
+    for bin_ in chain(*plan(rows, 3, Budget(tokens, 50))):
+        assert len(bin_) <= 1 or sum(rows[i].tokens for i in bin_) <= tokens
+
+
+def test_eight_ranks_have_equal_work_at_every_micro_step_and_few_bytes_move() -> None:
+    for seed in range(3):
+        rows = agent_rows(8, seed=seed)
+        made = plan(rows, 8, Budget(40_960, 163_840, 70))
+        loads = works(rows, made)
+        totals = [sum(load) for load in loads]
+        assert max(totals) / (sum(totals) / 8) <= 1.02
+        assert sum(totals) / 8 / sum(map(max, zip(*loads))) >= 0.98
+        moved = sum(rows[i].nbytes for rank, bins in enumerate(made) for i in chain(*bins) if rows[i].owner != rank)
+        surplus = sum(max(0, sum(row.work for row in rows if row.owner == rank) - sum(totals) / 8) for rank in range(8))
+        assert moved / sum(row.nbytes for row in rows) <= 1.1 * surplus / sum(totals)
+
+
+def test_rows_stay_where_they_are_when_ranks_have_equal_work() -> None:
+    rows = [RowCost(100 + i, 8, 1000, rank) for i in range(20) for rank in range(4)]
+    assert all(rows[i].owner == rank for rank, bins in enumerate(plan(rows, 4, Budget(500, 1000))) for i in chain(*bins))
+
+
+def test_what_is_dear_to_move_stays() -> None:
+    rows = [RowCost(100, 0, 10 if i % 2 else 9999, 0) for i in range(8)]
+    bins = plan(rows, 2, Budget(1000, 1000))[1]
+    assert all(i % 2 for i in chain(*bins)) and len(list(chain(*bins))) == 4
+
+
+def test_a_step_without_rows_is_one_empty_micro_batch_on_every_rank() -> None:
+    assert plan([], 3, Budget(10, 10)) == [[[]], [[]], [[]]]
