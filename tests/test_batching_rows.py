@@ -4,6 +4,8 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from PIL import Image
 from synthetic_run import make_task, score
 
 from hdpo.agent.chat import ChatFormat, load_chat_format
-from hdpo.config import HdpoConfig
+from hdpo.config import Config, HdpoConfig, OptimConfig, RolloutConfig
+from hdpo.train.batching import PackingSpec
+from hdpo.train.rl import make_batch
 from hdpo.train.samples import PixelPool, group_advantages, to_samples
-from hdpo.types import EndReason, RewardedGroup, Trajectory
+from hdpo.train.world import World
+from hdpo.types import EndReason, RewardedGroup, Sample, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def group(chat: ChatFormat, right: list[bool], index: int = 0, own_image: bool =
         turn = f"<answer>{task.ground_truth if correct else 'no'}</answer>"
         trajectories.append(Trajectory(task, sample, [1, 2, 3], [0, 1, 1], [0.0, -1.0, -1.0], 1, images, (), EndReason.ANSWERED,
                                        (turn,), image_keys=keys))
-    return score(tuple(trajectories))
+    return replace(score(tuple(trajectories)), index=index)
 
 
 def test_the_image_that_a_groups_rollouts_share_is_processed_once_and_held_once(chat: ChatFormat) -> None:
@@ -102,3 +107,21 @@ def test_images_without_names_are_told_apart_by_content(chat: ChatFormat) -> Non
     assert made[0] is not None and made[1] is not None and made[2] is not None
     assert not torch.equal(made[0].pixel_values, made[1].pixel_values) and made[0].pixels[0] is made[2].pixels[0]
     pool.close()
+
+
+def test_a_mini_batch_is_a_run_of_the_steps_prompts_whatever_the_order_and_number_of_groups(chat: ChatFormat) -> None:
+    """Indices have gaps and no order where ranks share the prompts and groups without a signal are replaced."""
+    config = Config(rollout=RolloutConfig(prompts_per_step=4, group_size=2), optim=OptimConfig(mini_batch_prompts=2))
+    filler = Sample([1, 2], [0, 0], [0.0, 0.0], (), (), None)
+    parts: Any = SimpleNamespace(policy=SimpleNamespace(world=World()), pixels=PixelPool(chat),
+                                 spec=PackingSpec(None, 1, 1000, 1000, filler))
+
+    def without_images(index: int) -> RewardedGroup:
+        made = group(chat, [True, False], index)
+        return replace(made, trajectories=tuple(replace(t, token_ids=[index, 2, 3], images=(), image_keys=())
+                                                for t in made.trajectories))
+    groups = [without_images(index) for index in (6, 0, 9, 3)]
+    batch = make_batch(config, parts, groups, *group_advantages(groups, config.hdpo))
+    assert [sorted(set(mini.micro_batches[0].input_ids[0, ::3].tolist())) for mini in batch.mini_batches] == [[0, 3], [6, 9]]
+    assert all(mini.norms[0] == 8.0 for mini in batch.mini_batches)
+    parts.pixels.close()
