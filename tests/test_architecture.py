@@ -16,7 +16,7 @@ FILES = sorted(SRC.rglob("*.py"))
 ROOMS = ["maths", "words", "agent", "reward", "data", "train", "top"]
 MATHS = {"losses", "advantages", "fused_loss"}
 WORDS = {"types", "errors", "protocols", "config", "config_file", "background"}
-VENDORS = {"vllm", "deepspeed", "accelerate", "docker", "openai", "wandb", "tensorboard"}
+VENDORS = {"vllm", "deepspeed", "accelerate", "docker", "openai", "wandb", "tensorboard", "peft"}
 
 
 def module_name(file: Path) -> str:
@@ -73,8 +73,8 @@ def test_arrows_point_one_way(file: Path) -> None:
             assert there in ROOMS[:ROOMS.index(here) + 1], f"{here} imports {imported}"
 
 
-ADAPTER_EXTRAS = {"train.world", "agent.parse", "reward.verdict_cache", "reward.judge_prompt"}
-"""Pure helpers below the adapters' level of detail: rank bookkeeping, parsing, the judge's words."""
+ADAPTER_EXTRAS = {"train.world", "agent.parse", "agent.families", "reward.verdict_cache", "reward.judge_prompt"}
+"""Pure helpers below the adapters' level of detail: rank bookkeeping, parsing, words of models and judges."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)

@@ -13,7 +13,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
 FIELDS = """
 run.name run.folder run.seed run.deterministic run.resume
-model.path model.dtype model.attention model.gradient_checkpointing model.min_pixels model.max_pixels
+model.path model.dtype model.attention model.gradient_checkpointing model.freeze model.lora_rank
+model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
 data.train data.val data.max_prompt_tokens data.bad_row data.shuffle
 rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.max_turns rollout.max_response_tokens
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs

@@ -36,6 +36,13 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention of the trainer; auto is flash_attention_2 on CUDA if installed, else sdpa.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward to save memory.")
+    freeze: list[str] = Field(
+        default_factory=list, description="Parameters that are not trained, as name patterns, e.g. model.visual.*")
+    lora_rank: int = Field(0, ge=0, description="Rank of low-rank adapters that are trained instead of the weights; 0 is off.")
+    lora_alpha: float = Field(32.0, description="Adapters are scaled by lora_alpha / lora_rank.")
+    lora_targets: list[str] = Field(
+        default_factory=lambda: ["*layers.*_proj"],
+        description="Linear layers with adapters, as name patterns; the default is all of the language model.")
     min_pixels: int = Field(4 * 32 * 32, description="Smallest image the model sees, pixels; smaller ones are enlarged.")
     max_pixels: int = Field(5120 * 32 * 32, description="Largest image the model sees, pixels; tools keep the original.")
 

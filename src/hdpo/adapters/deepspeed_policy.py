@@ -15,15 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdpo.adapters.policy_model import (
-    HeadJob,
-    assert_rope_fp32,
-    load_policy_model,
-    model_inputs,
-    resolve_attention,
-    resolve_dtype,
-)
+from hdpo.adapters.lora import Merged, merged_parameters
+from hdpo.adapters.policy_model import HeadJob, assert_rope_fp32, load_policy_model, model_inputs, resolve_dtype
 from hdpo.adapters.zero3 import Parking, optimizer_tensors, zero3_config
+from hdpo.agent.families import FAMILIES
 from hdpo.config import ModelConfig, OptimConfig
 from hdpo.errors import CheckpointError, boundary
 from hdpo.train.world import World
@@ -35,6 +30,8 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
+
+_SAVE_GROUP_BYTES = 1 << 29
 
 
 def ensure_launched() -> None:
@@ -50,7 +47,7 @@ def ensure_launched() -> None:
 class DeepSpeedPolicy:
     """Trainable weights. Every method is a collective: all ranks call it in the same order."""
 
-    def __init__(self, model: ModelConfig, optim: OptimConfig, image_token_id: int, seed: int) -> None:
+    def __init__(self, model: ModelConfig, optim: OptimConfig, image_token_id: int | None, seed: int) -> None:
         ensure_launched()
         self.dtype = resolve_dtype(model.dtype)
         self.source = Path(model.path)
@@ -64,8 +61,7 @@ class DeepSpeedPolicy:
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
         self.world = World().connect()
         set_seed(seed)   # the same on every rank; what must differ is seeded per rollout
-        module = load_policy_model(model.path, self.dtype, resolve_attention(model.attention),
-                                   model.gradient_checkpointing)
+        module = load_policy_model(model, self.dtype)
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay,
                                       fused=optim.offload or not on_cpu)   # unfused it needs the weights' size again
@@ -121,34 +117,40 @@ class DeepSpeedPolicy:
     def iter_weights(self, group_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """All parameters in full, by Hugging Face name, gathered in groups of at most `group_bytes` (sized by ds_numel).
 
-        Tied parameters come under each of their names. A tensor is valid until the iterator advances.
+        Frozen parameters come too, tied ones under each of their names, adapters merged into their weights. A tensor is
+        valid until the iterator advances.
         """
-        group: list[tuple[str, Tensor]] = []
+        group: list[Merged] = []
         size = 0
-        for name, param in self.engine.module.named_parameters(remove_duplicate=False):
-            nbytes = getattr(param, "ds_numel", param.numel()) * param.element_size()
+        for item in merged_parameters(self.engine.module.model):
+            nbytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in item.parameters)
             if group and size + nbytes > group_bytes:
                 yield from self._gathered(group)
                 group, size = [], 0
-            group.append((name.removeprefix("model."), param))
+            group.append(item)
             size += nbytes
         yield from self._gathered(group)
 
-    def _gathered(self, group: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        unique = list({id(p): p for _, p in group}.values())
+    def _gathered(self, group: list[Merged]) -> Iterator[tuple[str, Tensor]]:
+        unique = list({id(p): p for item in group for p in item.parameters}.values())
         with torch.no_grad(), deepspeed.zero.GatheredParameters(unique):
-            for name, param in group:
-                yield name, param.data
+            for item in group:
+                yield item.name, item.value()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_model(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder (rank 0 writes, all ranks gather)."""
-        state = self.accelerator.get_state_dict(self.engine)
+        """Write a plain Hugging Face folder, adapters merged (rank 0 writes, all ranks gather)."""
+        model = self.engine.module.model
+        family = FAMILIES[model.config.model_type]
+        state: dict[str, Tensor] = {}
+        for name, value in self.iter_weights(_SAVE_GROUP_BYTES):
+            if self.world.is_main:
+                state[name] = family.as_stored(name, value).to("cpu", copy=True)
         if self.world.is_main:
-            model = self.engine.module.model
-            named = {name.removeprefix("model."): value.cpu().contiguous() for name, value in state.items()}
-            model.save_pretrained(folder, state_dict=named, safe_serialization=True)
+            if model.config.tie_word_embeddings:
+                state.pop("lm_head.weight", None)   # the folder holds the embedding alone
+            model.save_pretrained(folder, state_dict=state, save_original_format=False)   # ours is what is published
             for file in self.source.iterdir():   # tokenizer, processor, templates
                 if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and not (folder / file.name).exists():
                     if not file.name.endswith(".index.json"):

@@ -69,7 +69,7 @@ class HfEngine:
         self._size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model, self._image_processor = _load(model_path, dtype, self._device)
-        self._image_id = self._model.config.image_token_id
+        self._image_id = getattr(self._model.config, "image_token_id", None)   # None: a text-only model
         self._banned = torch.tensor(list(banned_token_ids), dtype=torch.long, device=self._device)
         self._waiting: deque[_Row] = deque()
         self._cohorts: list[_Cohort] = []
@@ -86,7 +86,7 @@ class HfEngine:
 
     def _expand(self, request: GenerateRequest) -> tuple[list[int], Tensor | None, Tensor | None]:
         """Compact -> expanded ids, with the image processor's tensors."""
-        count = request.token_ids.count(self._image_id)
+        count = request.token_ids.count(self._image_id) if self._image_id is not None else 0
         if count != len(request.images) or count > self._image_limit:
             raise ValueError(f"{count} image placeholders, {len(request.images)} images, limit {self._image_limit}")
         if not count:
@@ -137,6 +137,17 @@ class HfEngine:
         input_ids = torch.tensor([[0] * (length - len(row.prompt)) + row.prompt for row in rows], device=self._device)
         attention_mask = torch.tensor(
             [[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=self._device)
+        positions, vision = self._see(rows, input_ids, attention_mask)
+        cache = DynamicCache(config=self._model.config.get_text_config())
+        output = self._model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+                             past_key_values=cache, use_cache=True, logits_to_keep=1, **vision)
+        last = positions.amax(-1) if self._image_id is None else positions.amax((0, 2))
+        return _Cohort(rows, cache, attention_mask, last + 1, output.logits[:, -1])
+
+    def _see(self, rows: list[_Row], input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(positions [3, B, T], or [B, T] for a text-only model; arguments that carry the images)."""
+        if self._image_id is None:
+            return (attention_mask.cumsum(-1) - 1).clamp(min=0), {}
         token_types = ((input_ids == self._image_id) & attention_mask.bool()).int()
         pixels = [row.pixel_values for row in rows if row.pixel_values is not None]
         grids = [row.grid_thw for row in rows if row.grid_thw is not None]
@@ -144,17 +155,14 @@ class HfEngine:
                   "image_grid_thw": torch.cat(grids).to(self._device)} if pixels else {}
         positions, _ = self._model.model.get_rope_index(
             input_ids, token_types, image_grid_thw=vision.get("image_grid_thw"), attention_mask=attention_mask)
-        cache = DynamicCache(config=self._model.config.get_text_config())
-        output = self._model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, mm_token_type_ids=token_types,
-            past_key_values=cache, use_cache=True, logits_to_keep=1, **vision)
-        return _Cohort(rows, cache, attention_mask, positions.amax((0, 2)) + 1, output.logits[:, -1])
+        return positions, vision | {"mm_token_type_ids": token_types}
 
     def _decode(self, cohort: _Cohort) -> None:
         last = torch.tensor([[row.token_ids[-1]] for row in cohort.rows], device=self._device)
         cohort.attention_mask = torch.cat([cohort.attention_mask, torch.ones_like(last)], 1)
+        positions = cohort.positions[:, None]
         output = self._model(input_ids=last, attention_mask=cohort.attention_mask, past_key_values=cohort.cache,
-                             position_ids=cohort.positions[None, :, None].expand(3, -1, 1), use_cache=True)
+                             position_ids=positions if self._image_id is None else positions.expand(3, -1, -1), use_cache=True)
         cohort.positions = cohort.positions + 1
         cohort.logits = output.logits[:, -1]
 
@@ -235,21 +243,24 @@ class HfEngine:
 
 def _load(model_path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     activate()
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.integrations import deepspeed
     from transformers.utils import logging
 
     kind = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    sees = hasattr(AutoConfig.from_pretrained(model_path), "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     shown, sharding = logging.is_progress_bar_enabled(), deepspeed._hf_deepspeed_config_weak_ref
     logging.disable_progress_bar()
     deepspeed.unset_hf_deepspeed_config()   # the trainer's ZeRO-3 setting is global: it would shard this copy too
     try:
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=getattr(torch, kind))
+        model = auto.from_pretrained(model_path, dtype=getattr(torch, kind))
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = sharding
         if shown:
             logging.enable_progress_bar()
-    return model.to(device).eval().requires_grad_(False), AutoImageProcessor.from_pretrained(model_path)
+    processor = AutoImageProcessor.from_pretrained(model_path) if sees else None
+    return model.to(device).eval().requires_grad_(False), processor
 
 
 def _drop(cohort: _Cohort, ids: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""A transformers vision-language model as the policy sees it: packed rows in, a head job out.
+"""A transformers model as the policy sees it: packed rows in, a head job out.
 
 `PolicyModel.forward` runs the backbone once and hands the hidden states of the trained positions to `lm_head`, whose
 forward is replaced by one that runs a *job* on (hidden, weight): a fused loss or a log-prob computation. The job runs
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hdpo.adapters import torchvision_shim
+from hdpo.adapters.lora import choose_trainable
+from hdpo.config import ModelConfig
 from hdpo.errors import ModelError
 from hdpo.types import MicroBatch
 
@@ -61,10 +63,13 @@ class PolicyModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.sees = hasattr(model.config, "vision_config")
         model.lm_head.forward = types.MethodType(_head_forward, model.lm_head)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, trained: Tensor, vision: dict[str, Tensor],
                 job: HeadJob) -> tuple[Tensor, ...]:
+        """`position_ids` [4, 1, N]; a text-only model takes the first row alone and finds the row boundaries there too."""
+        position_ids = position_ids if self.sees else position_ids[0]
         out = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **vision)
         hidden = out.last_hidden_state[0].index_select(0, trained)
         return self.model.lm_head(hidden, job)
@@ -76,15 +81,17 @@ def _head_forward(self: nn.Linear, hidden: Tensor, job: HeadJob | None = None) -
     return job(hidden, self.weight)
 
 
-def load_policy_model(path: str, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> PolicyModel:
+def load_policy_model(config: ModelConfig, dtype: torch.dtype) -> PolicyModel:
     """Read the folder's weights (sharded at once when a ZeRO-3 configuration is active) and prepare it for packing."""
-    config = check_model_folder(path)
-    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    if gradient_checkpointing:
+    folder = check_model_folder(config.path)
+    auto = AutoModelForImageTextToText if hasattr(folder, "vision_config") else AutoModelForCausalLM
+    model = auto.from_pretrained(config.path, dtype=dtype, attn_implementation=resolve_attention(config.attention))
+    model.config.get_text_config().output_router_logits = False   # no load-balancing loss: HDPO's is the only one
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     assert_rope_fp32(model)
+    choose_trainable(model, config)
     return PolicyModel(model)
 
 
@@ -99,7 +106,7 @@ def assert_rope_fp32(model: nn.Module) -> None:
                              "DeepSpeed configuration")
 
 
-def model_inputs(micro: MicroBatch, image_token_id: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def model_inputs(micro: MicroBatch, image_token_id: int | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments of PolicyModel.forward but for the job, on the device."""
     vision: dict[str, Tensor] = {}
     if micro.vision is not None:

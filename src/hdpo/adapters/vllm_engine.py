@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from hdpo.adapters.torchvision_shim import activate
+from hdpo.agent.families import FAMILIES, Family
 from hdpo.config import RolloutConfig
 from hdpo.errors import ConfigError, ModelError
 from hdpo.protocols import GenerateRequest
@@ -75,7 +76,8 @@ class VllmEngine:
             **_scheduling(config, self._cuda, max_model_len), **_placement(config, self._cuda, self._owns_process_group))
         with _undisturbed_process(), _quiet():
             self._engine = _start(arguments)
-        self._tied = bool(self._engine.model_config.hf_config.tie_word_embeddings)
+        model = self._engine.model_config.hf_config
+        self._tied, self._family = bool(model.tie_word_embeddings), FAMILIES[model.model_type]
 
     # --- generation ---------------------------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ class VllmEngine:
         """
         if self.num_unfinished():
             raise RuntimeError("load_weights while requests are running")
-        copies = _copied(weights, self._tied)
+        copies = _copied(weights, self._family, self._tied)
         try:
             missing = self._engine.collective_rpc(_reload, args=(copies,))[0]
         except (ValueError, KeyError, AttributeError) as exc:   # how vLLM's loaders report unknown names and wrong shapes
@@ -214,11 +216,11 @@ def _dtype(dtype: str, cuda: bool) -> str:
     return dtype if dtype != "auto" else "bfloat16" if cuda else "float32"
 
 
-def _copied(weights: Iterable[tuple[str, Any]], tied: bool) -> Iterator[tuple[str, Any]]:
+def _copied(weights: Iterable[tuple[str, Any]], family: Family, tied: bool) -> Iterator[tuple[str, Any]]:
     for name, tensor in weights:
         if tied and name == _HEAD:
             continue
-        copy = tensor.detach().clone()
+        copy = family.as_stored(name, tensor.detach().clone())
         yield name, copy
         if tied and name.endswith(_EMBEDDING):
             yield _HEAD, copy

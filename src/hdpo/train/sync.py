@@ -51,7 +51,7 @@ class ParityReport:
 
 
 def canary_prompts(chat: ChatFormat) -> list[tuple[list[dict[str, str]], list[Image.Image]]]:
-    """Fixed prompts: text alone, one image, and two images of different shapes around text."""
+    """Fixed prompts: text alone and, for a model that sees, one image, and two images of different shapes around text."""
     def picture(width: int, height: int, seed: int) -> Image.Image:
         image = Image.new("RGB", (width, height), (40 * seed % 256, 90, 200 - 30 * seed))
         draw = ImageDraw.Draw(image)
@@ -64,9 +64,12 @@ def canary_prompts(chat: ChatFormat) -> list[tuple[list[dict[str, str]], list[Im
         return [{"role": "system", "content": "You are a helpful agent."}, {"role": "user", "content": text}]
 
     long = " ".join(f"Item {i} costs {i * 37 % 100}." for i in range(24))
-    return [
+    text: list[tuple[list[dict[str, str]], list[Image.Image]]] = [
         (ask("What is 17 + 25? Think first."), []),
-        (ask(long + " Which item is the cheapest?"), []),
+        (ask(long + " Which item is the cheapest?"), [])]
+    if not chat.sees:
+        return text
+    return text + [
         (ask("<image>What do you see?"), [picture(96, 64, 1)]),
         (ask("<image>Compare it with <image>and say which has more circles."), [picture(64, 128, 2), picture(160, 96, 3)]),
     ]
@@ -89,7 +92,7 @@ def check_parity(policy: Policy, engine: Engine, chat: ChatFormat, spec: Packing
             [0.0] * given + completion.log_probs, (), (), chat.vision(prompt.images)))
     differences = [_difference(policy, sample, spec, chat) for sample in samples]
     text = torch.cat([d for d, s in zip(differences, samples) if s.vision is None])
-    image = torch.cat([d for d, s in zip(differences, samples) if s.vision is not None])
+    image = torch.cat([d for d, s in zip(differences, samples) if s.vision is not None] or [torch.zeros(1)])
     local = [float(text.mean()), float(text.max()), float(image.mean()), float(image.max())]
     report = ParityReport(*policy.world.max([v if v == v else float("inf") for v in local]))
     fp32 = policy.dtype == torch.float32
