@@ -37,7 +37,7 @@ class ModelConfig(Section):
         "auto", description="Attention of the trainer; auto is flash_attention_2 on CUDA if installed, else sdpa.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward to save memory.")
     freeze: list[str] = Field(
-        default_factory=list, description="Parameters that are not trained, as name patterns, e.g. model.visual.*")
+        default_factory=list, description="Parameters that are not trained, by name pattern; model.visual.* is the vision tower.")
     lora_rank: int = Field(0, ge=0, description="Rank of low-rank adapters that are trained instead of the weights; 0 is off.")
     lora_alpha: float = Field(32.0, description="Adapters are scaled by lora_alpha / lora_rank.")
     lora_targets: list[str] = Field(
