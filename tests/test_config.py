@@ -12,7 +12,7 @@ from hdpo.errors import ConfigError
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
 FIELDS = """
-run.name run.folder run.seed run.deterministic run.resume
+run.name run.folder run.seed run.deterministic run.resume run.hang_timeout_s run.stuck_timeout_s
 model.path model.dtype model.attention model.gradient_checkpointing model.freeze model.lora_rank
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
 data.train data.val data.max_prompt_tokens data.bad_row data.shuffle

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.config import Config
 from hdpo.config_file import dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
-from hdpo.errors import ConfigError, DataError, ToolServerError
+from hdpo.errors import ConfigError, DataError, RankError, ToolServerError
 from hdpo.evaluate import Evaluator
 from hdpo.protocols import Engine, Judge, LogSink
 from hdpo.reward.audit import AuditLog
@@ -29,12 +32,16 @@ from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.train.batching import PackingSpec
 from hdpo.train.checkpoint import step_folders
 from hdpo.train.metrics import JsonlSink
+from hdpo.train.nodes import wait_for_ranks
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
 from hdpo.train.sft import SftParts
+from hdpo.train.watchdog import Limits
 from hdpo.train.world import World
 from hdpo.types import Sample, Task
+
+NETWORK_FILE_S = 30.0   # how late a file of another node may appear on a network file system
 
 
 class Stage(contextlib.ExitStack):
@@ -43,7 +50,17 @@ class Stage(contextlib.ExitStack):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.world = World(limits=Limits(config.run.hang_timeout_s, config.run.stuck_timeout_s))
+        self.callback(self.world.close)
         self.chat = build_chat(config)
+
+    def __exit__(self, kind: Any, exc: BaseException | None, trace: Any) -> bool | None:
+        """Close all parts. An error that another rank caused becomes a RankError, which names that rank."""
+        blame = "" if exc is None else self.world.failed(exc)
+        handled = super().__exit__(kind, exc, trace)
+        if blame:
+            raise RankError(f"{blame}; this rank stops") from None
+        return handled
 
     def sft(self) -> SftParts:
         config = self.config
@@ -79,7 +96,8 @@ class Stage(contextlib.ExitStack):
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
-        world = World().connect()
+        wait_for_ranks()
+        world = self.world.connect()
         held_out = self.held_out()
         if not held_out:
             raise ConfigError("data.val is empty: name parquet files of held-out rows (VAL_DATA)")
@@ -98,12 +116,13 @@ class Stage(contextlib.ExitStack):
         from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 
         config = self.config
-        policy = DeepSpeedPolicy(config.model, config.optim, self.chat.image_token_id, config.run.seed)
+        wait_for_ranks()
+        policy = DeepSpeedPolicy(config.model, config.optim, self.chat.image_token_id, config.run.seed, self.world)
         self.callback(policy.close)
         if policy.world.is_main:
             config.run.path.mkdir(parents=True, exist_ok=True)
             (config.run.path / "config.yaml").write_text(dump_config(config))
-        policy.world.barrier()
+        check_shared_folder(config.run.path, policy.world)
         return policy
 
     def _engine(self) -> Engine:
@@ -165,7 +184,7 @@ class Stage(contextlib.ExitStack):
         return rollouts
 
     def _scorer(self, background: BackgroundLoop, world: World) -> Scorer:
-        scorer = Scorer(self.config.reward, build_judge(self.config), background,
+        scorer = Scorer(self.config.reward, build_judge(self.config, world.node), background,
                         AuditLog(self.config.run.path / "audit", world.rank))
         self.callback(scorer.close)
         return scorer
@@ -194,16 +213,18 @@ def build_chat(config: Config) -> ChatFormat:
     return load_chat_format(config.model.path, config.model.min_pixels, config.model.max_pixels)
 
 
-def build_judge(config: Config) -> Judge | None:
-    """The configured judge, or None: then what rules can't decide is unscored."""
+def build_judge(config: Config, node: int = 0) -> Judge | None:
+    """The configured judge, or None: then what rules can't decide is unscored. Each node keeps verdicts in a file of its own:
+    SQLite must not be shared over a network file system."""
     if not config.judge.base_url or not config.reward.judge:
         return None
     from hdpo.adapters.openai_judge import open_judges
     from hdpo.reward.panel import PanelJudge
     from hdpo.reward.verdict_cache import CachedJudge
     judges = open_judges(config.judge)
+    cache = Path(config.judge.cache or config.run.path / "verdicts.sqlite")
     return CachedJudge(judges[0] if len(judges) == 1 else PanelJudge(judges),
-                       Path(config.judge.cache or config.run.path / "verdicts.sqlite"))
+                       cache.with_stem(f"{cache.stem}_node{node}") if node else cache)
 
 
 def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
@@ -227,6 +248,29 @@ def check_split(config: Config) -> None:
             raise ConfigError(f"{name} ({value}) must be a multiple of the number of ranks ({size})")
     if not config.data.train:
         raise DataError("data.train is empty: name parquet files of training rows (TRAIN_DATA)")
+
+
+def check_shared_folder(run: Path, world: World) -> None:
+    """All nodes write into one run folder: shards of a checkpoint, rollouts, logs. Collective. Raises ConfigError."""
+    mark = world.broadcast(uuid.uuid4().hex)
+    if world.is_main:
+        (run / ".shared").write_text(mark)
+    world.barrier()
+    deadline = time.monotonic() + (NETWORK_FILE_S if world.node else 0)
+    while not (seen := _reads(run / ".shared", mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    nodes = {node: (host, path) for node, host, path, ok in world.gather(
+        (world.node, socket.gethostname(), str(run.resolve()), seen)) if not ok}
+    for node, (host, path) in nodes.items():
+        raise ConfigError(f"run.folder: {path} on node {node} ({host}) is not the folder that node 0 writes; "
+                          "set run.folder to one that all nodes share")
+
+
+def _reads(file: Path, text: str) -> bool:
+    try:
+        return file.read_text() == text
+    except OSError:
+        return False
 
 
 def _stop_process(process: subprocess.Popen[str]) -> None:

@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HdpoError as exc:
         return _fail(exc, 3)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        print("hdpo: interrupted; what is saved is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+        return 130
 
 
 def _fail(problem: object, status: int) -> int:

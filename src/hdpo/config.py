@@ -23,6 +23,10 @@ class RunConfig(Section):
     deterministic: bool = Field(
         False, description="Step the engine only when no tool call is pending, so that a run repeats bit for bit (slower).")
     resume: bool = Field(True, description="Continue from the newest checkpoint in the run's folder, if there is one.")
+    hang_timeout_s: float = Field(
+        45.0, description="Silence of a rank after which the others name it and stop, seconds; 0 turns the watch off.")
+    stuck_timeout_s: float = Field(
+        5400.0, description="Time in which no rank enters another phase after which the run stops, seconds; above any phase.")
 
     @property
     def path(self) -> Path:

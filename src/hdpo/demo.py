@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -83,32 +84,27 @@ def launch(command: str, config: str, ranks: int, overrides: Sequence[str]) -> N
     if not root.is_dir():   # a checkout: launch/ lies at the top level
         root = Path(__file__).resolve().parents[2] / "launch"
     arguments = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "accelerate" / "cpu2.yaml"),
+        sys.executable, "-m", "hdpo.adapters.launcher", "--config_file", str(root / "accelerate" / "cpu2.yaml"),
         "--num_processes", str(ranks), "--main_process_port", "0", "-m", "hdpo", command, "--config",
         str(root / "configs" / config)]
     for item in overrides:
         arguments += ["--set", item]
     process = subprocess.Popen(arguments, env=os.environ | cpu_environment(ranks))
     status = _wait(process)
+    if status == 130:
+        raise KeyboardInterrupt
     if status:
         raise HdpoError(f"the {command} stage failed (exit status {status}); see the message above. `make demo` goes on from "
                         "its last checkpoint")
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a stage; Ctrl-C reaches it through the terminal, so it is only waited for."""
-    interrupted = False
+    """Wait for a stage. Ctrl-C is handed on: at a terminal the stage has it already, and takes both for one."""
     while True:
         try:
-            status = process.wait()
-            break
+            return process.wait()
         except KeyboardInterrupt:
-            if interrupted:
-                process.kill()
-            interrupted = True
-    if interrupted:
-        raise KeyboardInterrupt
-    return status
+            process.send_signal(signal.SIGINT)
 
 
 def cpu_environment(ranks: int) -> dict[str, str]:

@@ -46,6 +46,10 @@ class JudgeError(InfrastructureError):
     """The judge gave no usable verdict."""
 
 
+class RankError(InfrastructureError):
+    """Another rank died, hangs or failed; the message names it with its host and phase."""
+
+
 class UnscoredLimitError(InfrastructureError):
     """More trajectories of a step are unscored than the run allows."""
 

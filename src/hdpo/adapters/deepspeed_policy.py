@@ -47,7 +47,8 @@ def ensure_launched() -> None:
 class DeepSpeedPolicy:
     """Trainable weights. Every method is a collective: all ranks call it in the same order."""
 
-    def __init__(self, model: ModelConfig, optim: OptimConfig, image_token_id: int | None, seed: int) -> None:
+    def __init__(self, model: ModelConfig, optim: OptimConfig, image_token_id: int | None, seed: int,
+                 world: World | None = None) -> None:
         ensure_launched()
         self.dtype = resolve_dtype(model.dtype)
         self.source = Path(model.path)
@@ -59,7 +60,7 @@ class DeepSpeedPolicy:
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)       # the launcher's fields give way to ours
         plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip, optim.offload), zero3_init_flag=True)
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
-        self.world = World().connect()
+        self.world = (world or World()).connect()
         set_seed(seed)   # the same on every rank; what must differ is seeded per rollout
         module = load_policy_model(model, self.dtype)
         parameters = [p for p in module.parameters() if p.requires_grad]

@@ -92,6 +92,7 @@ def train(config: Config, parts: RlParts) -> bool:
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
+                world.phase("save")
                 checkpoint.save(run, step + 1, policy, tasks.state(), config)
             if world.any(stop.requested) and step + 1 < steps:
                 return leave(config, parts, step + 1, tasks.state())
@@ -102,6 +103,7 @@ def train(config: Config, parts: RlParts) -> bool:
 
 def open_gate(config: Config, parts: RlParts, start: int) -> None:
     """Refuse to train when trainer and engine disagree: as loaded (fresh runs), and after a sync. Raises ParityError."""
+    parts.policy.world.phase("parity", start)
     stages = [("before the first step", False)] if start == 0 else []
     for stage, synced in [*stages, ("after sync", True)]:
         if synced:
@@ -144,6 +146,7 @@ def stop_if_unscored(config: Config, parts: RlParts, step: int, position: dict[s
 
 def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -> bool:
     """Save the state after `step` finished steps and tell the user. Collective."""
+    parts.policy.world.phase("save", step)
     checkpoint.save(config.run.path, step, parts.policy, position, config)
     parts.log.note(f"stopped after step {step}; the same command goes on from there")
     return False
@@ -151,6 +154,7 @@ def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -
 
 def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> None:
     """Greedy rollouts of the held-out rows with the present weights. Collective."""
+    parts.policy.world.phase("evaluation", step)
     sync_weights(parts.policy, parts.engine, step, config.sync.group_mib)
     result = parts.evaluator(label, step)
     parts.engine.sleep()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -22,14 +23,22 @@ class RunLog(Metrics):
         super().__init__()
         self.config, self.world, self.sinks, self.shown = config, world, list(sinks), list(shown)
         self._bar: tqdm | None = None
+        self._step = 0
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """As in `Metrics`, and the other ranks learn what this one is doing (see watchdog.py)."""
+        self.world.phase(phase, self._step)
+        with super().timed(phase):
+            yield
 
     def steps(self, start: int, end: int, what: str) -> Iterator[int]:
         """Count steps start..end-1 with a progress bar on rank 0."""
         self._bar = tqdm(total=end, initial=start, desc=what, unit="step", dynamic_ncols=True,
                          disable=not self.world.is_main)
         with self._bar:
-            for step in range(start, end):
-                yield step
+            for self._step in range(start, end):
+                yield self._step
                 self._bar.update()
 
     def write(self, step: int, extra: dict[str, float] | None = None, groups: Sequence[RewardedGroup] | None = None,

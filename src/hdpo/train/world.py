@@ -18,11 +18,17 @@ from torch import Tensor
 MESSAGE_BYTES = 64 << 20
 """Largest message from rank to rank."""
 
+from hdpo.errors import HdpoError
+from hdpo.train.watchdog import Limits, Watchdog
+
 
 class World:
-    """Rank and size of this run. Every method but `claim` is a collective: all ranks call it, in the same order."""
+    """Rank and size of this run. Collectives: connect, gather, broadcast, sum, max, any, barrier.
 
-    def __init__(self, timeout_s: float = 7200.0) -> None:
+    With `limits`, ranks watch each other from `connect` to `close` (see watchdog.py).
+    """
+
+    def __init__(self, timeout_s: float = 7200.0, limits: Limits | None = None) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -31,6 +37,8 @@ class World:
         self._group: dist.ProcessGroup | None = None
         self.store: dist.Store | None = None    # shared by all ranks once connected; None in a world of one
         self._claimed: dict[str, int] = {}
+        self._limits = limits
+        self._watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +49,30 @@ class World:
         if self.size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self.store = self._open_store()
+            if self._limits is not None and self._limits.silent_s > 0:
+                self._watchdog = Watchdog(self.store, self.rank, self.size, self._limits)
         return self
+
+    def phase(self, name: str, step: int | None = None) -> None:
+        """Tell the other ranks what this one begins to do; `step` steps are done. Not a collective."""
+        if self._watchdog is not None:
+            self._watchdog.phase(name, step)
+
+    def failed(self, exc: BaseException) -> str:
+        """This rank is about to end with `exc`: tell the others. Returns which other rank is to blame, "" for none."""
+        if self._watchdog is None:
+            return ""
+        # Errors of our own name their cause. Any other may be a collective that broke because its peer did.
+        blame = "" if isinstance(exc, HdpoError) else self._watchdog.blame()
+        if not blame:
+            self._watchdog.failed(str(exc) if isinstance(exc, HdpoError) else f"{type(exc).__name__}: {exc}".splitlines()[0])
+        return blame
+
+    def close(self) -> None:
+        """Stop watching and being watched; the last thing a rank does. Rank 0 waits for the others."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
 
     def _open_store(self) -> dist.Store:
         """A key-value store on rank 0's host, for what is not a collective: shared counters and signs of life."""

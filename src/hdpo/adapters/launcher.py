@@ -1,0 +1,94 @@
+"""`accelerate launch`, with the same options, ending the way a user expects: `python -m hdpo.adapters.launcher ...`
+
+It starts the ranks of this node through accelerate and torch's agent, in this process, and adds three things. A failed
+rank's own line stays the last one, instead of the agent's traceback. SIGTERM and Ctrl-C are handed to the ranks, which
+get the time they need to finish their step and save, instead of 30 seconds. A node 0 that can't be reached is one line.
+Exit status: 0 done, or stopped by SIGTERM and saved; 130 after Ctrl-C; otherwise that of the rank which failed first.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from hdpo.errors import UserError
+from hdpo.train.nodes import join_timeout_s, wait_for_master
+
+TOLD = (2, 3, 130)   # statuses with which a rank has already printed its one line (see hdpo.cli)
+
+
+class Signals:
+    """Hands SIGTERM, Ctrl-C and a hang-up to the ranks as SIGTERM, and remembers which came first."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._hand_on)
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        ranks = [child for child in psutil.Process().children() if _is_rank(child)]
+        if not ranks:   # nothing has been started, or all has ended
+            raise SystemExit(130 if number == signal.SIGINT else 128 + number)
+        self.first = self.first or number
+        for rank in ranks:
+            try:
+                rank.send_signal(signal.SIGTERM)
+            except psutil.NoSuchProcess:
+                continue
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return "LOCAL_RANK" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Launch; returns the exit status."""
+    arguments = launch_command_parser().parse_args(list(argv))
+    # The agent's own handlers would kill ranks 30 s after a signal.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    # What the agent logs about a failed rank is said below in one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    signals = Signals()
+    try:
+        nodes, node = arguments.num_machines or 1, arguments.machine_rank or 0
+        if nodes > 1 and node > 0:
+            wait_for_master(arguments.main_process_ip, arguments.main_process_port, node, join_timeout_s())
+        launch_command(arguments)
+        status = 0
+    except (UserError, ConnectionError) as exc:    # ConnectionError: accelerate found the port taken
+        return _say(str(exc), 2)
+    except ChildFailedError as exc:
+        status = _failed(exc, signals.first)
+    return 130 if signals.first == signal.SIGINT and status == 0 else status
+
+
+def _failed(exc: ChildFailedError, stopped_by: int | None) -> int:
+    rank, failure = exc.get_first_failure()
+    code = failure.exitcode
+    if stopped_by is not None and code == -signal.SIGTERM:   # before its first step a rank has nothing to save
+        return 128 + stopped_by
+    where = f"rank {rank} on {socket.gethostname()} (pid {failure.pid})"
+    if code < 0:
+        hint = "; the kernel kills so when memory runs out" if code == -signal.SIGKILL else ""
+        return _say(f"{where} was ended by {signal.Signals(-code).name}{hint}", 1)
+    return code if code in TOLD else _say(f"{where} ended with exit status {code}; its own message is above", code)
+
+
+def _say(line: str, status: int) -> int:
+    print(f"hdpo: error: {line}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
