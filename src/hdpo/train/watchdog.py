@@ -73,7 +73,8 @@ class Watchdog:
         self._told = False             # whether the others can know that this rank has left
         self._closed, self._wake = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._store = store.clone()    # a connection of its own: the main thread may be waiting on the other
+        # A connection of its own: the main thread may be waiting on the other one.
+        self._store = store.clone()   # type: ignore[attr-defined]
         if rank == 0:
             self._store.set("life/verdict", "-")
         self._publish()
