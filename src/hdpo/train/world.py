@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MESSAGE_BYTES = 64 << 20
-"""Largest message from rank to rank."""
-
 from hdpo.errors import HdpoError
 from hdpo.train.watchdog import Limits, Watchdog
+
+MESSAGE_BYTES = 64 << 20
+"""Largest message from rank to rank."""
 
 
 class World:
@@ -62,8 +62,9 @@ class World:
         """This rank is about to end with `exc`: tell the others. Returns which other rank is to blame, "" for none."""
         if self._watchdog is None:
             return ""
-        # Errors of our own name their cause. Any other may be a collective that broke because its peer did.
-        blame = "" if isinstance(exc, HdpoError) else self._watchdog.blame()
+        # An error of our own names its cause. Any other may be a collective that broke because its peer did.
+        own = isinstance(exc, HdpoError) and not isinstance(exc.__cause__, RuntimeError)
+        blame = "" if own else self._watchdog.blame()
         if not blame:
             self._watchdog.failed(str(exc) if isinstance(exc, HdpoError) else f"{type(exc).__name__}: {exc}".splitlines()[0])
         return blame
