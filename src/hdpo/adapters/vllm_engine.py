@@ -176,8 +176,14 @@ class VllmEngine:
         if self._engine is None:
             return
         from vllm.distributed import parallel_state
+        from vllm.v1.engine import core
 
-        self._engine.engine_core.shutdown()
+        cleanup = core.cleanup_dist_env_and_memory
+        core.cleanup_dist_env_and_memory = lambda: None   # it would destroy the trainer's process group along with vLLM's
+        try:
+            self._engine.engine_core.shutdown()
+        finally:
+            core.cleanup_dist_env_and_memory = cleanup
         self._engine = None
         parallel_state.destroy_model_parallel()
         if self._owns_process_group:
