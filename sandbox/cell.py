@@ -84,7 +84,7 @@ class Interpreter:
         from PIL.Image import Image as ImageType
         self.names.update(base64=base64, math=math, os=os, sin=math.sin, cos=math.cos, BytesIO=BytesIO, plt=plt, np=np,
                           Image=Image)
-        np.random.seed()   # forked sessions would otherwise share one stream
+        np.random.seed(int.from_bytes(os.urandom(4), "big"))   # forked sessions would otherwise share one stream
         self.plt, self.image_type = plt, ImageType
         plt.show = self._show_figures
         ImageType.show = lambda image, *args, **kwargs: self.display(image)
@@ -164,7 +164,6 @@ class Interpreter:
 
     def _guarded(self, code: str) -> bool:
         self.count += 1
-        signal.signal(signal.SIGINT, self.on_interrupt)
         ok = False
         try:
             self.running = True

@@ -37,6 +37,11 @@ def test_an_opening_tag_quoted_in_the_reason_does_not_swallow_the_call() -> None
     assert parse_tool_call(text) == ParsedCall("image_search", {})
 
 
+def test_image_search_may_name_an_image_and_a_part_of_it_and_ignores_the_rest() -> None:
+    text = call({"name": "image_search", "arguments": {"image": 2, "box": [0, 1.5, 20, 30], "why": "small"}})
+    assert parse_tool_call(text) == ParsedCall("image_search", {"image": 2, "box": [0, 1.5, 20, 30]})
+
+
 def test_code_may_hold_real_line_breaks() -> None:
     text = '<tool_call>{"name": "python", "arguments": {"code": "a = 1\nprint(a)"}}</tool_call>'
     assert parse_tool_call(text) == ParsedCall("python", {"code": "a = 1\nprint(a)"})
@@ -57,6 +62,11 @@ def test_code_may_hold_real_line_breaks() -> None:
     (call({"name": "python", "arguments": {"code": "  "}}), '"code"'),
     (call({"name": "text_search", "arguments": {"query": []}}), '"query"'),
     (call({"name": "text_search", "arguments": {"query": [3]}}), '"query"'),
+    (call({"name": "image_search", "arguments": {"image": 0}}), '"image"'),
+    (call({"name": "image_search", "arguments": {"image": True}}), '"image"'),
+    (call({"name": "image_search", "arguments": {"box": [1, 2, 3]}}), '"box"'),
+    (call({"name": "image_search", "arguments": {"box": [5, 0, 5, 9]}}), "empty"),
+    ('<tool_call>{"name": "image_search", "arguments": {"box": [0, 0, NaN, 9]}}</tool_call>', '"box"'),
 ])
 def test_a_malformed_call_says_what_is_wrong_and_shows_a_correct_one(text: str, hint: str) -> None:
     parsed = parse_tool_call(text)

@@ -27,7 +27,7 @@ def containers(pid: int) -> list[Any]:
     """Sandbox containers that process `pid` owns."""
     import docker
 
-    from hdpo.adapters.docker_sandbox import OWNER_LABEL
+    from hdpo.adapters.docker_container import OWNER_LABEL
     client = docker.from_env()
     try:
         found = client.containers.list(all=True, filters={"label": OWNER_LABEL}, ignore_removed=True)
@@ -57,7 +57,7 @@ def test_a_template_without_a_required_control_refuses_to_start() -> None:
 
 def test_an_engine_that_lacks_a_control_is_named() -> None:
     pytest.importorskip("docker")
-    from hdpo.adapters.docker_sandbox import missing_controls
+    from hdpo.adapters.docker_container import missing_controls
     good = {"MemoryLimit": True, "PidsLimit": True, "CpuCfsQuota": True, "SecurityOptions": ["name=seccomp,profile=default"]}
     assert missing_controls(good) == []
     assert missing_controls({**good, "PidsLimit": False, "SecurityOptions": None}) == ["process limits", "seccomp"]
@@ -100,7 +100,8 @@ def test_a_session_killed_from_outside_is_told_and_its_neighbour_is_not_touched(
 def test_containers_of_dead_owners_are_removed_at_the_next_start() -> None:
     import docker
 
-    from hdpo.adapters.docker_sandbox import IMAGE, OWNER_LABEL
+    from hdpo.adapters.docker_container import OWNER_LABEL
+    from hdpo.adapters.docker_sandbox import IMAGE
     client = docker.from_env()
     orphan = client.containers.run(IMAGE, detach=True, entrypoint=["sleep", "1000"], labels={OWNER_LABEL: "999999:1"},
                                    network_mode="none")

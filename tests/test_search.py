@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from PIL import Image
 
 from hdpo.errors import ConfigError, DataError
 from hdpo.toolserver import layout
-from hdpo.toolserver.image_search import MAX_SIDE, ImageIndex, run_image_search
+from hdpo.toolserver.image_cache import ImageCache
+from hdpo.toolserver.image_index import ImageIndex
+from hdpo.toolserver.image_search import MAX_RETURNED, MAX_SIDE, ImageQuery, InTurn, run_image_search
+from hdpo.toolserver.lens import QUERY_SIDE, SerperLens, Showcase
 from hdpo.toolserver.providers import BrightData, HttpProvider, SearchError, SerpApi, Serper, hosted_provider
 from hdpo.toolserver.search_cache import CachedSearch
 from hdpo.toolserver.text_search import TextIndex, build_text_index
@@ -186,12 +190,156 @@ def test_a_row_without_image_has_no_result(photos: ImageIndex) -> None:
     assert asyncio.run(run_image_search(photos, ())).text == layout.NO_IMAGE_RESULT
 
 
+def test_a_part_of_an_image_can_be_the_query(photos: ImageIndex) -> None:
+    scene = Image.new("RGB", (900, 700), "white")
+    part = badge(7)
+    scene.paste(part, (500, 300))
+    box = [500, 300, 500 + part.width, 300 + part.height]
+    images = (encoded(badge(3), "PNG"), encoded(scene, "PNG"))
+    for arguments, title in (({"image": 2, "box": box}, "1. [badge 7]"), ({"image": 2}, layout.NO_IMAGE_RESULT),
+                             ({}, "1. [badge 3]"), ({"image": 1, "box": [-50, -50, 9999, 9999]}, "1. [badge 3]")):
+        assert asyncio.run(run_image_search(photos, images, "", arguments)).text == title
+
+
+def test_a_query_that_does_not_exist_is_the_models_mistake(photos: ImageIndex) -> None:
+    images = (encoded(badge(3), "PNG"),)
+    for arguments, says in (({"image": 2}, "numbered 1 to 1"), ({"box": [5000, 5000, 6000, 6000]}, "outside of image 1")):
+        reply = asyncio.run(run_image_search(photos, images, "", arguments))
+        assert not reply.valid and not reply.infrastructure and says in reply.text
+
+
 def test_an_unusable_image_folder_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="labels.json"):
         ImageIndex(tmp_path)
     (tmp_path / "labels.json").write_text('{"a.png": "a"}')
     with pytest.raises(DataError, match="a.png"):
         ImageIndex(tmp_path)
+
+
+# -- recorded image searches -----------------------------------------------------------------------------------------
+def recorded(folder: Path, rows: Any) -> Path:
+    (folder / "images").mkdir(exist_ok=True)
+    for seed in range(5):
+        badge(seed).resize((2000, 1500)).save(folder / "images" / f"{seed}.jpg")
+    (folder / "cache.json").write_text(json.dumps(rows))
+    return folder / "cache.json"
+
+
+def test_the_references_recorded_searches_answer_by_the_rows_index_and_bounded(tmp_path: Path) -> None:
+    cache = ImageCache(recorded(tmp_path, {
+        "source_1": {"tool_returned_web_title": [f"page {n}" for n in range(20)],
+                     "cached_images_path": [f"images/{n}.jpg" for n in range(5)]},
+        "source_2": {"tool_returned_web_title": ["only a title"], "cached_images_path": []}}))
+    images = (encoded(badge(3), "PNG"),)
+    first = asyncio.run(run_image_search(cache, images, "source_1"))
+    assert first.text.splitlines()[0] == "1. [page 0]" and first.text.count("[page") == 10
+    assert len(first.images) == MAX_RETURNED and Image.open(io.BytesIO(first.images[0])).size == (MAX_SIDE, 576)
+    second = asyncio.run(run_image_search(cache, images, "source_2"))
+    assert (second.text, second.images) == ("1. [only a title]", ())
+    for index, arguments in (("unknown", {}), ("source_1", {"box": [0, 0, 9, 9]})):
+        assert asyncio.run(run_image_search(cache, images, index, arguments)).text == layout.NO_IMAGE_RESULT
+
+
+def test_sources_are_asked_in_turn_until_one_knows(tmp_path: Path, photos: ImageIndex) -> None:
+    both = InTurn([ImageCache(recorded(tmp_path, {"i": {"tool_returned_web_title": ["recorded"]}})), photos])
+    images = (encoded(badge(3), "PNG"),)
+    assert asyncio.run(run_image_search(both, images, "i")).text == "1. [recorded]"
+    assert asyncio.run(run_image_search(both, images, "j")).text == "1. [badge 3]"
+
+
+@pytest.mark.parametrize("rows, says", [
+    ([], "expected an object"), ({"i": 3}, "row i"), ({"i": {"tool_returned_web_title": "text"}}, "row i"),
+    ({"i": {"cached_images_path": ["images/9.jpg"]}}, "no such image: images/9.jpg"),
+    ({"i": {"cached_images_path": ["/etc/hostname"]}}, "outside of"), ({"i": {"cached_images_path": ["../x"]}}, "outside of"),
+])
+def test_a_cache_that_is_wrong_or_reaches_outside_its_folder_is_refused_by_row(tmp_path: Path, rows: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        ImageCache(recorded(tmp_path, rows))
+
+
+# -- hosted image search ---------------------------------------------------------------------------------------------
+def lens_search(image: bytes, *answers: tuple[int, Any]) -> tuple[Any, list[dict[str, Any]], list[str]]:
+    """(matches or the SearchError, requests seen, further paths fetched) against a local server that speaks Serper's
+    format. Like the real service it fetches the query image from the address it is given."""
+    seen: list[dict[str, Any]] = []
+    fetched: list[str] = []
+
+    async def go() -> Any:
+        app = web.Application()
+        runner = web.AppRunner(app)
+        app.router.add_route("*", "/{path:.*}", lambda request: handler(request))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        base = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        showcase = Showcase(base + "/public")
+        lens = SerperLens("key", base + "/lens", showcase, thumbnail_hosts=("127.0.0.1",))
+
+        async def handler(request: web.Request) -> web.Response:
+            if request.path.startswith("/public/query-image/"):
+                return web.Response(body=showcase.get(request.match_info["path"].rsplit("/", 1)[1]))
+            if request.path != "/lens":
+                fetched.append(request.path)
+                if "redirect" in request.path:
+                    raise web.HTTPFound("/internal")
+                return web.Response(body=encoded(badge(1).resize((2000, 2000)), "JPEG")
+                                    if "good" in request.path else b"x" * (3 << 20))
+            body = await request.json()
+            async with lens.session().get(body["url"]) as shown:
+                image = Image.open(io.BytesIO(await shown.read()))
+            seen.append({"headers": dict(request.headers), "json": body, "size": image.size, "info": image.info})
+            status, answer = answers[min(len(seen), len(answers)) - 1]
+            text = answer if isinstance(answer, str) else json.dumps(answer)
+            return web.Response(status=status, text=text.replace("BASE", base))
+
+        try:
+            return await lens.search(ImageQuery(image, "i"))
+        except SearchError as exc:
+            return exc
+        finally:
+            assert not showcase._shown      # nothing stays public
+            await lens.close()
+            await runner.cleanup()
+    return asyncio.run(go()), seen, fetched
+
+
+def lens_row(title: str, thumbnail: str, **more: Any) -> dict[str, Any]:
+    return {"title": title, "source": "Site", "link": "BASE/page", "imageUrl": "BASE/full.jpg", "thumbnailUrl": thumbnail, **more}
+
+
+def test_lens_is_shown_the_query_without_metadata_and_only_while_it_looks() -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "secret camera"
+    body = {"searchParameters": {"url": "x", "type": "lens"}, "organic": [lens_row("Mount Fuji", "BASE/good.jpg")], "credits": 3}
+    matches, (seen,), fetched = lens_search(encoded(badge(2).resize((3000, 1500)), "JPEG", exif=exif), (200, body))
+    assert [match.title for match in matches] == ["Mount Fuji"] and fetched == ["/good.jpg"]
+    assert Image.open(io.BytesIO(matches[0].image)).size == (MAX_SIDE, MAX_SIDE)
+    assert seen["headers"]["X-API-KEY"] == "key" and list(seen["json"]) == ["url"]
+    assert seen["size"] == (QUERY_SIDE, QUERY_SIDE // 2) and "exif" not in seen["info"]
+
+
+def test_a_thumbnail_that_is_no_image_or_lies_elsewhere_is_left_out_and_its_title_is_kept() -> None:
+    data = "data:image/png;base64," + base64.b64encode(encoded(badge(4), "PNG")).decode()
+    rows = [lens_row("too big", "BASE/big.jpg"), lens_row("elsewhere", "http://169.254.169.254/latest"), lens_row("inline", data),
+            *(lens_row(f"more {n}", "BASE/good.jpg") for n in range(20)), {"link": "no title"}, 7]
+    matches, _, fetched = lens_search(encoded(badge(2), "PNG"), (200, {"organic": rows}))
+    assert [match.title for match in matches][:4] == ["too big", "elsewhere", "inline", "more 0"] and len(matches) == 10
+    assert [match.image is not None for match in matches] == [False, False, True] + [False] * 7
+    assert fetched == ["/big.jpg"]
+    _, _, fetched = lens_search(encoded(badge(2), "PNG"), (200, {"organic": [lens_row("moved", "BASE/redirect")]}))
+    assert fetched == ["/redirect"]
+
+
+def test_lens_finding_nothing_is_an_empty_result_and_its_errors_are_failures() -> None:
+    image = encoded(badge(2), "PNG")
+    assert lens_search(image, (200, {"searchParameters": {}, "organic": []}))[0] == []
+    for status, body, says, attempts in (
+            (400, {"message": "Not enough credits", "statusCode": 400}, "Not enough credits", 1),
+            (403, {"message": "Unauthorized.", "statusCode": 403}, "403", 1), (200, "<html>", "", 3),
+            (200, {"organic": "x"}, "no list", 1)):
+        failure, seen, _ = lens_search(image, (status, body))
+        assert isinstance(failure, SearchError) and says in str(failure) and len(seen) == attempts
+    matches, seen, _ = lens_search(image, (429, "slow down"), (200, {"organic": [lens_row("at last", "")]}))
+    assert len(seen) == 2 and [match.title for match in matches] == ["at last"]
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------

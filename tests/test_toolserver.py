@@ -7,13 +7,16 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -333,6 +336,64 @@ def test_image_search_finds_the_rows_image_once_per_trajectory(server: Server) -
     first, second = talk(server, call_text("image_search"), call_text("image_search"), images=(buffer.getvalue(),))
     assert first.text == "1. [badge 1]" and len(first.images) == 1
     assert "already called" in second.text and second.ok and second.metrics["deduplicated"]
+
+
+def test_code_only_mode_offers_accepts_and_mentions_python_alone(tmp_path: Path) -> None:
+    build_text_index(tmp_path / "text.db", [("Mount Fuji", "l", "3776")])
+    running = Server("--tools", "python", "--text-index", str(tmp_path / "text.db"))
+    assert wait_until_healthy(running.url, 5)["tools"] == ["python"]
+    good, *bad = talk(running, python("6 * 7"), call_text("text_search", query="fuji"), call_text("image_search"),
+                      call_text("browser"), "no call", "<tool_call>{</tool_call>", "<tool_call>[]</tool_call>",
+                      call_text("python", code=3), images=(png(),))
+    running.close()
+    assert good.ok and "42" in good.text
+    for result in bad:
+        assert not result.ok and not result.done and not result.images and "3776" not in result.text
+        offered = result.text.replace("text_search is not available", "").replace("image_search is not available", "")
+        assert "python" in offered and "search" not in offered
+
+
+def test_a_hosted_image_search_fetches_the_query_from_the_server_without_its_token_and_nobody_can_afterwards() -> None:
+    seen: list[tuple[str, bytes]] = []
+
+    class Lens(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            address = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["url"]
+            with urllib.request.urlopen(address, timeout=10) as response:
+                seen.append((address, response.read()))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"organic": [{"title": "Found it", "link": "l"}]}).encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    lens = ThreadingHTTPServer(("127.0.0.1", 0), Lens)
+    Thread(target=lens.serve_forever, daemon=True).start()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = Server("--port", str(port), "--public-url", f"http://127.0.0.1:{port}", "--tools", "image_search", "--lens-url",
+                     f"http://127.0.0.1:{lens.server_port}/lens",
+                     environment={"HDPO_TOOL_SERVER_TOKEN": "letmein", "SERPER_API_KEY": "k", "NO_PROXY": "127.0.0.1"})
+    box = {"trajectory_ids": ["x"], "actions": [call_text("image_search", box=[0, 0, 10, 20])],
+           "extra_fields": [{"images": ["data:image/png;base64," + base64.b64encode(png()).decode()]}]}
+    status, body, _ = running.post(box, {"Authorization": "Bearer letmein"})
+    assert status == 200 and body["observations"][0]["obs"] == "1. [Found it]"
+    ((address, shown),) = seen
+    assert Image.open(io.BytesIO(shown)).size == (10, 20)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(address)
+    running.close()
+    lens.shutdown()
+
+
+@pytest.mark.parametrize("options, says", [
+    (("--public-url", "https://x"), "SERPER_API_KEY"), (("--tools", "image_search"), "--image-cache"),
+    (("--public-url", "https://x", "--search-cache", "replay", "--search-cache-file", "f"), "never touches the network")])
+def test_image_search_that_can_not_be_served_is_one_clear_line(options: tuple[str, ...], says: str) -> None:
+    refused = subprocess.run([sys.executable, "-m", "hdpo.toolserver.app", *options], capture_output=True, text=True,
+                             timeout=60, env={**os.environ, "SERPER_API_KEY": ""})
+    assert refused.returncode == 2 and says in refused.stderr and "Traceback" not in refused.stderr
 
 
 # -- life and death --------------------------------------------------------------------------------------------------

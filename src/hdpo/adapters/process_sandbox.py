@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hdpo.errors import UserError
-from hdpo.toolserver.sandbox_link import FrameError, SessionPool, read_frame, socket_folder
+from hdpo.toolserver.sandbox_frames import FrameError, read_frame
+from hdpo.toolserver.sandbox_link import SessionPool, socket_folder
 from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)

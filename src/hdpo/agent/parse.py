@@ -42,37 +42,40 @@ class MalformedCall:
     message: str
 
 
-def parse_tool_call(text: str) -> ParsedCall | MalformedCall:
+def parse_tool_call(text: str, tools: Sequence[str] = TOOL_NAMES) -> ParsedCall | MalformedCall:
     """Read the last `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` of `text`.
 
     python takes {"code": str}; text_search (alias: search) takes {"query": str, or a list whose first item is used};
-    image_search takes nothing. Further argument keys are ignored. Never raises.
+    image_search takes optionally {"image": number from 1, "box": [left, top, right, bottom] in pixels of that image}, the
+    part of it to search for. Further argument keys are ignored. Never raises. `tools` are those on offer: what is said
+    about a malformed call names no other. A well-formed call of another tool is returned, for the caller to refuse.
     """
+    example = next((name for name in EXAMPLES if name in tools), "python")
     blocks = _CALL.findall(text)
     if not blocks:
-        return _malformed("no <tool_call>...</tool_call> block was found")
+        return _malformed("no <tool_call>...</tool_call> block was found", example)
     try:
         # strict=False: models write real line breaks inside the code string; the meaning is plain, so accept them
         call = json.loads(blocks[-1], strict=False)
     except (ValueError, RecursionError) as exc:
         reason = exc.msg if isinstance(exc, json.JSONDecodeError) else "it can't be read"
-        return _malformed(f"the text between the tags is not valid JSON ({reason})")
+        return _malformed(f"the text between the tags is not valid JSON ({reason})", example)
     if not isinstance(call, dict):
-        return _malformed("the JSON between the tags must be an object with the keys name and arguments")
+        return _malformed("the JSON between the tags must be an object with the keys name and arguments", example)
     name = call.get("name")
     name = _ALIASES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in EXAMPLES:
         shown = json.dumps(name)[:80]
-        return _malformed(f"name is {shown}, but the tools are {', '.join(TOOL_NAMES)}")
+        return _malformed(f"name is {shown}, but the tools are {', '.join(tools)}", example)
     arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
-        return _malformed(f"the arguments of {name} must be a JSON object", name)
+        return _malformed(f"the arguments of {name} must be a JSON object", name if name in tools else example)
     return _checked(name, arguments)
 
 
 def _checked(name: str, arguments: dict[str, Any]) -> ParsedCall | MalformedCall:
     if name == "image_search":
-        return ParsedCall(name, {})
+        return _checked_region(arguments)
     key = "code" if name == "python" else "query"
     value = arguments.get(key)
     if key == "query" and isinstance(value, list) and value:
@@ -83,7 +86,21 @@ def _checked(name: str, arguments: dict[str, Any]) -> ParsedCall | MalformedCall
     return ParsedCall(name, {key: value.encode("utf-8", "replace").decode("utf-8")})
 
 
-def _malformed(problem: str, name: str = "python") -> MalformedCall:
+def _checked_region(arguments: dict[str, Any]) -> ParsedCall | MalformedCall:
+    name = "image_search"
+    chosen = {key: arguments[key] for key in ("image", "box") if arguments.get(key) is not None}
+    if "image" in chosen and (type(chosen["image"]) is not int or chosen["image"] < 1):
+        return _malformed(f'"image" of {name} must be a number from 1', name)
+    if "box" in chosen:
+        box = chosen["box"]
+        if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) and abs(side) < 1e6 for side in box):
+            return _malformed(f'"box" of {name} must be four numbers, [left, top, right, bottom] in pixels', name)
+        if box[0] >= box[2] or box[1] >= box[3]:
+            return _malformed(f'"box" of {name} is empty: left must be below right, and top below bottom', name)
+    return ParsedCall(name, chosen)
+
+
+def _malformed(problem: str, name: str) -> MalformedCall:
     return MalformedCall(f"Tool call error: {problem}. A correct call looks like this: {EXAMPLES[name]}")
 
 

@@ -38,7 +38,7 @@ class AgentTools:
 
     async def run(self, trajectory_id: str, turn: str, task: Task) -> ToolOutcome:
         """Execute the tool call a sampled turn ends with. A backend's ToolServerError becomes an infrastructure call."""
-        parsed = parse_tool_call(turn)
+        parsed = parse_tool_call(turn, self._allowed)
         if isinstance(parsed, MalformedCall):
             return ToolOutcome(ToolCall("", {}, ok=False, observation=parsed.message))
         if parsed.name not in self._allowed:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from aiohttp import web
 
 from hdpo.errors import HdpoError, UserError
+from hdpo.toolserver.lens import ROUTE as QUERY_IMAGES
 from hdpo.toolserver.settings import Settings, parse_arguments
 from hdpo.toolserver.tools import Toolbox, make_toolbox
 from hdpo.toolserver.wire import WireError, parse_request, response_json
@@ -87,10 +88,18 @@ class Server:
             "python_sessions": sum(t.session_open for t in self.toolbox.sessions.trajectories.values()),
             "uptime_seconds": time.monotonic() - self.started}), content_type="text/plain")
 
+    async def query_image(self, request: web.Request) -> web.Response:
+        """GET /query-image/NAME: an image a hosted search is looking at just now."""
+        showcase = self.toolbox.showcase
+        data = showcase.get(request.match_info["name"]) if showcase is not None else None
+        if data is None:
+            raise web.HTTPNotFound
+        return web.Response(body=data, content_type="image/png", headers={"Cache-Control": "no-store"})
+
     @web.middleware
     async def authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """With a token set, everything but /health needs it."""
-        if self.settings.token and request.path != "/health":
+        """With a token set, everything but /health and query images, whose names are secrets themselves, needs it."""
+        if self.settings.token and request.path != "/health" and not request.path.startswith(QUERY_IMAGES):
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self.settings.token.encode()):
                 return web.json_response({"detail": "missing or wrong bearer token"}, status=401)
@@ -124,6 +133,7 @@ def make_app(settings: Settings) -> web.Application:
     app.router.add_post("/get_observation", server.get_observation)
     app.router.add_get("/health", server.health)
     app.router.add_get("/metrics", server.metrics)
+    app.router.add_get(QUERY_IMAGES + "{name}", server.query_image)
     app.cleanup_ctx.append(server.lifetime)
     return app
 

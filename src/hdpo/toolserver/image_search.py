@@ -1,113 +1,126 @@
-"""The `image_search` tool and its embedded index: a folder of images with `labels.json` {file name: title}.
+"""The `image_search` tool: what is searched for, where, and how much of what was found comes back.
 
-Two images are compared by structure, ImageHash's DCT hash of each colour channel (3 x 64 bits), and by colour layout,
-the picture averaged to 8 x 8. Both survive re-encoding and scaling; together they tell apart what one would confuse.
+The query is one of the row's images or the part of it that the call names. Sources are asked in order, the first that
+knows something answers: a recorded cache (image_cache.py), the embedded index (image_index.py), a hosted reverse image
+search (lens.py).
 """
 from __future__ import annotations
 
 import asyncio
 import io
-import json
-import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import imagehash
-import numpy as np
 from PIL import Image
 
-from hdpo.errors import DataError
 from hdpo.toolserver import layout
 from hdpo.toolserver.providers import SearchError
 from hdpo.toolserver.wire import Reply
 
-MAX_DISTANCE = 0.45
-"""Distance up to which two images count as the same: re-encoded copies stay below 0.35, unrelated images above 0.6."""
-LAYOUT_WEIGHT = 2.0
-MAX_RESULTS = 3
+MAX_TITLES, MAX_RETURNED = 10, 3
+"""Titles and images of one answer."""
 MAX_SIDE = 768
 """Longest side of a returned image, pixels."""
+MAX_PIXELS = 64 << 20
+"""Largest image that is decoded, pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageQuery:
+    """An encoded image to search for. `index` is the row's key in a recorded cache, empty when this is only a part."""
+
+    image: bytes
+    index: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
+    """A page or picture that shows it. `image` is encoded, MAX_SIDE at most, None when there is none to show."""
+
     title: str
-    image: bytes               # encoded, at most MAX_SIDE on its longest side
-    distance: float            # 0 = the same, see MAX_DISTANCE
+    image: bytes | None
 
 
 class ImageProvider(Protocol):
-    async def search(self, image: bytes) -> list[Match]:
+    async def search(self, query: ImageQuery) -> list[Match]:
         """Matches, best first; empty when nothing is similar. Raises SearchError."""
         ...
 
-
-def features(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """([192] bool DCT hashes of the red, green and blue channel, [192] float32 colours of the 8 x 8 average, 0 to 1)."""
-    rgb = image.convert("RGB")
-    hashes = np.concatenate([imagehash.phash(channel).hash.ravel() for channel in rgb.split()])
-    return hashes, np.asarray(rgb.resize((8, 8), Image.Resampling.BOX), dtype=np.float32).ravel() / 255
+    async def close(self) -> None: ...
 
 
-class ImageIndex:
-    """Reads and hashes the whole folder at start. Raises DataError naming the file that can't be used."""
+class InTurn:
+    """`ImageProvider` that asks several, and answers with what the first of them finds."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        try:
-            labels = json.loads((self.folder / "labels.json").read_text())
-        except (OSError, ValueError) as exc:
-            raise DataError(f"{self.folder}/labels.json: {exc}") from None
-        if not isinstance(labels, dict) or not all(isinstance(title, str) for title in labels.values()):
-            raise DataError(f"{self.folder}/labels.json: expected an object {{file name: title}}")
-        self.files = [self.folder / name for name in labels]
-        self.titles = list(labels.values())
-        self._hashes = np.zeros((len(self.files), 192), dtype=bool)
-        self._layouts = np.zeros((len(self.files), 192), dtype=np.float32)
-        for row, file in enumerate(self.files):
-            try:
-                with Image.open(file) as image:
-                    self._hashes[row], self._layouts[row] = features(image)
-            except (OSError, ValueError) as exc:
-                raise DataError(f"{file}: can't be read as an image: {exc}") from None
+    def __init__(self, sources: Sequence[ImageProvider]) -> None:
+        self.sources = sources
 
-    def lookup(self, image: bytes) -> list[Match]:
-        """The nearest images within MAX_DISTANCE. Raises SearchError when the query can't be decoded."""
-        if not self.files:
-            return []
-        try:
-            with Image.open(io.BytesIO(image)) as query:
-                hashes, colours = features(query)
-        except (OSError, ValueError, Image.DecompressionBombError) as exc:
-            raise SearchError(f"the query image can't be decoded: {exc}") from exc
-        differing = (self._hashes != hashes).mean(axis=1)
-        distances = differing + LAYOUT_WEIGHT * np.sqrt(((self._layouts - colours) ** 2).mean(axis=1))
-        nearest = np.argsort(distances, kind="stable")[:MAX_RESULTS]
-        return [Match(self.titles[i], bounded(self.files[i]), float(distances[i]))
-                for i in nearest if distances[i] <= MAX_DISTANCE]
+    async def search(self, query: ImageQuery) -> list[Match]:
+        for source in self.sources:
+            if matches := await source.search(query):
+                return matches
+        return []
 
-    async def search(self, image: bytes) -> list[Match]:
-        return await asyncio.to_thread(self.lookup, image)
+    async def close(self) -> None:
+        for source in self.sources:
+            await source.close()
 
 
-def bounded(file: Path) -> bytes:
-    """The image as PNG, scaled down to MAX_SIDE. Raises SearchError when the file has gone."""
+def open_image(source: bytes | Path) -> Image.Image:
+    """A decoded RGB image. Raises SearchError for what can't or should not be decoded."""
+    name = source.name if isinstance(source, Path) else "the image"
     try:
-        with Image.open(file) as original:
-            image = original.convert("RGB")
-    except OSError as exc:
-        raise SearchError(f"{file.name}: {exc}") from exc
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise SearchError(f"{name}: {image.width} x {image.height} pixels are too many")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:   # PIL's plugins raise any of these
+        raise SearchError(f"{name} can't be decoded: {exc}") from exc
+
+
+def encoded(image: Image.Image, side: int = MAX_SIDE) -> bytes:
+    """PNG of at most `side` pixels each way, without metadata."""
+    image = image.copy()
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-async def run_image_search(provider: ImageProvider, images: tuple[bytes, ...]) -> Reply:
-    """Search with the row's first image. Raises SearchError when the provider fails."""
+def bounded(source: bytes | Path) -> bytes:
+    """An image as it may be returned. Raises SearchError."""
+    return encoded(open_image(source))
+
+
+def make_query(images: Sequence[bytes], index: str, arguments: Mapping[str, Any]) -> ImageQuery | str:
+    """The image that checked `arguments` ({"image": number, "box": pixels}) choose, or why there is none, for the model."""
+    number = arguments.get("image", 1)
+    if number > len(images):
+        return f"Tool call error: there is no image {number}; the images are numbered 1 to {len(images)}."
+    data = images[number - 1]
+    if "box" not in arguments:
+        return ImageQuery(data, index if number == 1 else "")
+    image = open_image(data)
+    left, top, right, bottom = (round(side) for side in arguments["box"])
+    box = max(0, left), max(0, top), min(image.width, right), min(image.height, bottom)
+    if box[0] >= box[2] or box[1] >= box[3]:
+        return f"Tool call error: the box lies outside of image {number}, which has {image.width} x {image.height} pixels."
+    buffer = io.BytesIO()
+    image.crop(box).save(buffer, format="PNG")
+    return ImageQuery(buffer.getvalue())
+
+
+async def run_image_search(provider: ImageProvider, images: Sequence[bytes], index: str = "",
+                           arguments: Mapping[str, Any] | None = None) -> Reply:
+    """One call. A reply that is not valid names a mistake in the call. Raises SearchError when the provider fails."""
     if not images:
         return Reply(layout.NO_IMAGE_RESULT, metrics={"search_success": True, "num_results": 0})
-    matches = await provider.search(images[0])
-    return Reply(layout.image_results([match.title for match in matches]), tuple(match.image for match in matches),
+    query = await asyncio.to_thread(make_query, images, index, arguments or {})
+    if isinstance(query, str):
+        return Reply(query, valid=False)
+    matches = (await provider.search(query))[:MAX_TITLES]
+    shown = [match.image for match in matches if match.image is not None][:MAX_RETURNED]
+    return Reply(layout.image_results([match.title for match in matches]), tuple(shown),
                  metrics={"search_success": True, "num_results": len(matches)})

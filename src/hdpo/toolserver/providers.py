@@ -37,13 +37,13 @@ class TextProvider(Protocol):
     async def close(self) -> None: ...
 
 
-class HttpProvider:
-    """Retries, deadline and connection of the hosted providers; a subclass says how to ask and how to read."""
+class HttpService:
+    """Retries, deadline, rate and connection of a hosted service that answers with JSON; a subclass says how to ask."""
 
     name = ""
 
-    def __init__(self, key: str, url: str, results: int) -> None:
-        self._key, self._url, self.results = key, url, results
+    def __init__(self, key: str, url: str) -> None:
+        self._key, self._url = key, url
         self._session: aiohttp.ClientSession | None = None
         self._interval, self._next = 0.0, 0.0
 
@@ -60,11 +60,8 @@ class HttpProvider:
         """(method, keyword arguments of aiohttp's request)"""
         raise NotImplementedError
 
-    def read(self, body: Any) -> list[Result]:
-        raise NotImplementedError
-
-    async def search(self, query: str) -> list[Result]:
-        query = query.replace('"', "").strip()[:MAX_QUERY_CHARS]
+    async def fetch(self, query: str) -> dict[str, Any]:
+        """The JSON object of a 200 answer, after retries if need be. Raises SearchError."""
         problem = ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -73,19 +70,22 @@ class HttpProvider:
             if status == 200:
                 if not isinstance(body, dict):
                     raise SearchError(f"{self.name}: the answer is not a JSON object")
-                return self.read(body)[:self.results]
+                return body
             if status is not None and status not in _RETRIED:
                 break
         raise SearchError(f"{self.name}: {problem}")
 
-    async def _attempt(self, query: str) -> tuple[int | None, str, Any]:
+    def session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), trust_env=True, connector=aiohttp.TCPConnector(limit=64))
+        return self._session
+
+    async def _attempt(self, query: str) -> tuple[int | None, str, Any]:
         method, arguments = self.request(query)
         await self._turn()
         try:
-            async with self._session.request(method, self._url, **arguments) as response:
+            async with self.session().request(method, self._url, **arguments) as response:
                 if response.status == 200:
                     return 200, "", await response.json(content_type=None)
                 return response.status, f"HTTP {response.status}: {(await response.text())[:300]}", None
@@ -95,6 +95,21 @@ class HttpProvider:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+class HttpProvider(HttpService):
+    """A `TextProvider`; a subclass says how to ask and how to read."""
+
+    def __init__(self, key: str, url: str, results: int) -> None:
+        super().__init__(key, url)
+        self.results = results
+
+    def read(self, body: Any) -> list[Result]:
+        raise NotImplementedError
+
+    async def search(self, query: str) -> list[Result]:
+        body = await self.fetch(query.replace('"', "").strip()[:MAX_QUERY_CHARS])
+        return self.read(body)[:self.results]
 
 
 def _rows(body: dict[str, Any], key: str, snippet: str) -> list[Result]:

@@ -1,127 +1,106 @@
-"""The server's end of sandbox sessions: framed messages over a unix socket (format: sandbox/frames.py).
-
-Whatever answers at the other end may be the model's code, so every length, every JSON value and every image header is
-checked here before it is used.
-"""
+"""The server's end of sandbox sessions: a connection each, a clock, and what the two backends share."""
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
 import os
 import shutil
-import struct
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hdpo.toolserver.sandbox_frames import Conversation, FrameError, is_bounded_png
 from hdpo.toolserver.sessions import CellResult, SandboxError
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct(">II")
-MAX_JSON, MAX_BLOBS = 4 << 20, 64 << 20
 MAX_TEXT_CHARS = 70_000
 MAX_IMAGES = 16
-MAX_IMAGE_PIXELS = 4096 * 4096
 OPEN_TIMEOUT_S = 60.0
 RETRY_S = 0.2
 """Pause before a second attempt at a session, long enough for the loop to learn that a template has died, seconds."""
-KILL_MARGIN_S = 5.0
-"""Time beyond a cell's limit after which the supervisor itself is considered lost, seconds."""
-_PNG = b"\x89PNG\r\n\x1a\n"
-
-
-class FrameError(Exception):
-    """The other end broke the protocol."""
-
-
-def pack(message: dict[str, Any], blobs: Sequence[bytes] = ()) -> list[bytes]:
-    text = json.dumps({**message, "blobs": [len(blob) for blob in blobs]}).encode()
-    return [HEADER.pack(len(text), sum(map(len, blobs))) + text, *blobs]
-
-
-async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], list[bytes]]:
-    """One frame of an untrusted peer. Raises FrameError, or IncompleteReadError when it hung up."""
-    json_size, blob_size = HEADER.unpack(await reader.readexactly(HEADER.size))
-    if json_size > MAX_JSON or blob_size > MAX_BLOBS:
-        raise FrameError(f"frame of {json_size} + {blob_size} bytes")
-    text = await reader.readexactly(json_size)
-    payload = await reader.readexactly(blob_size)
-    try:
-        message = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise FrameError(f"not JSON: {exc}") from None
-    lengths = message.get("blobs") if isinstance(message, dict) else None
-    if not isinstance(lengths, list) or not all(type(n) is int and n >= 0 for n in lengths) or sum(lengths) != blob_size:
-        raise FrameError("blob lengths do not add up")
-    blobs, start = [], 0
-    for length in lengths:
-        blobs.append(payload[start:start + length])
-        start += length
-    return message, blobs
-
-
-def is_bounded_png(data: bytes) -> bool:
-    """Whether it starts as a PNG whose header announces an acceptable size."""
-    if len(data) < 33 or data[:8] != _PNG or data[12:16] != b"IHDR":
-        return False
-    width, height = struct.unpack(">II", data[16:24])
-    return 0 < width * height <= MAX_IMAGE_PIXELS
+INTERRUPT_GRACE_S = 0.35
+"""Time for an interrupted cell to answer before its session is killed, seconds."""
+ACKNOWLEDGE_S = 5.0
+"""Time for a supervisor to confirm that it has interrupted, seconds."""
+INTERRUPT = b"i"
 
 
 class SessionLink:
-    """One session. Closing the connection kills it, so losing this object can't leak processes."""
+    """One session. Closing it, or losing this object, hangs up on the session's supervisor, which then kills it."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, control: socket.socket, talk: Conversation) -> None:
+        self._control, self._talk = control, talk
+        self._interrupted = False
 
     @classmethod
     async def open(cls, path: str, images: Sequence[bytes]) -> SessionLink:
         """Connect to a template's socket and load the images. Raises SandboxError."""
-        writer = None
+        loop = asyncio.get_running_loop()
+        control, (ours, theirs) = socket.socket(socket.AF_UNIX), socket.socketpair()
+        control.setblocking(False)
+        talk = Conversation()
+        link = cls(control, talk)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                reader, writer = await asyncio.open_unix_connection(path, limit=1 << 20)
-                link = cls(reader, writer)
-                await link._send({"op": "open"}, images)
-                message, _ = await read_frame(reader)
+                with theirs:
+                    await loop.sock_connect(control, path)
+                    socket.send_fds(control, [b"o"], [theirs.fileno()])
+                await loop.create_connection(lambda: talk, sock=ours)
+                message, _ = await talk.ask({"op": "open"}, images)
             if message.get("status") != "ready":
                 raise FrameError("no ready message")
             return link
-        except (OSError, EOFError, FrameError) as exc:
-            if writer is not None:
-                writer.close()
-            raise SandboxError(f"no sandbox session: {str(exc) or type(exc).__name__}") from exc
+        except BaseException as exc:
+            if not talk.alive:
+                ours.close()
+            link.close()
+            if isinstance(exc, (OSError, EOFError, FrameError)):
+                raise SandboxError(f"no sandbox session: {str(exc) or type(exc).__name__}") from exc
+            raise
 
     @property
     def alive(self) -> bool:
-        return not (self._reader.at_eof() or self._writer.is_closing())
+        return self._talk.alive
 
     async def run(self, code: str, timeout_s: float) -> tuple[str, CellResult]:
         """(status, result); after any status but "ok" and "interrupted" the session is gone and the link closed."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        self._interrupted = False
+        interrupt = loop.call_at(deadline, self._interrupt)
+        kill = loop.call_at(deadline + INTERRUPT_GRACE_S, self.close)
         try:
-            async with asyncio.timeout(timeout_s + KILL_MARGIN_S):
-                await self._send({"op": "run", "code": code, "timeout": timeout_s})
-                verdict, _ = await read_frame(self._reader)
-                status = str(verdict.get("status"))
-                if status in ("ok", "interrupted"):
-                    message, blobs = await read_frame(self._reader)
-                    return status, _result(message, blobs, status == "interrupted")
-        except TimeoutError:
-            status = "killed"
+            message, blobs = await self._talk.ask({"op": "run", "code": code})
+            interrupt.cancel()
+            kill.cancel()
+            result = _result(message, blobs, self._interrupted)
+            if self._interrupted:       # the signal must be behind us before another cell can begin
+                async with asyncio.timeout(ACKNOWLEDGE_S):
+                    await loop.sock_recv(self._control, 1)
+            return "interrupted" if self._interrupted else "ok", result
         except (OSError, EOFError, FrameError):
-            status = "died"
-        self.close()
-        return status, CellResult("", "", (), ok=False, restarted=True, timed_out=status == "killed")
+            late = loop.time() >= deadline
+            self.close()
+            return "killed" if late else "died", CellResult("", "", (), ok=False, restarted=True, timed_out=late)
+        except asyncio.CancelledError:   # nobody waits for this cell any more, and no later cell may get its answer
+            self.close()
+            raise
+        finally:
+            interrupt.cancel()
+            kill.cancel()
+
+    def _interrupt(self) -> None:
+        self._interrupted = True
+        with contextlib.suppress(OSError):    # a supervisor that is gone has taken the session with it
+            self._control.send(INTERRUPT)
 
     def close(self) -> None:
-        self._writer.close()
-
-    async def _send(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
-        self._writer.writelines(pack(message, blobs))
-        await self._writer.drain()
+        self._control.close()
+        self._talk.close()
 
 
 def _result(message: dict[str, Any], blobs: list[bytes], interrupted: bool) -> CellResult:
@@ -199,7 +178,8 @@ class SessionPool:
         if session is None:
             raise SandboxError("the session was closed")
         lost_before = session.link is not None and not session.link.alive
-        if lost_before:
+        if session.link is not None and lost_before:
+            session.link.close()
             session.link = None
         status, result = await (await self._linked(session_id)).run(code, timeout_s)
         if status not in ("ok", "interrupted"):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from hdpo.errors import ConfigError
 
 TOOLS = ("python", "text_search", "image_search")
+SANDBOXES = ("process", "docker", "docker-strict")
+LENS_URL = "https://google.serper.dev/lens"
 TOKEN_VARIABLE = "HDPO_TOOL_SERVER_TOKEN"
 EXAMPLES = f"""\
 examples:
@@ -31,6 +33,9 @@ class Settings:
     port: int = 0                      # 0: any free one
     tools: tuple[str, ...] = ()        # empty: all that can be served
     sandbox: str = "process"
+    sandbox_image: str = "hdpo-sandbox:latest"
+    container_memory_mib: int = 0      # 0: 8192, or 2048 where each session has a container of its own
+    container_cpus: float = 0.0        # 0: all cores
     python_timeout_s: float = 20.0     # wall clock of one cell
     call_timeout_s: float = 120.0      # one call with everything it waits for, queueing excluded
     workers: int = 0                   # cells that run at the same time; 0: two per core
@@ -43,6 +48,10 @@ class Settings:
     search_rate: float = 50.0          # requests per second to a hosted provider
     text_index: str = ""
     image_index: str = ""
+    image_cache: str = ""
+    public_url: str = ""               # where a hosted image search can fetch query images from this server
+    lens_key: str = ""
+    lens_url: str = LENS_URL
     max_image_searches: int = 1        # per trajectory
     drain_s: float = 30.0              # time for running calls after SIGTERM
     parent_pid: int = 0                # end when that process ends
@@ -51,6 +60,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.search_cache == "replay" and not self.search_cache_file:
             raise ConfigError("--search-cache replay: name the file with --search-cache-file")
+        if self.public_url and self.search_cache == "replay":
+            raise ConfigError("--public-url is for a hosted image search, and --search-cache replay never touches the network")
+        if self.public_url and not self.lens_key:
+            raise ConfigError("--public-url is for a hosted image search: set SERPER_API_KEY")
         for tool in self.tools:
             if tool not in TOOLS:
                 raise ConfigError(f"--tools: unknown tool {tool}; known are {', '.join(TOOLS)}")
@@ -72,8 +85,14 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--host", default=default.host, help="address to listen on (%(default)s)")
     add("--port", type=int, default=default.port, help="port; 0 takes a free one (%(default)s)")
     add("--tools", default="", help="comma-separated: python, text_search, image_search (all that can be served)")
-    add("--sandbox", choices=("process", "docker"), default=default.sandbox,
-        help="where Python runs; process is no security boundary (%(default)s)")
+    add("--sandbox", choices=SANDBOXES, default=default.sandbox,
+        help="where Python runs; process is no security boundary; docker has many sessions in a container, docker-strict "
+        "one (%(default)s)")
+    add("--sandbox-image", default=environment.get("HDPO_SANDBOX_IMAGE") or default.sandbox_image,
+        help="image of `make sandbox` (HDPO_SANDBOX_IMAGE or hdpo-sandbox:latest)")
+    add("--container-memory", type=int, default=default.container_memory_mib, metavar="MIB",
+        help="memory of one container; 0 is 8192, strict 2048 (%(default)s)")
+    add("--container-cpus", type=float, default=default.container_cpus, help="cores of one container; 0 is all (%(default)s)")
     add("--python-timeout", type=float, default=default.python_timeout_s, help="seconds of one cell (%(default)s)")
     add("--call-timeout", type=float, default=default.call_timeout_s, help="seconds of one call (%(default)s)")
     add("--workers", type=int, default=default.workers, help="cells running at once; 0 is two per core (%(default)s)")
@@ -89,6 +108,10 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--search-rate", type=float, default=default.search_rate, help="requests per second to a provider (%(default)s)")
     add("--text-index", default="", help="SQLite FTS5 file with a table pages(title, link, snippet)")
     add("--image-index", default="", help="folder of images with labels.json {file name: title}")
+    add("--image-cache", default="", help="JSON file of recorded image searches in the reference's format; asked first")
+    add("--public-url", default="", help="address at which the outside reaches this server's /query-image/; turns on hosted "
+        "image search (Serper's Lens, SERPER_API_KEY), which fetches the query there. Without it no image leaves the server")
+    add("--lens-url", default=default.lens_url, help=argparse.SUPPRESS)
     add("--max-image-searches", type=int, default=default.max_image_searches,
         help="image searches per trajectory; later ones get a fixed reply (%(default)s)")
     add("--drain", type=float, default=default.drain_s, help="seconds for running calls after SIGTERM (%(default)s)")
@@ -96,7 +119,9 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     args = parser.parse_args(argv)
     return Settings(
         host=args.host, port=args.port, tools=tuple(name.strip() for name in args.tools.split(",") if name.strip()),
-        sandbox=args.sandbox, python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
+        sandbox=args.sandbox, sandbox_image=args.sandbox_image, container_memory_mib=args.container_memory,
+        container_cpus=args.container_cpus, image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
+        lens_key=environment.get("SERPER_API_KEY", ""), python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
         workers=args.workers, max_queue=args.max_queue, idle_limit_s=args.idle_limit,
         search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
         image_index=args.image_index, search_cache=args.search_cache, search_cache_file=args.search_cache_file,

@@ -5,11 +5,15 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from hdpo.agent.parse import MalformedCall, ParsedCall, parse_tool_call
 from hdpo.errors import ConfigError, InfrastructureError
 from hdpo.toolserver import layout
 from hdpo.toolserver.counters import Counters
+from hdpo.toolserver.image_cache import ImageCache
+from hdpo.toolserver.image_search import ImageProvider, InTurn, run_image_search
+from hdpo.toolserver.lens import SerperLens, Showcase
 from hdpo.toolserver.providers import TextProvider, hosted_provider
 from hdpo.toolserver.python_tool import run_python
 from hdpo.toolserver.search_cache import CachedSearch
@@ -29,7 +33,7 @@ class Toolbox:
     settings: Settings
     sandbox: Sandbox | None
     text: TextProvider | None
-    images: object | None          # hdpo.toolserver.image_search.ImageProvider
+    images: ImageProvider | None
     sessions: Sessions = field(init=False)
     slots: asyncio.Semaphore = field(init=False)
     counters: Counters = field(default_factory=Counters)
@@ -37,6 +41,12 @@ class Toolbox:
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.sandbox, self.settings.idle_limit_s)
         self.slots = asyncio.Semaphore(self.settings.running_cells)
+
+    @property
+    def showcase(self) -> Showcase | None:
+        """Query images a hosted search may fetch; None without one."""
+        sources = self.images.sources if isinstance(self.images, InTurn) else ()
+        return next((source.showcase for source in sources if isinstance(source, SerperLens)), None)
 
     @property
     def tools(self) -> list[str]:
@@ -63,7 +73,7 @@ class Toolbox:
         return await asyncio.shield(trajectory.once(call.request_id, work)), waited
 
     async def _guarded(self, trajectory: Trajectory, action: str) -> Reply:
-        parsed = parse_tool_call(action)
+        parsed = parse_tool_call(action, self.tools)
         tool = parsed.name if isinstance(parsed, ParsedCall) else "none"
         started = time.monotonic()
         reply = await self._attributed(trajectory, parsed)
@@ -96,21 +106,22 @@ class Toolbox:
             if parsed.name == "text_search":
                 assert self.text is not None
                 return await run_text_search(self.text, parsed.arguments["query"])
-            return await self._image_search(trajectory)
+            return await self._image_search(trajectory, parsed.arguments)
 
-    async def _image_search(self, trajectory: Trajectory) -> Reply:
-        from hdpo.toolserver.image_search import run_image_search
+    async def _image_search(self, trajectory: Trajectory, arguments: dict[str, Any]) -> Reply:
+        assert self.images is not None
         if trajectory.image_searches >= self.settings.max_image_searches:
             return Reply(layout.IMAGE_SEARCH_USED, metrics={"deduplicated": True})
-        reply = await run_image_search(self.images, trajectory.images)   # type: ignore[arg-type]
-        trajectory.image_searches += 1
+        reply = await run_image_search(self.images, trajectory.images, trajectory.index, arguments)
+        trajectory.image_searches += reply.valid      # a mistaken call searched for nothing
         return reply
 
     async def close(self) -> None:
         if self.sandbox is not None:
             await self.sandbox.shutdown()
-        if self.text is not None:
-            await self.text.close()
+        for source in (self.text, self.images):
+            if source is not None:
+                await source.close()
 
 
 def _outcome(reply: Reply) -> str:
@@ -127,15 +138,26 @@ def make_toolbox(settings: Settings) -> Toolbox:
     """Build what `settings` asks for. Raises ConfigError or DataError when a named tool can't be served."""
     wanted = settings.tools or TOOLS
     text = _make_text_search(settings) if "text_search" in wanted else None
-    images = None
-    if "image_search" in wanted and settings.image_index:
-        from hdpo.toolserver.image_search import ImageIndex  # needs ImageHash, which only this tool uses
-        images = ImageIndex(settings.image_index)
+    images = _make_image_search(settings) if "image_search" in wanted else None
     if "text_search" in settings.tools and text is None:
         raise ConfigError("text_search: give --text-index FILE, or a key such as SERPER_API_KEY in the environment")
     if "image_search" in settings.tools and images is None:
-        raise ConfigError("image_search: give --image-index FOLDER")
+        raise ConfigError("image_search: give --image-index FOLDER, --image-cache FILE, or --public-url with SERPER_API_KEY")
     return Toolbox(settings, _make_sandbox(settings) if "python" in wanted else None, text, images)
+
+
+def _make_image_search(settings: Settings) -> InTurn | None:
+    sources: list[ImageProvider] = []
+    if settings.image_cache:
+        sources.append(ImageCache(settings.image_cache))
+    if settings.image_index:
+        from hdpo.toolserver.image_index import ImageIndex  # needs ImageHash, which only this tool uses
+        sources.append(ImageIndex(settings.image_index))
+    if settings.public_url:
+        lens = SerperLens(settings.lens_key, settings.lens_url, Showcase(settings.public_url))
+        lens.limit_rate(settings.search_rate)
+        sources.append(lens)
+    return InTurn(sources) if sources else None
 
 
 def _make_text_search(settings: Settings) -> TextProvider | None:
@@ -151,8 +173,9 @@ def _make_text_search(settings: Settings) -> TextProvider | None:
 
 
 def _make_sandbox(settings: Settings) -> Sandbox:
-    if settings.sandbox == "docker":
-        from hdpo.adapters.docker_sandbox import DockerSandbox
-        return DockerSandbox()
-    from hdpo.adapters.process_sandbox import ProcessSandbox
-    return ProcessSandbox()
+    if settings.sandbox == "process":
+        from hdpo.adapters.process_sandbox import ProcessSandbox
+        return ProcessSandbox()
+    from hdpo.adapters.docker_sandbox import DockerSandbox
+    return DockerSandbox(settings.sandbox_image, "strict" if settings.sandbox == "docker-strict" else "shared",
+                         memory_mib=settings.container_memory_mib, cpus=settings.container_cpus)

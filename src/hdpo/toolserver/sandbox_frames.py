@@ -1,0 +1,130 @@
+"""Frames between the server and a session (format: sandbox/frames.py), read as what they are: a stranger's.
+
+Whatever answers at the other end may be the model's code, so every length, every JSON value and every image header is
+checked here before it is used.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+HEADER = struct.Struct(">II")
+MAX_JSON, MAX_BLOBS = 4 << 20, 64 << 20
+MAX_IMAGE_PIXELS = 4096 * 4096
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class FrameError(Exception):
+    """The other end broke the protocol."""
+
+
+def pack(message: dict[str, Any], blobs: Sequence[bytes] = ()) -> list[bytes]:
+    text = json.dumps({**message, "blobs": [len(blob) for blob in blobs]}).encode()
+    return [HEADER.pack(len(text), sum(map(len, blobs))) + text, *blobs]
+
+
+async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], list[bytes]]:
+    """One frame of an untrusted peer. Raises FrameError, or IncompleteReadError when it hung up."""
+    header = await reader.readexactly(HEADER.size)
+    json_size, blob_size = _sizes(header)
+    return _unpack(await reader.readexactly(json_size), await reader.readexactly(blob_size))
+
+
+def _complete(data: bytearray) -> tuple[dict[str, Any], list[bytes]] | None:
+    """The frame that `data` is, None while some of it is missing. Raises FrameError also for what lies beyond it."""
+    if len(data) < HEADER.size:
+        return None
+    json_size, blob_size = _sizes(data[:HEADER.size])
+    end = HEADER.size + json_size
+    if len(data) < end + blob_size:
+        return None
+    if len(data) > end + blob_size:
+        raise FrameError("more than one answer")
+    return _unpack(bytes(data[HEADER.size:end]), bytes(data[end:]))
+
+
+def _sizes(header: bytes | bytearray) -> tuple[int, int]:
+    json_size, blob_size = HEADER.unpack(header)
+    if json_size > MAX_JSON or blob_size > MAX_BLOBS:
+        raise FrameError(f"frame of {json_size} + {blob_size} bytes")
+    return json_size, blob_size
+
+
+def _unpack(text: bytes, payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise FrameError(f"not JSON: {exc}") from None
+    lengths = message.get("blobs") if isinstance(message, dict) else None
+    if not isinstance(lengths, list) or not all(type(n) is int and n >= 0 for n in lengths) or sum(lengths) != len(payload):
+        raise FrameError("blob lengths do not add up")
+    blobs, start = [], 0
+    for length in lengths:
+        blobs.append(payload[start:start + length])
+        start += length
+    return message, blobs
+
+
+def is_bounded_png(data: bytes) -> bool:
+    """Whether it starts as a PNG whose header announces an acceptable size."""
+    if len(data) < 33 or data[:8] != _PNG or data[12:16] != b"IHDR":
+        return False
+    width, height = struct.unpack(">II", data[16:24])
+    return 0 < width * height <= MAX_IMAGE_PIXELS
+
+
+class Conversation(asyncio.Protocol):
+    """Frames to and from an untrusted peer: one answer to each question, bounded, and nothing out of turn."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[tuple[dict[str, Any], list[bytes]]] | None = None
+        self._data = bytearray()
+
+    @property
+    def alive(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    async def ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
+        """The answer to one frame. Raises EOFError or FrameError; the conversation is over then."""
+        if self._transport is None or self._transport.is_closing():
+            raise EOFError("the session is gone")
+        self._answer = asyncio.get_running_loop().create_future()
+        for part in pack(message, blobs):
+            self._transport.write(part)
+        return await self._answer
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        self._end(EOFError("closed"))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport   # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        try:
+            if self._answer is None:
+                raise FrameError("spoke out of turn")
+            if (frame := _complete(self._data)) is None:
+                return
+        except FrameError as exc:
+            self._end(exc)
+            self.close()
+            return
+        self._data.clear()
+        answer, self._answer = self._answer, None
+        if not answer.done():
+            answer.set_result(frame)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(EOFError("the session hung up"))
+
+    def _end(self, why: Exception) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None and not answer.done():
+            answer.set_exception(why)
