@@ -20,7 +20,7 @@ rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature r
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager
 tools.url tools.allowed tools.sandbox tools.call_timeout_s tools.python_timeout_s tools.retries tools.max_image_searches
-tools.search_provider tools.text_index tools.image_index tools.search_results
+tools.search_provider tools.text_index tools.image_index tools.image_cache tools.search_results
 reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross_check reward.max_unscored
 judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache
 judge.max_prediction_chars

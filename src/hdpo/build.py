@@ -159,7 +159,8 @@ class Stage(contextlib.ExitStack):
             "--tools", ",".join(config.allowed), "--sandbox", config.sandbox, "--python-timeout", str(config.python_timeout_s),
             "--call-timeout", str(config.call_timeout_s), "--search-provider", config.search_provider,
             "--search-results", str(config.search_results), "--max-image-searches", str(config.max_image_searches)]
-        for flag, value in (("--text-index", config.text_index), ("--image-index", config.image_index)):
+        for flag, value in (("--text-index", config.text_index), ("--image-index", config.image_index),
+                            ("--image-cache", config.image_cache)):
             command += [flag, value] if value else []
         self.config.run.path.mkdir(parents=True, exist_ok=True)
         log_path = self.config.run.path / f"tool_server_{world.node}.log"

@@ -83,8 +83,9 @@ class ToolsConfig(Section):
     url: str = Field("", description="Tool server to use (REMOTE_TOOL_SERVER_URL); empty starts one for the run.")
     allowed: list[Literal["python", "text_search", "image_search"]] = Field(
         default_factory=lambda: ["python", "text_search", "image_search"], description="Tools the agent may call.")
-    sandbox: Literal["process", "docker"] = Field(
-        "process", description="Where the run's own tool server executes Python; process is no security boundary.")
+    sandbox: Literal["process", "docker", "docker-strict"] = Field(
+        "process", description="Where the run's own tool server executes Python; process is no security boundary, "
+        "docker-strict gives each session a container of its own.")
     call_timeout_s: float = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
     python_timeout_s: float = Field(20.0, description="Wall clock of one Python cell, seconds.")
     retries: int = Field(2, description="Further attempts at a call that never reached the server.")
@@ -92,6 +93,7 @@ class ToolsConfig(Section):
     search_provider: str = Field("auto", description="serper, serpapi, brightdata or embedded (SEARCH_PROVIDER); auto: by key.")
     text_index: str = Field("", description="SQLite FTS5 file of the embedded text search.")
     image_index: str = Field("", description="Folder of labelled images of the embedded image search.")
+    image_cache: str = Field("", description="JSON file of recorded image searches by row index; asked before the index.")
     search_results: int = Field(10, description="Results of one text search.")
 
 

@@ -58,15 +58,16 @@ def check_tools(config: Config) -> str:
         from hdpo.toolserver.client import wait_until_healthy
         wait_until_healthy(tools.url, timeout=3.0)
         return f"{tools.url} is healthy"
-    for path, field in ((tools.text_index, "tools.text_index"), (tools.image_index, "tools.image_index")):
+    for path, field in ((tools.text_index, "tools.text_index"), (tools.image_index, "tools.image_index"),
+                        (tools.image_cache, "tools.image_cache")):
         if path and not Path(path).exists():
             raise UserError(f"{field}: no such file or folder: {path}")
     keys = ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN")
     if "text_search" in tools.allowed and not tools.text_index and not any(os.environ.get(key) for key in keys):
         raise UserError(f"text_search has no source: set one of {', '.join(keys)}, or tools.text_index, or take it out of "
                         "tools.allowed")
-    if "image_search" in tools.allowed and not tools.image_index:
-        raise UserError("image_search has no source: set tools.image_index, or take it out of tools.allowed")
+    if "image_search" in tools.allowed and not (tools.image_index or tools.image_cache):
+        raise UserError("image_search has no source: set tools.image_index or tools.image_cache, or take it out of tools.allowed")
     return f"a tool server will be started with {', '.join(tools.allowed)}"
 
 
