@@ -76,7 +76,7 @@ class Kernel:
     def __init__(self) -> None:
         from jupyter_client.manager import start_new_kernel
         started = time.perf_counter()
-        self.manager, self.client = start_new_kernel()
+        self.manager, self.client = start_new_kernel(stderr=subprocess.DEVNULL)
         self.run(CELL)
         self.start_s = time.perf_counter() - started
 
@@ -124,6 +124,17 @@ async def against_kernels(sandbox: Any, rounds: int) -> dict[str, list[float]]:
     return found
 
 
+async def settled(pid: int) -> list[int]:
+    """Descendants once none of them is leaving any more: their number has not fallen for half a second."""
+    found = descendants(pid)
+    for _ in range(100):
+        await asyncio.sleep(0.5)
+        known, found = found, descendants(pid)
+        if len(found) >= len(known):
+            break
+    return found
+
+
 async def alone(sandbox: Any, lives: int, held: int) -> dict[str, float]:
     """Throughput, memory and growth without anything beside."""
     starts = []
@@ -131,7 +142,7 @@ async def alone(sandbox: Any, lives: int, held: int) -> dict[str, float]:
         starts.append(await timed(first_result(sandbox, f"s{k}")))
         await sandbox.close(f"s{k}")
     pid = template_pid(sandbox)
-    before = descendants(pid)
+    before = await settled(pid)
     for k in range(held):
         await first_result(sandbox, f"held{k}")
     added = [p for p in descendants(pid) if p not in before]
@@ -152,13 +163,10 @@ async def alone(sandbox: Any, lives: int, held: int) -> dict[str, float]:
     for first in range(0, lives, 4):
         await asyncio.gather(*(life(k) for k in range(first, first + 4)))
     seconds = time.perf_counter() - started
-    for _ in range(100):
-        if len(descendants(pid)) <= len(before):
-            break
-        await asyncio.sleep(0.1)
+    left = len(await settled(pid)) - len(before)
     return {"start_p50_ms": 1e3 * statistics.median(starts), "start_p95_ms": 1e3 * statistics.quantiles(starts, n=20)[18],
             "sessions_per_s": 1 / statistics.mean(starts), "session_MB": per_session, "lives_per_s": lives / seconds,
-            "left_processes": len(descendants(pid)) - len(before), "template_growth_%": 100 * (memory([pid], "Rss") / rss - 1)}
+            "left_processes": left, "template_growth_%": 100 * (memory([pid], "Rss") / rss - 1)}
 
 
 async def over_http(url: str, trajectories: int, cells: int) -> dict[str, float]:

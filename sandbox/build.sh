@@ -9,7 +9,7 @@ pip="${PIP:-${PYTHON:-python3} -m pip}"
 base="${BASE:-}"
 if [ -z "$base" ]; then
     base=python:3.11-slim
-    if ! docker image inspect "$base" >/dev/null 2>&1 && ! timeout 60 docker pull -q "$base" >/dev/null 2>&1; then
+    if ! docker image inspect "$base" >/dev/null 2>&1 && ! timeout 30 docker pull -q "$base" >/dev/null 2>&1; then
         base=hdpo-sandbox-base:bookworm
         docker image inspect "$base" >/dev/null 2>&1 || ./debian_base.sh "$base"
     fi

@@ -29,8 +29,13 @@ TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.con
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked docker need an engine with the sandbox image, those marked gpu a CUDA device; elsewhere they are skipped."""
+    """Tests marked docker need an engine with the sandbox image, those marked gpu a CUDA device; elsewhere they are skipped.
+
+    HDPO_REQUIRE_DOCKER=1, as CI sets it, makes a missing engine an error.
+    """
     if any(item.get_closest_marker("docker") for item in items) and (missing := _docker_missing()):
+        if os.environ.get("HDPO_REQUIRE_DOCKER"):
+            pytest.exit(f"container tests can't run: {missing}", returncode=1)
         for item in items:
             if item.get_closest_marker("docker"):
                 item.add_marker(pytest.mark.skip(reason=missing))

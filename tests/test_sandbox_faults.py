@@ -1,19 +1,27 @@
 """What is left, and who is told, when a part of the container backend dies."""
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_sandbox import Box, png
 
 from hdpo.errors import ConfigError
+from hdpo.toolserver.client import ToolClient
 from hdpo.toolserver.sessions import SandboxError
+from hdpo.types import Task
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -81,6 +89,115 @@ def test_a_container_killed_in_mid_call_is_replaced_and_the_cell_is_not_replayed
     assert result.restarted and not result.ok
     assert session.run("print('kept' in globals(), image_1.size)").stdout == "False (64, 48)\n"
     session.close()
+
+
+class Proxy:
+    """A unix socket in front of the engine's, which can be cut: connections break, new ones are refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.open: list[socket.socket] = []
+        self.listen()
+
+    def listen(self) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.path))
+        self.listener.listen(64)
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                engine = socket.socket(socket.AF_UNIX)
+                engine.connect("/var/run/docker.sock")
+                self.open += [client, engine]
+                for source, target in ((client, engine), (engine, client)):
+                    threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        self.path.unlink()
+        for end in (self.listener, *self.open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self.open.clear()
+
+
+@pytest.mark.docker
+def test_an_engine_that_is_gone_in_mid_call_stops_no_cell_and_is_used_again_when_it_is_back(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Proxy(tmp_path / "docker.sock")
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.path}")
+    box = Box("docker")
+    session = box.session(png())
+    call = box.loop.submit(box.sandbox.run(session.name, "import time; time.sleep(0.5); kept = 7", 20))
+    proxy.cut()
+    assert call.result(20).ok                        # cells do not go through the engine
+    other = box.session()                            # nor do sessions of a container that runs
+    assert other.run("1").stdout == "1\n" and session.run("kept").stdout == "7\n"
+    with monkeypatch.context() as direct:            # its container dies while nobody can start another
+        direct.delenv("DOCKER_HOST")
+        (container,) = containers(os.getpid())
+        call = box.loop.submit(box.sandbox.run(session.name, "import time; time.sleep(60)", 60))
+        container.kill()
+    assert call.result(20).restarted
+    started = time.monotonic()
+    with pytest.raises(SandboxError):
+        session.run("1")
+    assert time.monotonic() - started < 20
+    proxy.listen()
+    assert session.run("print('kept' in globals(), image_1.size)").stdout == "False (64, 48)\n"
+    proxy.cut()                                      # and it is away again at the end
+    box.close()
+    monkeypatch.delenv("DOCKER_HOST")
+    assert until(lambda: not containers(os.getpid()))
+
+
+@pytest.mark.docker
+def test_a_killed_runtime_shim_leaves_nothing_and_the_trajectory_goes_on(box: Box) -> None:
+    session = box.session(png())
+    call = box.loop.submit(box.sandbox.run(session.name, "import time; time.sleep(1)", 20))
+    shim = Path(f"/proc/{box.template_pid}/status").read_text().split("PPid:")[1].split()[0]
+    os.kill(int(shim), signal.SIGKILL)
+    result = call.result(30)
+    assert result.ok != result.restarted             # it ran to its end, or it was lost and says so
+    assert until(lambda: session.run("print(6 * 7)").stdout == "42\n")
+
+
+@pytest.mark.docker
+def test_256_trajectories_at_once_are_answered_without_a_failure_and_all_containers_go() -> None:
+    server = subprocess.Popen([sys.executable, "-m", "hdpo.toolserver.app", "--sandbox", "docker", "--tools", "python"],
+                              stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    url = server.stdout.readline().strip()
+    task = Task("t", "test", [{"role": "user", "content": "?"}], (png(),), "")
+
+    async def trajectory(client: ToolClient, number: int) -> bool:
+        for code in (f"mine = {number}", "import subprocess; subprocess.Popen(['sleep', '1000']); None", "(mine, image_1.size)"):
+            action = f'<tool_call>{json.dumps({"name": "python", "arguments": {"code": code}})}</tool_call>'
+            result = await client.call(f"t{number}", action, task)
+        await client.finish(f"t{number}")
+        return f"({number}, (64, 48))" in result.text
+
+    async def all_at_once() -> list[bool]:
+        client = ToolClient(url, timeout=300)
+        try:
+            return await asyncio.gather(*(trajectory(client, number) for number in range(256)))
+        finally:
+            await client.close()
+    try:
+        assert all(asyncio.run(all_at_once()))
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+    assert not containers(server.pid)
 
 
 @pytest.mark.docker
