@@ -140,18 +140,22 @@ class DeepSpeedPolicy:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def save_model(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder, adapters merged (rank 0 writes, all ranks gather)."""
+    def folder_state(self) -> dict[str, Tensor]:
+        """What a Hugging Face folder of this model holds, in rank 0's host memory (elsewhere empty): plain names, adapters
+        merged, tied parameters once, experts as published. To be saved as it is (`save_original_format=False`)."""
         model = self.engine.module.model
         family = FAMILIES[model.config.model_type]
         state: dict[str, Tensor] = {}
         for name, value in self.iter_weights(_SAVE_GROUP_BYTES):
-            if self.world.is_main:
+            if self.world.is_main and not (model.config.tie_word_embeddings and name == "lm_head.weight"):
                 state[name] = family.as_stored(name, value).to("cpu", copy=True)
+        return state
+
+    def save_model(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder (rank 0 writes, all ranks gather)."""
+        state = self.folder_state()
         if self.world.is_main:
-            if model.config.tie_word_embeddings:
-                state.pop("lm_head.weight", None)   # the folder holds the embedding alone
-            model.save_pretrained(folder, state_dict=state, save_original_format=False)   # ours is what is published
+            self.engine.module.model.save_pretrained(folder, state_dict=state, save_original_format=False)
             for file in self.source.iterdir():   # tokenizer, processor, templates
                 if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and not (folder / file.name).exists():
                     if not file.name.endswith(".index.json"):
