@@ -31,6 +31,11 @@ def row(index: int, generator: torch.Generator) -> Sample:
                   (True, index % 3 > 0), vision)
 
 
+def filler() -> Sample:
+    """A row with nothing trained and one small image."""
+    return Sample([START, IMAGE, END, 1], [0] * 4, [0.0] * 4, (), (), Vision((torch.zeros(4, 384),), torch.tensor([[1, 2, 2]])))
+
+
 def main() -> None:
     folder, tokens, share = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     policy = DeepSpeedPolicy(ModelConfig(path=folder, dtype="float32"), OptimConfig(lr=1e-3), IMAGE, seed=0)
@@ -38,8 +43,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [row(i, generator) for i in range(8)]
     mine = set(range(8)[world.rank::world.size] if share == "even" else range(8) if world.is_main else [])
-    filler = Sample([START, IMAGE, END, 1], [0] * 4, [0.0] * 4, (), (), Vision((torch.zeros(4, 384),), torch.tensor([[1, 2, 2]])))
-    spec = PackingSpec(IMAGE, 2, tokens, 10_000, filler)
+    spec = PackingSpec(IMAGE, 2, tokens, 10_000, filler())
     metrics = Metrics()
     objective = HdpoObjective(HdpoConfig(), (START, IMAGE), 1.0, metrics)
     norms, losses, micro_batches = [], [], 0
