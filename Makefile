@@ -68,10 +68,11 @@ judge: install ## serve a model folder as the judge with vLLM: make judge ARGS="
 doctor: install ## versions, devices, space and services of this machine
 	$(BIN)/hdpo doctor
 
-bench: install ## short benchmarks of loss and advantages, as JSON in benchmarks/results and a table
-	mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/bench_loss.py --short --json benchmarks/results/loss.json
-	$(BIN)/python benchmarks/bench_advantages.py --short --json benchmarks/results/advantages.json
+bench: install ## short benchmarks as tables and JSON in benchmarks/results, compared with benchmarks/baselines
+	rm -rf benchmarks/results && mkdir -p benchmarks/results
+	@failed=0; for script in benchmarks/bench_*.py; do name=$${script#benchmarks/bench_}; name=$${name%.py}; \
+	    $(BIN)/python $$script --short --json benchmarks/results/$$name.json || { echo "$$name: goals missed, or not run"; failed=1; }; done; \
+	$(BIN)/python benchmarks/compare.py || failed=1; exit $$failed
 
 toy-base: install ## pretrain the demo's base model again: make toy-base ARGS="--out DIR --seed 1"
 	$(BIN)/hdpo toy-base $(ARGS)

@@ -121,8 +121,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def report(bench: str, figures: dict[str, Figure], details: dict[str, Any], path: Path | None, short: bool) -> bool:
-    """Print the table, write the JSON; True if every goal is met."""
+def report(bench: str, figures: dict[str, Figure], details: dict[str, Any], path: Path | None, short: bool,
+           keep: bool = False) -> bool:
+    """Print the table, write the JSON; True if every goal is met. keep: other figures and details in the file stay."""
     env = environment()
     print(f"\n{bench}{' (short)' if short else ''}, {env['date']}: {env['cpu']}, {env['threads']} of {env['cores']} "
           f"threads, load {env['load_1min']}, torch {env['torch']}, {env['cuda'] or 'no CUDA'}")
@@ -135,5 +136,9 @@ def report(bench: str, figures: dict[str, Figure], details: dict[str, Any], path
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"bench": bench, "short": short, "environment": env, "details": details,
                    "figures": {name: asdict(figure) for name, figure in figures.items()}}
+        if keep and path.exists():
+            held = json.loads(path.read_text())
+            for key in ("details", "figures"):
+                content[key] = held[key] | content[key]
         path.write_text(json.dumps(content, indent=1) + "\n")
     return all(figure.met is not False for figure in figures.values())

@@ -49,12 +49,17 @@ def case() -> tuple[torch.Tensor, torch.Tensor, MicroBatch]:
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, and names what would wait for a device."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.__name__.split(".")[0] in ("mm", "addmm", "addmm_")
+        name = func.__name__.split(".")[0]
+        self.count += name in ("mm", "addmm", "addmm_")
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "bincount"):
+            self.waits.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -78,7 +83,7 @@ def test_equals_the_readable_loss_in_one_pass_of_three_products_and_four_to_know
     with Products() as counted:
         (loss,) = HdpoObjective(config, BANNED, TEMPERATURE, metrics)(micro, NORMS, None if on_policy else old)(hidden, weight)
         gradients = torch.autograd.grad(loss, (hidden, weight))
-    assert counted.count == (products if on_policy else 3)
+    assert counted.count == (products if on_policy else 3) and counted.waits == []
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     for a, b in zip(gradients, torch.autograd.grad(expected, (hidden, weight))):
         assert relative(a, b) < 1e-5
@@ -90,6 +95,20 @@ def test_equals_the_readable_loss_in_one_pass_of_three_products_and_four_to_know
     assert found.get("mismatch/rows_dropped") == (pytest.approx(1 / 3) if importance == "sequence" else None)
     if importance != "none":
         assert found["mismatch/importance_capped"] == pytest.approx((d.exp() >= 1.2).float().mean().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_a_micro_batch_and_its_metrics_never_wait_for_the_device(case, importance):
+    hidden, weight = (x.detach().cuda().requires_grad_() for x in case[:2])
+    objective = HdpoObjective(HdpoConfig(importance=importance), BANNED, TEMPERATURE, Metrics())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for old in (None, case[2].rollout_log_probs):
+            objective(case[2], NORMS, old)(hidden, weight)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_log_probs_are_one_product_without_a_graph(case):

@@ -56,9 +56,9 @@ class Metrics:
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Contribute `value` (scalar) with `weight` to the mean called `name`; weight 0 contributes nothing."""
         value, weight = _detached(value), _detached(weight)
-        if isinstance(value, Tensor) or isinstance(weight, Tensor):
-            kept = torch.as_tensor(weight) != 0     # a NaN without weight (an empty micro-batch) must not count
-            numerator: Tensor | float = torch.where(kept, value * weight, 0.0)
+        numerator: Tensor | float     # a NaN without weight (an empty micro-batch) must not count
+        if isinstance(weight, Tensor):
+            numerator = torch.where(weight != 0, value * weight, 0.0)
         else:
             numerator = value * weight if weight else 0.0
         self._merge(name, "mean", [numerator, weight])

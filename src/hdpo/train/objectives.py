@@ -27,9 +27,9 @@ def ban_bias(banned_ids: tuple[int, ...], vocabulary: int, device: torch.device)
     """[V] float32: -100 at ids the engine never samples, so that both normalise over the same set."""
     if not banned_ids:
         return None
-    bias = torch.zeros(vocabulary, device=device)
+    bias = torch.zeros(vocabulary)
     bias[list(banned_ids)] = -100.0
-    return bias
+    return bias.to(device, non_blocking=True)
 
 
 class LogProbs:
