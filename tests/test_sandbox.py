@@ -262,6 +262,17 @@ def test_closing_a_session_while_its_cell_runs_answers_at_once(box: Box) -> None
     assert running.result(10).restarted and time.monotonic() - started < 5
 
 
+def test_a_cell_nobody_waits_for_any_more_ends_with_its_session_and_answers_no_later_one(box: Box) -> None:
+    one = box.session(png())
+    running = box.loop.submit(box.sandbox.run(one.name, "import time; time.sleep(1); print('late')", 60))
+    box.do(_soon())
+    running.cancel()
+    result = one.run("import time; time.sleep(1.5); print('time' in globals(), image_1.size)")
+    assert result.restarted and result.stdout == "True (64, 48)\n"
+    assert one.run("1").stdout == "1\n"
+    one.close()
+
+
 async def _soon() -> None:
     import asyncio
     await asyncio.sleep(0.2)

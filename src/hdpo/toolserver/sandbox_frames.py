@@ -88,6 +88,11 @@ class Conversation(asyncio.Protocol):
     def alive(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def asking(self) -> bool:
+        """Whether an answer is still to come."""
+        return self._answer is not None
+
     async def ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
         """The answer to one frame. Raises EOFError or FrameError; the conversation is over then."""
         if self._transport is None or self._transport.is_closing():

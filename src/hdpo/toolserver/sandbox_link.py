@@ -35,6 +35,7 @@ class SessionLink:
     def __init__(self, control: socket.socket, talk: Conversation) -> None:
         self._control, self._talk = control, talk
         self._interrupted = False
+        self._timer: asyncio.TimerHandle
 
     @classmethod
     async def open(cls, path: str, images: Sequence[bytes]) -> SessionLink:
@@ -71,12 +72,9 @@ class SessionLink:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         self._interrupted = False
-        interrupt = loop.call_at(deadline, self._interrupt)
-        kill = loop.call_at(deadline + INTERRUPT_GRACE_S, self.close)
+        self._timer = loop.call_at(deadline, self._interrupt)
         try:
             message, blobs = await self._talk.ask({"op": "run", "code": code})
-            interrupt.cancel()
-            kill.cancel()
             result = _result(message, blobs, self._interrupted)
             if self._interrupted:       # the signal must be behind us before another cell can begin
                 async with asyncio.timeout(ACKNOWLEDGE_S):
@@ -90,13 +88,18 @@ class SessionLink:
             self.close()
             raise
         finally:
-            interrupt.cancel()
-            kill.cancel()
+            self._timer.cancel()
 
     def _interrupt(self) -> None:
-        self._interrupted = True
-        with contextlib.suppress(OSError):    # a supervisor that is gone has taken the session with it
-            self._control.send(INTERRUPT)
+        if self._talk.asking:      # a loop that is late finds the answer and the deadline at the same time
+            self._interrupted = True
+            self._timer = asyncio.get_running_loop().call_later(INTERRUPT_GRACE_S, self._kill)
+            with contextlib.suppress(OSError):    # a supervisor that is gone has taken the session with it
+                self._control.send(INTERRUPT)
+
+    def _kill(self) -> None:
+        if self._talk.asking:
+            self.close()
 
     def close(self) -> None:
         self._control.close()
