@@ -6,6 +6,7 @@ seccomp. A control that this kernel or container refuses is reported by `probe`,
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import signal
@@ -147,6 +148,7 @@ _LOAD, _JEQ, _JGE, _JSET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
 
+@functools.cache
 def seccomp_program(machine: str) -> bytes:
     """BPF that answers EPERM to the calls above and to clone with new namespaces. Raises KeyError on other machines."""
     column, audit, clone = _ARCHITECTURES[machine]
@@ -256,6 +258,7 @@ def probe(work: str, importable: list[str]) -> list[str]:
         found.append("user")
         if _works(_probe_namespaces, work):
             found.append("namespaces")
-    if os.uname().machine in _ARCHITECTURES and _works(_probe_seccomp):
+    machine = os.uname().machine
+    if machine in _ARCHITECTURES and seccomp_program(machine) and _works(_probe_seccomp):   # built here, for all sessions
         found.append("seccomp")
     return found

@@ -241,6 +241,29 @@ def test_a_killed_server_leaves_no_container() -> None:
 
 
 @pytest.mark.docker
+@pytest.mark.parametrize("mode", ["docker", "docker-strict"])
+def test_every_container_of_a_server_has_all_controls_and_the_limits_asked_for(mode: str) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "hdpo.toolserver.app", "--sandbox", mode, "--tools", "python", "--container-memory", "1024",
+         "--container-cpus", "1.5"], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None and server.stdout.readline().startswith("http://")
+    found = containers(server.pid)
+    settings = [container.attrs["HostConfig"] for container in found]
+    users = [container.attrs["Config"]["User"] for container in found]
+    server.terminate()
+    assert server.wait(60) == 0
+    assert len(found) == (1 if mode == "docker" else 4)
+    for host, user in zip(settings, users):
+        assert host["NetworkMode"] == "none" and host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"]
+        assert not host["Privileged"] and not host["CapAdd"] and not user.startswith("0")
+        assert (host["Memory"], host["MemorySwap"], host["NanoCpus"]) == (1 << 30, 1 << 30, 1_500_000_000)
+        assert host["PidsLimit"] == (2048 if mode == "docker" else 128) and host["IpcMode"] == "private"
+        assert "no-new-privileges:true" in host["SecurityOpt"]
+        assert any(option.startswith("seccomp=") for option in host["SecurityOpt"]) == (mode == "docker")
+        assert [bind.split(":")[1] for bind in host["Binds"]] == ["/run/hdpo"]
+
+
+@pytest.mark.docker
 def test_strict_mode_gives_each_session_a_container_of_its_own_and_keeps_some_warm() -> None:
     from hdpo.adapters.docker_sandbox import DockerSandbox
     box = Box("docker", DockerSandbox(mode="strict", warm=2))
