@@ -7,9 +7,14 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdpo.train.planning import Budget, RowCost, plan
+from hdpo.train.planning import Budget, RowCost, plan, row_work
 
-ROWS = st.lists(st.builds(RowCost, st.integers(1, 100), st.integers(0, 50), st.integers(0, 999), st.integers(0, 2)), max_size=60)
+
+def cost(tokens: int, patches: int, nbytes: int, owner: int) -> RowCost:
+    return RowCost(tokens, patches, row_work(tokens, patches), nbytes, owner)
+
+
+ROWS = st.lists(st.builds(cost, st.integers(1, 100), st.integers(0, 50), st.integers(0, 999), st.integers(0, 2)), max_size=60)
 
 
 def works(rows: list[RowCost], plan_: list[list[list[int]]]) -> list[list[int]]:
@@ -24,7 +29,7 @@ def agent_rows(ranks: int, prompts: int = 64, seed: int = 0) -> list[RowCost]:
         owner, prompt = coin.randrange(ranks), int(coin.lognormvariate(8, 0.5))
         for _ in range(16):
             tokens = min(24_000, prompt + int(coin.lognormvariate(7.2, 0.8)))
-            rows.append(RowCost(tokens, 2 * prompt, 12_288 * prompt + 13 * tokens, owner))
+            rows.append(cost(tokens, 2 * prompt, 12_288 * prompt + 13 * tokens, owner))
     return rows
 
 
@@ -60,12 +65,12 @@ def test_eight_ranks_have_equal_work_at_every_micro_step_and_few_bytes_move() ->
 
 
 def test_rows_stay_where_they_are_when_ranks_have_equal_work() -> None:
-    rows = [RowCost(100 + i, 8, 1000, rank) for i in range(20) for rank in range(4)]
+    rows = [cost(100 + i, 8, 1000, rank) for i in range(20) for rank in range(4)]
     assert all(rows[i].owner == rank for rank, bins in enumerate(plan(rows, 4, Budget(500, 1000))) for i in chain(*bins))
 
 
 def test_what_is_dear_to_move_stays() -> None:
-    rows = [RowCost(100, 0, 10 if i % 2 else 9999, 0) for i in range(8)]
+    rows = [cost(100, 0, 10 if i % 2 else 9999, 0) for i in range(8)]
     bins = plan(rows, 2, Budget(1000, 1000))[1]
     assert all(i % 2 for i in chain(*bins)) and len(list(chain(*bins))) == 4
 

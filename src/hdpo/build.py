@@ -75,7 +75,7 @@ class Stage(contextlib.ExitStack):
         config = self.config
         tasks = TaskStream(config.data.train, self.chat, config.data, seed=config.run.seed)
         held_out = self.held_out()
-        check_split(config)
+        check_rl(config, self.chat)
         policy = self._policy()
         world = policy.world
         background, backend = self._tools(world)
@@ -240,15 +240,18 @@ def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
         response_budget=config.rollout.max_response_tokens, positions=chat.family.positions)
 
 
-def check_split(config: Config) -> None:
-    """Prompts and mini-batches must divide over the ranks, so that every rank steps in time with the others."""
-    size = World().size
-    for name, value in (("rollout.prompts_per_step", config.rollout.prompts_per_step),
-                        ("optim.mini_batch_prompts", config.optim.mini_batch_prompts)):
-        if value % size:
-            raise ConfigError(f"{name} ({value}) must be a multiple of the number of ranks ({size})")
+def check_rl(config: Config, chat: ChatFormat) -> None:
+    """There must be prompts, and the largest rollout there can be must fit into a micro-batch, because it is trained whole."""
     if not config.data.train:
         raise DataError("data.train is empty: name parquet files of training rows (TRAIN_DATA)")
+    image_tokens = config.rollout.max_images * chat.max_pixels // chat.factor**2 if chat.sees else 0
+    patches = min(config.max_model_len, image_tokens) * chat.merge_size**2
+    for name, budget, need in (
+            ("batch.tokens_per_micro_batch", config.batch.tokens_per_micro_batch, config.max_model_len),
+            ("batch.patches_per_micro_batch", config.batch.patches_per_micro_batch, patches)):
+        if budget < need:
+            raise ConfigError(f"{name} ({budget}) must be at least {need}: so large can one rollout be, by "
+                              "data.max_prompt_tokens, rollout.max_response_tokens and rollout.max_images")
 
 
 def check_shared_folder(run: Path, world: World) -> None:

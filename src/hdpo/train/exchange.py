@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hdpo.train.planning import Plan, RowCost
+from hdpo.train.planning import Plan, RowCost, row_work
 from hdpo.train.world import World
 from hdpo.types import Sample, Vision
 
@@ -21,8 +21,9 @@ BYTES_PER_TOKEN = 4 + 1 + 8
 def row_cost(sample: Sample, owner: int) -> RowCost:
     """What planning needs of a row that rank `owner` has."""
     pixels = sample.vision.pixels if sample.vision is not None else ()
-    return RowCost(tokens=len(sample.token_ids), patches=sum(map(len, pixels)),
-                   nbytes=BYTES_PER_TOKEN * len(sample.token_ids) + sum(p.nbytes for p in pixels), owner=owner)
+    tokens, patches = len(sample.token_ids), sum(map(len, pixels))
+    return RowCost(tokens, patches, row_work(tokens, patches),
+                   nbytes=BYTES_PER_TOKEN * tokens + sum(p.nbytes for p in pixels), owner=owner)
 
 
 def collect_rows(rows: Sequence[Sequence[Sample]], costs: Sequence[Sequence[RowCost]], plans: Sequence[Plan],

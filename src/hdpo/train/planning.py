@@ -22,10 +22,13 @@ ATTENTION_TOKENS = 40_000
 PATCHES_PER_TOKEN = 8
 """Image patches that cost as much as one token: 11 for Qwen3-VL-8B (0.8 GFLOP a patch, 1.3 with the attention inside a
 large image, against 14), 4 for 2B. Neither constant needs to be exact: rows of a step are alike enough that a factor of
-two changes the balance by less than a per cent (benchmarks/bench_batching.py)."""
+two costs 1.6 % of sync efficiency (benchmarks/bench_batching.py)."""
 SLACK = 200
 """A rank may have 1/SLACK more than its part of the work before rows of it are moved to another."""
 
+
+MOST_TRIED = 16
+"""Swaps of two micro-batches that are tried for room."""
 
 Plan = list[list[list[int]]]
 """[rank][micro-batch] -> indices of rows."""
@@ -36,13 +39,14 @@ class RowCost(NamedTuple):
 
     tokens: int
     patches: int
+    work: int                  # see row_work
     nbytes: int                # to be moved, were another rank to compute the row
     owner: int                 # the rank that has the row
 
-    @property
-    def work(self) -> int:
-        """In tokens of a short text row."""
-        return self.tokens + self.tokens * self.tokens // ATTENTION_TOKENS + self.patches // PATCHES_PER_TOKEN
+
+def row_work(tokens: int, patches: int) -> int:
+    """How long a row takes, in tokens of a short text row."""
+    return tokens + tokens * tokens // ATTENTION_TOKENS + patches // PATCHES_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,64 +62,100 @@ class Budget:
 
 
 def plan(rows: Sequence[RowCost], num_ranks: int, budget: Budget) -> Plan:
-    """The micro-batches of every rank, as indices into `rows`; the same number of micro-batches, at least one, on every rank.
+    """The micro-batches of every rank, as indices into `rows`; the same number, at least one, on every rank.
 
     Every row is planned once. No micro-batch exceeds the budget; only a row that does so alone gets one to itself.
     """
     shares = share(rows, num_ranks)
-    count = max([1, *(_fewest(rows, mine, budget) for mine in shares)])
+    count = max([1, *(_fewest([rows[i] for i in mine], budget) for mine in shares)])
     while True:
-        dealt = [deal(rows, mine, count, budget) for mine in shares]
-        if None not in dealt:
-            return [bins for bins in dealt if bins is not None]
+        dealt = []
+        for mine in shares:
+            bins = deal(rows, mine, count, budget)
+            if bins is None:
+                break
+            dealt.append(bins)
+        else:
+            return [_even(rows, bins, budget) for bins in dealt]
         count += 1
 
 
 def share(rows: Sequence[RowCost], num_ranks: int) -> list[list[int]]:
-    """The rows of each rank: about equal work, few bytes moved."""
-    works = [row.work for row in rows]
-    limit = sum(works) * (SLACK + 1) // (SLACK * num_ranks)
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads, moving = [0] * num_ranks, []
-    for index in sorted(range(len(rows)), key=lambda i: -rows[i].nbytes / works[i]):
-        owner = rows[index].owner
-        if loads[owner] + works[index] <= limit:
-            loads[owner] += works[index]
-            shares[owner].append(index)
+    """The rows of each rank, by falling work: about equal work, few bytes moved."""
+    limit = sum(row.work for row in rows) * (SLACK + 1) // (SLACK * num_ranks)
+    loads, ranks, moving = [0] * num_ranks, [0] * len(rows), set()
+    worth = [-row.nbytes / row.work for row in rows]
+    for index in sorted(range(len(rows)), key=worth.__getitem__):
+        _, _, work, _, owner = rows[index]
+        if loads[owner] + work <= limit:
+            loads[owner] += work
+            ranks[index] = owner
         else:
-            moving.append(index)
+            moving.add(index)
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
-    for index in sorted(moving, key=lambda i: -works[i]):
-        load, rank = heap[0]
-        shares[rank].append(index)
-        heapq.heapreplace(heap, (load + works[index], rank))
+    work_of = [row.work for row in rows]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    for index in sorted(range(len(rows)), key=work_of.__getitem__, reverse=True):
+        if index in moving:
+            load, ranks[index] = heap[0]
+            heapq.heapreplace(heap, (load + work_of[index], ranks[index]))
+        shares[ranks[index]].append(index)
     return shares
 
 
 def deal(rows: Sequence[RowCost], mine: Sequence[int], num_bins: int, budget: Budget) -> list[list[int]] | None:
-    """`mine` over `num_bins` micro-batches, those with the most work first; None when they do not suffice."""
+    """`mine`, given by falling work, each onto the lightest micro-batch that has room. None when none has."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    heap = [(0, b, 0, 0) for b in range(num_bins)]   # (work, bin, tokens, patches)
-    for index in sorted(mine, key=lambda i: (-rows[i].work, i)):
-        row, full = rows[index], []
+    tokens, patches = [0] * num_bins, [0] * num_bins
+    heap = [(0, b) for b in range(num_bins)]
+    for index in mine:
+        more_tokens, more_patches, work, _, _ = rows[index]
+        full = []
         while heap:
-            work, b, tokens, patches = heapq.heappop(heap)
-            tokens, patches = tokens + row.tokens, patches + row.patches
-            if budget.fits(tokens, patches) or not bins[b]:
+            load, b = heap[0]
+            if not bins[b] or budget.fits(tokens[b] + more_tokens, patches[b] + more_patches):
                 bins[b].append(index)
-                heapq.heappush(heap, (work + row.work, b, tokens, patches))
+                tokens[b] += more_tokens
+                patches[b] += more_patches
+                heapq.heapreplace(heap, (load + work, b))
                 break
-            full.append((work, b, tokens - row.tokens, patches - row.patches))
+            full.append(heapq.heappop(heap))
         else:
             return None
         for entry in full:
             heapq.heappush(heap, entry)
-    order = {b: work for work, b, _, _ in heap}
-    return [sorted(bins[b]) for b in sorted(order, key=lambda b: (-order[b], b))]
+    return bins
 
 
-def _fewest(rows: Sequence[RowCost], mine: Sequence[int], budget: Budget) -> int:
+def _even(rows: Sequence[RowCost], bins: list[list[int]], budget: Budget) -> list[list[int]]:
+    """Swap a row of the heaviest micro-batch with one of the lightest, while that brings the two closer to each other.
+
+    Returns them by falling work, so that a micro-step is alike on all ranks.
+    """
+    def fits(bin_: Sequence[int], gets: int, gives: int) -> bool:
+        kept = [rows[i] for i in bin_ if i != gives] + [rows[gets]]
+        return budget.fits(sum(row.tokens for row in kept), sum(row.patches for row in kept))
+
+    loads = [sum(rows[i].work for i in bin_) for bin_ in bins]
+    close = sum(loads) // (len(bins) * SLACK)
+    for _ in bins:
+        gap = max(loads) - min(loads)
+        heavy, light = loads.index(max(loads)), loads.index(min(loads))
+        lighter = [(rows[b].work, b) for b in bins[light]]
+        pairs = [(abs(gap - 2 * (rows[a].work - work)), a, b) for a in bins[heavy] for work, b in lighter]
+        left, a, b = next((pair for pair in sorted(pairs)[:MOST_TRIED]
+                           if fits(bins[heavy], pair[2], pair[1]) and fits(bins[light], pair[1], pair[2])), (gap, 0, 0))
+        if gap <= close or left >= gap:
+            break
+        for bin_, gives, gets in ((heavy, a, b), (light, b, a)):
+            bins[bin_].remove(gives)
+            bins[bin_].append(gets)
+            loads[bin_] += rows[gets].work - rows[gives].work
+    return [sorted(bins[b]) for b in sorted(range(len(bins)), key=lambda b: -loads[b])]
+
+
+def _fewest(rows: Sequence[RowCost], budget: Budget) -> int:
     """A lower bound on the micro-batches of a rank."""
-    tokens, patches = sum(rows[i].tokens for i in mine), sum(rows[i].patches for i in mine)
+    tokens, patches = sum(row.tokens for row in rows), sum(row.patches for row in rows)
     return max(-(-tokens // budget.max_tokens), -(-patches // budget.max_patches))
