@@ -21,6 +21,7 @@ settings.load_profile("hdpo")
 
 if TYPE_CHECKING:
     from hdpo.agent.chat import ChatFormat
+    from hdpo.data.toyworld import World
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>")
@@ -83,3 +84,22 @@ def chat(tiny_folder: Path) -> ChatFormat:
     """Images of 16 x 16 to 64 x 64 pixels: 1 to 16 tokens each."""
     from hdpo.agent.chat import load_chat_format
     return load_chat_format(str(tiny_folder), min_pixels=256, max_pixels=4096)
+
+
+@pytest.fixture(scope="session")
+def toy_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A small embedded world."""
+    from hdpo.data.toyworld import make_world
+    return make_world(tmp_path_factory.mktemp("world"), seed=5, train_rows=60, val_rows=20, demos=600)
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory: pytest.TempPathFactory, toy_world: World) -> Path:
+    """Enough SFT on two ranks for well-formed tool calls; the run's folder. It takes a minute: tests share it."""
+    from launching import BASE, accelerate, settings
+    folder = tmp_path_factory.mktemp("runs")
+    done = accelerate("launch/train_sft.py", ["--config", "launch/configs/demo_sft.yaml", *settings(
+        run__folder=folder, run__name="sft", model__path=BASE, data__train=f"[{toy_world.demos}]", optim__steps=24,
+        optim__rows_per_step=48, optim__lr=1e-3)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "sft"

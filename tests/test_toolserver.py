@@ -479,7 +479,7 @@ def test_a_server_open_to_other_machines_needs_a_token() -> None:
 
 def test_an_unreachable_server_is_our_failure_not_the_policys() -> None:
     async def go() -> None:
-        client = ToolClient("http://127.0.0.1:9", timeout=5, retries=1)
+        client = ToolClient("http://127.0.0.1:9", timeout=1, retries=1)
         await client.finish("x")      # never raises
         try:
             await client.call("x", python("1"), task())

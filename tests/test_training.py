@@ -3,20 +3,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import resources
 from pathlib import Path
 
 import pytest
 from launching import accelerate, settings
 
-from hdpo.data.toyworld import World, make_world
+from hdpo.data.toyworld import World
 from hdpo.train.checkpoint import step_folders
 from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-BASE = Path(str(resources.files("hdpo"))) / "assets" / "toy-base"
 
 
 def update_once(model: Path, tokens: int, share: str, ranks: int) -> dict:
@@ -40,19 +37,13 @@ def test_optimizer_steps_are_the_same_for_any_split_over_micro_batches_and_ranks
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), seed=5, train_rows=60, val_rows=20, demos=600)
+def world(toy_world: World) -> World:
+    return toy_world
 
 
 @pytest.fixture(scope="module")
-def sft(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
-    """Enough SFT on two ranks for well-formed tool calls; the run's folder."""
-    folder = tmp_path_factory.mktemp("runs")
-    done = accelerate("launch/train_sft.py", ["--config", "launch/configs/demo_sft.yaml", *settings(
-        run__folder=folder, run__name="sft", model__path=BASE, data__train=f"[{world.demos}]", optim__steps=24,
-        optim__rows_per_step=48, optim__lr=1e-3)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "sft"
+def sft(sft_run: Path) -> Path:
+    return sft_run
 
 
 def rl_settings(sft: Path, world: World, name: str, **values: object) -> list[str]:

@@ -32,7 +32,7 @@ from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.train.batching import PackingSpec
 from hdpo.train.checkpoint import step_folders
 from hdpo.train.metrics import JsonlSink
-from hdpo.train.nodes import wait_for_ranks
+from hdpo.train.nodes import choose_interface
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
@@ -96,7 +96,7 @@ class Stage(contextlib.ExitStack):
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
-        wait_for_ranks()
+        choose_interface()
         world = self.world.connect()
         held_out = self.held_out()
         if not held_out:
@@ -116,7 +116,7 @@ class Stage(contextlib.ExitStack):
         from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 
         config = self.config
-        wait_for_ranks()
+        choose_interface()
         policy = DeepSpeedPolicy(config.model, config.optim, self.chat.image_token_id, config.run.seed, self.world)
         self.callback(policy.close)
         if policy.world.is_main:

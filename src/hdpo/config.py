@@ -88,7 +88,8 @@ class ToolsConfig(Section):
         "docker-strict gives each session a container of its own.")
     call_timeout_s: float = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
     python_timeout_s: float = Field(20.0, description="Wall clock of one Python cell, seconds.")
-    retries: int = Field(2, description="Further attempts at a call that never reached the server.")
+    retries: int = Field(
+        2, description="Further attempts at a call that broke off; an unreachable server is waited for until call_timeout_s.")
     max_image_searches: int = Field(1, description="Image searches per trajectory; later ones get a fixed reply.")
     search_provider: str = Field("auto", description="serper, serpapi, brightdata or embedded (SEARCH_PROVIDER); auto: by key.")
     text_index: str = Field("", description="SQLite FTS5 file of the embedded text search.")

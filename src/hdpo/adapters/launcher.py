@@ -17,6 +17,7 @@ from types import FrameType
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistStoreError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from hdpo.errors import UserError
@@ -62,10 +63,15 @@ def main(argv: Sequence[str]) -> int:
     signals = Signals()
     try:
         nodes, node = arguments.num_machines or 1, arguments.machine_rank or 0
+        if nodes > 1:
+            arguments.rdzv_conf = arguments.rdzv_conf or f"timeout={join_timeout_s():.0f}"
         if nodes > 1 and node > 0:
             wait_for_master(arguments.main_process_ip, arguments.main_process_port, node, join_timeout_s())
         launch_command(arguments)
         status = 0
+    except DistStoreError:
+        return _say(f"node {node}: not all of {nodes} nodes came to {arguments.main_process_ip}:{arguments.main_process_port} "
+                    f"within {join_timeout_s():g} s; start the same command on each, with its own NODE_RANK, or set NNODES", 2)
     except (UserError, ConnectionError) as exc:    # ConnectionError: accelerate found the port taken
         return _say(str(exc), 2)
     except ChildFailedError as exc:

@@ -23,6 +23,8 @@ from hdpo.types import Task
 
 BUSY = (429, 503)
 """Statuses by which a healthy server asks to come back later; waited out until the deadline."""
+UNREACHED = 0
+"""No connection: the server is down or restarting and can't have executed anything; waited out until the deadline too."""
 BROKEN = (500, 502, 504)
 """Statuses that count as failed attempts."""
 MAX_BACKOFF_S = 5.0
@@ -32,8 +34,8 @@ FINISH_TIMEOUT_S = 15.0
 class ToolClient:
     """One per process. Its methods run in one event loop; the HTTP session is created by the first of them.
 
-    `timeout` is the deadline of one call with all its attempts, seconds; `retries` are further attempts after a
-    transport error; `token` is sent as a bearer token.
+    `timeout` is the deadline of one call with all its attempts, seconds, which an outage of the server may last; `retries`
+    are further attempts after a connection broke or the server failed; `token` is sent as a bearer token.
     """
 
     def __init__(self, url: str, timeout: float = 400.0, retries: int = 2, token: str | None = None) -> None:
@@ -75,7 +77,7 @@ class ToolClient:
         self._known.discard(trajectory_id)
         with contextlib.suppress(ToolServerError, TimeoutError):
             async with asyncio.timeout(FINISH_TIMEOUT_S):
-                await self._post(Call(trajectory_id, "", uuid.uuid4().hex, finish=True))
+                await self._post(Call(trajectory_id, "", uuid.uuid4().hex, finish=True), patient=False)
 
     async def close(self) -> None:
         self._closed = True
@@ -83,7 +85,7 @@ class ToolClient:
             await self._session.close()
             self._session = None
 
-    async def _post(self, call: Call) -> Reply:
+    async def _post(self, call: Call, patient: bool = True) -> Reply:
         body = json.dumps(request_json(call)).encode()
         failures, waits = 0, 0
         while True:
@@ -94,9 +96,9 @@ class ToolClient:
                     return reply
                 except (WireError, ValueError) as exc:
                     raise ToolServerError(f"{self.url}: not a tool server's answer: {exc}") from exc
-            if status in BUSY:
+            if status in BUSY or (status == UNREACHED and patient):
                 waits += 1
-            elif status is None or status in BROKEN:
+            elif status in (None, UNREACHED) or status in BROKEN:
                 failures += 1
                 if failures > self.retries:
                     raise ToolServerError(f"{self.url}: {problem} ({failures} attempts)")
@@ -106,7 +108,7 @@ class ToolClient:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     async def _attempt(self, body: bytes) -> tuple[int | None, str, Any]:
-        """(status or None, what went wrong, JSON body of a 200)."""
+        """(status, UNREACHED, or None for a broken connection; what went wrong; JSON body of a 200)."""
         if self._closed:
             raise ToolServerError(f"{self.url}: the client is closed")
         if self._session is None:
@@ -118,6 +120,8 @@ class ToolClient:
                 if response.status == 200:
                     return 200, "", await response.json(content_type=None)
                 return response.status, f"HTTP {response.status}: {(await response.text())[:500]}", None
+        except aiohttp.ClientConnectorError as exc:
+            return UNREACHED, str(exc), None
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             return None, str(exc) or type(exc).__name__, None
 

@@ -1,12 +1,11 @@
 """Several nodes find each other: bounded waits that end in one line, and the network interface to talk over.
 
-A launcher that can't reach node 0, or a node that never comes, otherwise shows as a time-out of minutes to half an hour
-inside a collective, with a traceback. Standard library only, besides the store that the launcher already runs.
+A launcher that can't reach node 0 otherwise shows as a time-out after many minutes, with a traceback. Standard library
+only.
 """
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import os
 import socket
@@ -45,37 +44,13 @@ def wait_for_master(address: str, port: int, node: int, timeout_s: float) -> Non
         time.sleep(0.2)
 
 
-def wait_for_ranks(timeout_s: float | None = None) -> None:
-    """Return once the ranks of all nodes have been started, or raise ConfigError that names the nodes which have not.
-
-    Asks the launcher's store, before torch.distributed is initialised; without a launcher, or on one node, does nothing.
-    """
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    if nodes == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    from torch.distributed import TCPStore
-
-    use_interface_towards(os.environ["MASTER_ADDR"])
-    limit = join_timeout_s() if timeout_s is None else timeout_s
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=limit), wait_for_workers=False)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store.add(f"hdpo/{attempt}/node/{os.environ['GROUP_RANK']}", 1)
-    deadline = time.monotonic() + limit
-    while missing := [node for node in range(nodes) if not store.check([f"hdpo/{attempt}/node/{node}"])]:
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {nodes} did not come to "
-                f"{address}:{port} within {limit:g} s; start the same command there, with NODE_RANK={missing[0]}, or set NNODES")
-        time.sleep(0.2)
-
-
-def use_interface_towards(address: str) -> None:
-    """Let gloo and NCCL talk over the interface that reaches node 0, unless the user has named one.
+def choose_interface() -> None:
+    """On several nodes, let gloo and NCCL talk over the interface that reaches node 0, unless the user has named one.
 
     Both otherwise take what the host's own name resolves to, which is a loopback address on many machines.
     """
-    name = interface_towards(address)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    name = interface_towards(os.environ["MASTER_ADDR"]) if several and "MASTER_ADDR" in os.environ else ""
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

@@ -1,0 +1,251 @@
+"""Launch scripts and several nodes: two nodes on one machine, each in its own network namespace where that is allowed."""
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import BASE, ROOT, Running, accelerate, command, settings
+
+from hdpo.data.toyworld import World
+from hdpo.train.checkpoint import step_folders
+from hdpo.train.dump import read_rollouts
+from hdpo.train.metrics import read_metrics
+from hdpo.train.nodes import interface_towards
+
+METIS = str(ROOT / "launch" / "train_metis.sh")
+VARIABLES = ("MODEL_PATH", "TRAIN_DATA", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "RUN_NAME",
+             "RUN_FOLDER", "MAX_RESTARTS", "CONFIG", "WANDB_API_KEY", "n")
+
+
+def script(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in VARIABLES} | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_train_metis_turns_the_references_variables_into_one_launch() -> None:
+    done = script(METIS, "0.2", "--set", "optim.steps=3", PYTHON="/bin/echo", MODEL_PATH="/models/sft", NNODES="2", NODE_RANK="1",
+                  MASTER_ADDR="10.0.0.1", MASTER_PORT="6379", GPUS_PER_NODE="8", RUN_FOLDER="/shared", n="8", MAX_RESTARTS="2")
+    assert done.returncode == 0, done.stderr
+    for part in ("-m hdpo.adapters.launcher --config_file launch/accelerate/zero3.yaml", "--num_machines 2 --machine_rank 1",
+                 "--main_process_ip 10.0.0.1 --main_process_port 6379", "--num_processes 16 --max_restarts 2",
+                 "launch/train_rl.py --config launch/configs/metis_8b_rl.yaml --set hdpo.w_tool=0.2",
+                 "--set run.name=hdpo_sft_wtool0.2 --set run.folder=/shared --set rollout.group_size=8 --set optim.steps=3"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"GPUS_PER_NODE": "8"}, "set MODEL_PATH"),
+    ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "0"}, "no GPU found; set GPUS_PER_NODE"),
+    ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "8", "NNODES": "2"}, "NNODES=2 needs MASTER_ADDR")])
+def test_a_missing_variable_is_named_before_anything_starts(environment: dict[str, str], message: str) -> None:
+    done = script(METIS, PYTHON="/bin/echo", **environment)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_slurm_script_runs_train_metis_on_every_node_with_its_rank(tmp_path: Path) -> None:
+    """With stand-ins for the two Slurm commands it calls."""
+    for name, body in (("scontrol", "printf 'node7\\nnode8\\n'"),
+                       ("srun", 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = script("bash", "launch/slurm.sbatch", "0.1", PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON="/bin/echo",
+                  MODEL_PATH="/m", GPUS_PER_NODE="4", SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="12",
+                  SLURM_JOB_NODELIST="node[7-8]")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 2, done.stderr
+    for rank, line in enumerate(lines):
+        assert f"--num_machines 2 --machine_rank {rank} --main_process_ip node7 --main_process_port 20012" in line
+        assert "--num_processes 8" in line and "--set hdpo.w_tool=0.1" in line
+
+
+@pytest.mark.parametrize(("address", "message"), [
+    ("127.0.0.1", "no answer from MASTER_ADDR 127.0.0.1, MASTER_PORT 9, within 1 s (Connection refused); is NODE_RANK=0 running"),
+    ("no-such-host.invalid", "MASTER_ADDR no-such-host.invalid is no known host name or address")])
+def test_an_unreachable_node_0_is_one_line_within_a_bounded_time(address: str, message: str) -> None:
+    done = script(METIS, PYTHON=sys.executable, MODEL_PATH="/m", NNODES="2", NODE_RANK="1", MASTER_ADDR=address, MASTER_PORT="9",
+                  GPUS_PER_NODE="1", JOIN_TIMEOUT_S="1", OMP_NUM_THREADS="1")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("hdpo: error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_node_that_never_comes_is_one_line_within_a_bounded_time() -> None:
+    done = script(METIS, PYTHON=sys.executable, MODEL_PATH="/m", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=str(free_port()), GPUS_PER_NODE="1", JOIN_TIMEOUT_S="1", OMP_NUM_THREADS="1",
+                  ACCELERATE_CONFIG="launch/accelerate/cpu2.yaml")
+    assert done.returncode == 2 and "not all of 2 nodes came to 127.0.0.1" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_interface_towards_node_0_is_the_one_that_routes_there() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no-such-host.invalid") == ""
+
+
+def test_a_user_error_on_every_rank_is_the_last_word_without_a_traceback() -> None:
+    done = accelerate("launch/train_sft.py", ["--config", "launch/configs/demo_sft.yaml", "--set", "model.path=/nowhere"], 2)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("error: model.path: no such folder: /nowhere")
+    assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
+
+
+# -- two nodes ---------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+class Nodes:
+    """Two machines as far as a trainer can tell: network namespaces joined by a cable, HOME and TMPDIR of their own.
+
+    Without the right to make namespaces: two launchers with their own rendezvous on one network.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tag = folder, f"hdpo{os.getpid() % 100000}"
+        self.namespaces = self._join()
+        self.address = "10.213.7.1" if self.namespaces else "127.0.0.1"
+        for node in (0, 1):
+            for name in ("home", "tmp"):
+                (folder / f"node{node}" / name).mkdir(parents=True)
+
+    def _join(self) -> bool:
+        a, b = (f"{self.tag}{i}" for i in (0, 1))
+        steps = [f"netns add {a}", f"netns add {b}", f"link add {a} netns {a} type veth peer name {b} netns {b}"]
+        for i, name in enumerate((a, b)):
+            steps += [f"-n {name} address add 10.213.7.{i + 1}/24 dev {name}", f"-n {name} link set {name} up",
+                      f"-n {name} link set lo up"]
+        if os.geteuid() or not shutil.which("ip"):
+            return False
+        for step in steps:
+            if subprocess.run(["ip", *step.split()], capture_output=True).returncode:
+                self.close()
+                return False
+        return True
+
+    def start(self, node: int, arguments: list[str], port: int, **environment: str) -> Running:
+        """`arguments` are launched on a node with the reference's variables set."""
+        own = self.folder / f"node{node}"
+        inside = ["ip", "netns", "exec", f"{self.tag}{node}"] if self.namespaces else []
+        variables = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": self.address, "MASTER_PORT": str(port),
+                     "GPUS_PER_NODE": "1", "HOME": str(own / "home"), "TMPDIR": str(own / "tmp"), "PYTHON": sys.executable,
+                     "ACCELERATE_CONFIG": str(ROOT / "launch/accelerate/cpu2.yaml"),
+                     "CONFIG": str(ROOT / "launch/configs/demo_rl.yaml")}
+        return Running([*inside, *arguments], own / f"log{port}", variables | environment, ranks=2)
+
+    def run(self, arguments: list[list[str]], **environment: str) -> tuple[list[int], list[Running]]:
+        """Exit statuses and outputs of both nodes, the second one started first."""
+        port = free_port()
+        running = [self.start(node, [part.replace("{port}", str(port)) for part in arguments[node]], port, **environment)
+                   for node in (1, 0)][::-1]
+        try:
+            return [node.end(300) for node in running], running
+        finally:
+            for node in running:
+                node.kill()
+
+    def close(self) -> None:
+        for i in (0, 1):
+            subprocess.run(["ip", "netns", "delete", f"{self.tag}{i}"], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    nodes = Nodes(tmp_path_factory.mktemp("nodes"))
+    yield nodes
+    nodes.close()
+
+
+def sft_arguments(world: World, folder: Path) -> list[str]:
+    return ["--config", "launch/configs/demo_sft.yaml", *settings(
+        run__folder=folder, run__name="sft", model__path=BASE, data__train=f"[{world.demos}]", optim__steps=1,
+        optim__rows_per_step=8)]
+
+
+@pytest.fixture(scope="module")
+def two_nodes_sft(nodes: Nodes, toy_world: World) -> Path:
+    """One SFT step on two nodes; the run's folder."""
+    shared = nodes.folder / "shared"
+    statuses, running = nodes.run([
+        command("launch/train_sft.py", sft_arguments(toy_world, shared), 2, "--num_machines", "2", "--machine_rank", str(node),
+                "--main_process_ip", nodes.address, "--main_process_port", "{port}") for node in (0, 1)])
+    assert statuses == [0, 0], [node.text()[-2000:] for node in running]
+    return shared / "sft"
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_two_nodes_take_the_same_sft_step_as_two_ranks_of_one(two_nodes_sft: Path, toy_world: World, tmp_path: Path) -> None:
+    done = accelerate("launch/train_sft.py", sft_arguments(toy_world, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [(step_folders(run)[-1] / "model.safetensors").read_bytes() for run in (two_nodes_sft, tmp_path / "sft")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_train_metis_takes_an_rl_step_on_two_nodes_with_a_tool_server_on_each(
+        nodes: Nodes, two_nodes_sft: Path, toy_world: World) -> None:
+    folder = two_nodes_sft.parent
+    statuses, running = nodes.run([[METIS, "0.15", *settings(
+        rollout__engine="hf", rollout__prompts_per_step=4, rollout__group_size=2, optim__mini_batch_prompts=4, optim__steps=1,
+        eval__before="false", tools__text_index=toy_world.text_index, tools__image_index=toy_world.image_index)]] * 2,
+        MODEL_PATH=str(step_folders(two_nodes_sft)[-1]), TRAIN_DATA=f"[{toy_world.train}]", RUN_FOLDER=str(folder), RUN_NAME="rl")
+    assert statuses == [0, 0], [node.text()[-2000:] for node in running]
+    run = folder / "rl"
+    assert len(read_rollouts(run / "rollouts" / "step_000001.parquet")) == 4 * 2     # of both nodes
+    assert {file.name for file in run.glob("tool_server_*.log")} == {"tool_server_0.log", "tool_server_1.log"}
+    (row,) = [row for row in read_metrics(run / "metrics.jsonl") if "actor/grad_norm" in row]
+    assert row["mismatch/ratio_max"] < 1 + 1e-3      # the largest of both nodes: each sampled with the trainer's weights
+    assert {"config.json", "model.safetensors", "trainer"} <= {file.name for file in step_folders(run)[-1].iterdir()}
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_run_folder_that_nodes_do_not_share_is_refused_in_one_line(nodes: Nodes, toy_world: World) -> None:
+    statuses, running = nodes.run([
+        command("launch/train_sft.py", sft_arguments(toy_world, nodes.folder / f"node{node}"), 2, "--num_machines", "2",
+                "--machine_rank", str(node), "--main_process_ip", nodes.address, "--main_process_port", "{port}")
+        for node in (0, 1)])
+    assert statuses == [2, 2]
+    for node in running:
+        assert "is not the folder that node 0 writes; set run.folder to one that all nodes share" in node.lines("hdpo")[-1]
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_ctrl_c_in_the_demos_rl_phase_finishes_the_step_saves_and_leaves_no_process(tmp_path: Path) -> None:
+    small = ["rollout.prompts_per_step=2", "rollout.group_size=2", "optim.mini_batch_prompts=2", "rollout.engine=hf",
+             "eval.before=false", "eval.after=false", "checkpoint.every_steps=100"]
+    arguments = [sys.executable, "-m", "hdpo", "demo", "--run", str(tmp_path / "demo"), "--set-sft", "optim.steps=1",
+                 "--set-sft", "optim.rows_per_step=8", *(part for item in small for part in ("--set-rl", item))]
+    running = Running(arguments, tmp_path / "log", {})
+    metrics = tmp_path / "demo" / "metrics.jsonl"
+    try:
+        running.until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
+        processes = psutil.Process(running.process.pid).children(recursive=True)
+        os.killpg(running.process.pid, signal.SIGINT)      # as a terminal does; ranks are in sessions of their own
+        assert running.end() == 130
+        assert psutil.wait_procs(processes, timeout=20)[1] == []
+    finally:
+        running.kill()
+    (checkpoint,) = step_folders(tmp_path / "demo")
+    done = int(checkpoint.name.removeprefix("step_"))
+    assert len(metrics.read_text().splitlines()) == done >= 1
+    assert running.lines("stopped after step") == [f"stopped after step {done}; the same command goes on from there"]
+    assert len(running.lines("hdpo")) == 1 and "interrupted" in running.lines("hdpo")[0]
+    assert "Traceback" not in running.text()
