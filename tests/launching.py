@@ -23,7 +23,7 @@ def command(script: str, arguments: Sequence[str], ranks: int = 2, *options: str
             "--num_processes", str(ranks), "--main_process_port", "0", *options, str(ROOT / script), *arguments]
 
 
-def accelerate(script: str, arguments: Sequence[str], ranks: int = 2, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+def accelerate(script: str, arguments: Sequence[str], ranks: int = 2, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run a script on `ranks` processes on this machine's CPU."""
     return subprocess.run(command(script, arguments, ranks), cwd=ROOT, env=os.environ | cpu_environment(ranks),
                           capture_output=True, text=True, timeout=timeout)
