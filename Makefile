@@ -7,7 +7,7 @@ EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 STAMP := $(VENV)/.hdpo-installed-$(EXTRA)
 CONFIG ?=
 ARGS ?=
-LAUNCH ?= $(BIN)/accelerate launch --config_file launch/accelerate/zero3.yaml
+LAUNCH ?= $(BIN)/python -m hdpo.adapters.launcher --config_file launch/accelerate/zero3.yaml
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 

@@ -74,6 +74,8 @@ def _training_command(command: str, description: str) -> Callable[[Sequence[str]
         if options.dry_run:
             from hdpo.doctor import dry_run
             return dry_run(config, command)
+        from hdpo.train.lifecycle import follow_launcher
+        follow_launcher()
         return RUNNERS[command](config)
     return run
 

@@ -1,14 +1,19 @@
 """What every loop needs around its steps: stopping politely, the learning rate, when something is due."""
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
 
 from hdpo.config import OptimConfig
+
+_PR_SET_PDEATHSIG = 1
 
 
 class StopSignal:
@@ -44,6 +49,12 @@ class StopSignal:
     @property
     def requested(self) -> bool:
         return self.event.is_set()
+
+
+def follow_launcher() -> None:
+    """Get SIGTERM when the launcher that started this rank dies, so that no rank trains on without it (Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:

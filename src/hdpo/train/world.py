@@ -45,8 +45,10 @@ class World:
         return self.rank == 0
 
     def connect(self) -> World:
-        """Open the control group; torch.distributed must be initialised first when there is more than one rank."""
+        """Open the control group. Where no policy has initialised torch.distributed (evaluation), gloo is its default."""
         if self.size > 1 and self._group is None:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=self._timeout)
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self.store = self._open_store()
             if self._limits is not None and self._limits.silent_s > 0:
