@@ -85,6 +85,17 @@ def check_judge(config: Config) -> str:
         raise UserError(f"{url}: {getattr(exc, 'reason', exc)}") from exc
 
 
+def describe_node_0() -> str:
+    """Whether MASTER_ADDR can be reached, and over which interface; in at most 3 s."""
+    from hdpo.train.nodes import interface_towards, wait_for_master
+    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", 29500))
+    try:
+        wait_for_master(address, port, int(os.environ.get("NODE_RANK", 0)), 3.0)
+    except UserError as exc:
+        return str(exc)
+    return f"{address}:{port} answers, over {interface_towards(address) or 'an unknown interface'}"
+
+
 def main(argv: Sequence[str]) -> int:
     """Versions, devices, space and services of this machine."""
     argparse.ArgumentParser(prog="hdpo doctor", description="What this machine has for training.").parse_args(argv)
@@ -100,4 +111,6 @@ def main(argv: Sequence[str]) -> int:
     shm = Path("/dev/shm")
     print(f"{'shared memory':14} {shutil.disk_usage(shm).free / 2**30:.1f} GiB free" if shm.exists() else "shared memory  -")
     print(f"{'docker':14} {'client found' if shutil.which('docker') else '-'}")
+    if "MASTER_ADDR" in os.environ:
+        print(f"{'node 0':14} {describe_node_0()}")
     return 0
