@@ -16,7 +16,8 @@ run.name run.folder run.seed run.deterministic run.resume run.hang_timeout_s run
 model.path model.dtype model.attention model.gradient_checkpointing model.freeze model.lora_rank
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
 data.train data.val data.max_prompt_tokens data.bad_row data.shuffle
-rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.max_turns rollout.max_response_tokens
+rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.dynamic_sampling
+rollout.max_turns rollout.max_response_tokens
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager
 tools.url tools.allowed tools.sandbox tools.call_timeout_s tools.python_timeout_s tools.retries tools.max_image_searches

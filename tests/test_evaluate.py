@@ -8,6 +8,7 @@ import threading
 import pytest
 from synthetic_run import CoinRollouts, make_task
 
+from hdpo.agent.rollout import static_queue
 from hdpo.evaluate import evaluate, format_table, summarise, write_summary
 
 TASKS = [make_task(index, needed=index % 3 == 0) for index in range(10)]
@@ -23,7 +24,7 @@ def _evaluate_on(world: int):
             barrier.wait()
             return list(box)
         policy = CoinRollouts(1, eager=0.5, useful=0.5)
-        results[rank] = evaluate(policy, policy, TASKS, gather=gather, rank=rank, world=world)
+        results[rank] = evaluate(policy, policy, TASKS, gather=gather, rank=rank, queue=static_queue(rank, world))
     threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()

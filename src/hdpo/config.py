@@ -65,6 +65,8 @@ class RolloutConfig(Section):
     prompts_per_step: int = Field(128, description="Prompts of one step over all ranks.")
     group_size: int = Field(16, description="G, rollouts of a prompt.")
     temperature: float = Field(1.0, description="Sampling temperature of training rollouts.")
+    dynamic_sampling: int = Field(
+        0, description="Rounds in which groups without any advantage are replaced by further prompts; 0 is off.")
     max_turns: int = Field(10, description="Tool calls a trajectory may make; the generation after the last must answer.")
     max_response_tokens: int = Field(16384, description="Tokens after the prompt, over all turns and observations.")
     max_turn_tokens: int = Field(16384, description="Tokens of one generation.")
@@ -140,7 +142,8 @@ class HdpoConfig(Section):
     importance_cap: float = Field(2.0, description="Upper bound of a token's importance weight.")
     importance_range: tuple[float, float] = Field(
         (0.99, 1.01), description="Geometric mean ratio of trainer to engine outside which a row is dropped (sequence).")
-    mask_truncated: bool = Field(False, description="Leave trajectories cut by a budget out of the loss.")
+    mask_truncated: bool = Field(
+        False, description="Leave trajectories cut by a budget out of the loss; their rewards still count in the group.")
 
 
 class OptimConfig(Section):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from hdpo.agent.rollout import PromptQueue, static_queue
 from hdpo.config import Config
+from hdpo.train.collect import prompt_queue
 from hdpo.train.dump import write_rollouts
 from hdpo.train.metrics import Gather, alone
 from hdpo.train.rollout_metrics import RolloutRow, behaviour, rollout_rows
@@ -50,13 +51,14 @@ class EvalResult:
 
 
 def evaluate(rollouts: Collects, scorer: Scores, tasks: Sequence[Task], *, gather: Gather = alone, rank: int = 0,
-             world: int = 1, step: int = 0, weight_version: int = 0) -> EvalResult:
-    """One greedy trajectory per task. Collective: rank r takes tasks r, r + world, ...; every rank gets the result.
+             queue: PromptQueue | None = None, step: int = 0, weight_version: int = 0) -> EvalResult:
+    """One greedy trajectory per task. Collective: `queue` (None: all tasks) gives each to one rank, and every rank gets
+    the result.
 
     Raises what the scorer raises when too many trajectories are unscored.
     """
     collected = rollouts.collect(
-        tasks, queue=static_queue(rank, world), group_size=1, temperature=0.0, step=step, weight_version=weight_version)
+        tasks, queue=queue or static_queue(), group_size=1, temperature=0.0, step=step, weight_version=weight_version)
     groups = tuple(scorer.score(collected))
     gathered = gather(rollout_rows(groups, rank=rank))
     rows = tuple(row for part in gathered for row in part)
@@ -75,8 +77,8 @@ class Evaluator:
         None, and nothing is written, when the run was asked to stop meanwhile: half an evaluation is no evaluation.
         """
         world, run = self.world, self.config.run.path
-        result = evaluate(self.rollouts, self.scorer, self.tasks, gather=world.gather, rank=world.rank, world=world.size,
-                          step=step, weight_version=step)
+        result = evaluate(self.rollouts, self.scorer, self.tasks, gather=world.gather, rank=world.rank, step=step,
+                          weight_version=step, queue=prompt_queue(world, self.config.run.deterministic))
         if world.any(self.rollouts.stop is not None and self.rollouts.stop.is_set()):
             return None
         write_rollouts(run / "eval" / f"{label}.parquet", result.groups, step=step, rank=world.rank, world=world.size)

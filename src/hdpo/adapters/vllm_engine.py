@@ -109,10 +109,10 @@ class VllmEngine:
         """Advance every running request by at least one token; return those that finished."""
         if not self.num_unfinished():
             return []
-        return [(result.request_id, self._completion(result.outputs[0]))
+        return [(result.request_id, self._completion(result.outputs[0], result.num_cached_tokens or 0))
                 for result in self._engine.step() if result.finished]
 
-    def _completion(self, output: Any) -> Completion:
+    def _completion(self, output: Any, num_cached: int) -> Completion:
         token_ids = list(output.token_ids)
         if output.finish_reason == "abort":
             stop = StopReason.ABORTED
@@ -121,7 +121,8 @@ class VllmEngine:
         else:
             stop = StopReason.TOOL_CALL if token_ids[-1] == self._tool_call_end_id else StopReason.END_OF_TURN
         flat = output.logprobs   # the sampled id comes first in each position
-        return Completion(token_ids, [flat.logprobs[i] for i in flat.start_indices], stop, self._version)
+        return Completion(token_ids, [flat.logprobs[i] for i in flat.start_indices], stop, self._version,
+                          num_cached)
 
     def num_unfinished(self) -> int:
         return self._engine.get_num_unfinished_requests()

@@ -28,16 +28,23 @@ def audit_record(trajectory: Trajectory, judgement: Judgement, second: Judgement
 
 
 class AuditLog:
-    """Writes {folder}/step_000012_rank0.jsonl; a step that is repeated after a resume replaces its file."""
+    """Writes {folder}/step_000012_rank0.jsonl; a step that is repeated after a resume replaces its file.
+
+    Records that the same process writes for the same step, one call after another, are kept together.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], rank: int = 0) -> None:
         self.folder, self.rank = Path(folder), rank
+        self._step: int | None = None
 
     def write(self, step: int, records: Iterable[dict[str, Any]]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:06d}_rank{self.rank}.jsonl"
         partial = path.with_suffix(".partial")
+        before = path.read_text(encoding="utf-8") if step == self._step else ""
+        self._step = step
         with partial.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(before)
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         partial.replace(path)

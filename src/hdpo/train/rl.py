@@ -7,17 +7,18 @@ from functools import partial
 from typing import Any
 
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.rollout import Rollouts, static_queue
+from hdpo.agent.rollout import Rollouts
 from hdpo.config import Config
 from hdpo.data.tasks import TaskStream
 from hdpo.protocols import Engine
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
 from hdpo.train import checkpoint
 from hdpo.train.batching import PackingSpec, make_train_batch
+from hdpo.train.collect import Collector, Scored
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
 from hdpo.train.runlog import RunLog
-from hdpo.train.samples import PixelPool, group_advantages, to_samples
+from hdpo.train.samples import PixelPool, to_samples
 from hdpo.train.sync import check_parity, sync_weights
 from hdpo.train.update import StepGuard, old_log_probs, update
 from hdpo.types import RewardedGroup, Sample, TrainBatch, Trajectory
@@ -44,8 +45,7 @@ class RlParts:
 
 def train(config: Config, parts: RlParts) -> bool:
     """Every rank runs this function; a prompt's group stays on one rank. Returns False when stopped before its end."""
-    policy, engine, rollouts, scorer, tasks, log = (
-        parts.policy, parts.engine, parts.rollouts, parts.scorer, parts.tasks, parts.log)
+    policy, engine, rollouts, tasks, log = parts.policy, parts.engine, parts.rollouts, parts.tasks, parts.log
     world, run, steps = policy.world, config.run.path, config.optim.steps
     start, position = checkpoint.resume(run, policy, config)
     if position is not None:
@@ -53,6 +53,7 @@ def train(config: Config, parts: RlParts) -> bool:
     objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
                               config.batch.head_chunk_tokens)
     guard = StepGuard(config.optim.max_skipped)
+    collect = Collector(config, rollouts, parts.scorer, tasks, world, log, parts.ended)
     open_gate(config, parts, start)
     if start == 0 and config.eval.before:
         run_evaluation(config, parts, config.eval.label_before, 0)
@@ -63,21 +64,14 @@ def train(config: Config, parts: RlParts) -> bool:
             position = tasks.state()
             with log.timed("sync"):
                 sync_weights(policy, engine, step, config.sync.group_mib)
-            with log.timed("rollout"):
-                groups = rollouts.collect(
-                    tasks.take(config.rollout.prompts_per_step), queue=static_queue(world.rank, world.size), step=step,
-                    weight_version=step, group_size=config.rollout.group_size, temperature=config.rollout.temperature,
-                    on_finished=parts.ended)
+            collected = collect(step)
             engine.sleep()
-            if world.any(stop.requested):
+            if collected is None:
                 return leave(config, parts, step, position)
-            with log.timed("score"):
-                rewarded = scorer.score(groups, step + 1)
-                log.totals(scorer.stats())
+            rewarded, trained = collected
             with log.timed("pack"):
-                advantages, members = group_advantages(rewarded, config.hdpo)
-                batch = make_batch(config, parts, rewarded, advantages, members)
-            stop_if_unscored(config, parts, step, position, rewarded)
+                batch = make_batch(config, parts, trained)
+            stop_if_unscored(config, parts, step, position, rewarded.groups)
             with log.timed("old_log_prob"):
                 old = old_log_probs(policy, batch, objective.log_probs, config.optim.ppo_epochs)
             lr = learning_rate(config.optim, step)
@@ -87,7 +81,8 @@ def train(config: Config, parts: RlParts) -> bool:
                         guard.note(update(policy, mini, objective, lr, old_of_mini))
                 del batch, mini   # the step's pixels: not to be held while the next step rolls out
             log.write(step + 1, {**guard.scalars(), "actor/lr": lr, "training/global_step": step + 1,
-                                 "training/epoch": tasks.epoch, "data/skipped": len(tasks.skipped)}, rewarded, advantages)
+                                 "training/epoch": tasks.epoch, "data/skipped": len(tasks.skipped)},
+                      rewarded.groups, rewarded.advantages)
             guard.check(partial(checkpoint.save, run, step + 1, policy, tasks.state(), config))
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
@@ -114,23 +109,22 @@ def open_gate(config: Config, parts: RlParts, start: int) -> None:
     parts.engine.sleep()
 
 
-def make_batch(config: Config, parts: RlParts, rewarded: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]],
-               members: Sequence[Sequence[bool]]) -> TrainBatch:
+def make_batch(config: Config, parts: RlParts, trained: Scored) -> TrainBatch:
     """Deal the step's groups over its mini-batches by the order of their prompts, wherever they were sampled, and pack.
 
     Collective: each rank gives the groups it has.
     """
     world = parts.policy.world
-    prompts = sorted(index for indices in world.gather([group.index for group in rewarded]) for index in indices)
+    prompts = sorted(index for indices in world.gather([group.index for group in trained.groups]) for index in indices)
     place = {index: position for position, index in enumerate(prompts)}
     num_mini = config.rollout.prompts_per_step // config.optim.mini_batch_prompts
     minis: list[list[Sample]] = [[] for _ in range(num_mini)]
     first = 0
-    for group in rewarded:
+    for group in trained.groups:
         rows = slice(first, first + len(group.rewards))
         first = rows.stop
         minis[place[group.index] * num_mini // len(prompts)] += to_samples(
-            [group], advantages[rows], members[rows], parts.pixels, config.hdpo)
+            [group], trained.advantages[rows], trained.members[rows], parts.pixels, config.hdpo)
     parts.pixels.clear()
     return make_train_batch(minis, parts.spec, world, len(CHANNEL_NAMES))
 

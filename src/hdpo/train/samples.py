@@ -13,7 +13,7 @@ from hdpo.advantages import hdpo_advantages
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import content_key
 from hdpo.config import HdpoConfig
-from hdpo.types import EndReason, RewardedGroup, Sample, Trajectory, Vision
+from hdpo.types import EndReason, Reward, RewardedGroup, Sample, Trajectory, Vision
 
 AHEAD_BYTES = 4 << 30
 """Pixels that may be computed before it is known whether their rows carry a gradient, bytes per rank."""
@@ -85,9 +85,19 @@ def group_advantages(groups: Sequence[RewardedGroup], config: HdpoConfig) -> tup
     return result.values.T.tolist(), result.member.T.tolist()
 
 
+def is_trained(trajectory: Trajectory, reward: Reward, config: HdpoConfig) -> bool:
+    """Whether the trajectory may become a training row.
+
+    Unscored ones never do. Those cut by a budget (TRUNCATED) don't with `mask_truncated`, DAPO's over-long filtering
+    (arXiv 2503.14476): they leave the loss and its norms, while their reward still counts in the group's mean and std,
+    so that a group's other rows are compared with what the policy really did.
+    """
+    return reward.scored and not (config.mask_truncated and trajectory.end in TRUNCATED)
+
+
 def to_samples(groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]], members: Sequence[Sequence[bool]],
                pixels: PixelPool, config: HdpoConfig) -> list[Sample]:
-    """Training rows of the scored trajectories. Unscored ones leave no trace: no row, no norm.
+    """Training rows of the trajectories that `is_trained`; the others leave no trace: no row, no norm.
 
     Only rows that carry a gradient get images.
     """
@@ -95,8 +105,7 @@ def to_samples(groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[fl
     rewards = [r for group in groups for r in group.rewards]
     samples = []
     for trajectory, reward, advantage, member in zip(trajectories, rewards, advantages, members, strict=True):
-        cut = config.mask_truncated and trajectory.end in TRUNCATED
-        if reward.scored and not cut and any(member):
+        if is_trained(trajectory, reward, config) and any(member):
             samples.append(_sample(trajectory, advantage, member, pixels))
     return samples
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class World:
         self._claimed: dict[str, int] = {}
         self._limits = limits
         self._watchdog: Watchdog | None = None
+        self._queues = 0
 
     @property
     def is_main(self) -> bool:
@@ -90,6 +92,12 @@ class World:
             self._claimed[counter] = self._claimed.get(counter, 0) + count
             return self._claimed[counter] - count
         return self.store.add(f"claim/{counter}", count) - count
+
+    def queue(self) -> Callable[[], int]:
+        """A new counter that all ranks claim from: each call gives the next number, to one rank. Ranks ask for queues in
+        the same order, which needs no communication."""
+        self._queues += 1
+        return partial(self.claim, f"queue/{self._queues}")
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
