@@ -102,10 +102,16 @@ def test_a_resumed_run_takes_the_same_next_step_bit_for_bit(rl: Path, sft: Path,
     assert [row["step"] for row in read_metrics(again / "metrics.jsonl") if "actor/lr" in row] == [1, 2]
 
 
-def test_the_transformers_engine_passes_the_same_gate_and_trains(sft: Path, world: World) -> None:
-    done = accelerate("launch/train_rl.py", rl_settings(sft, world, "hf", rollout__engine="hf", optim__steps=1))
+def test_the_transformers_engine_passes_the_same_gate_and_trains_on_a_shared_queue_with_dynamic_sampling(
+        sft: Path, world: World) -> None:
+    done = accelerate("launch/train_rl.py", rl_settings(
+        sft, world, "hf", rollout__engine="hf", optim__steps=1, run__deterministic="false", rollout__dynamic_sampling=2))
     assert done.returncode == 0, done.stderr[-3000:]
     row = read_metrics(sft.parent / "hf" / "metrics.jsonl")[0]
+    dumped = read_rollouts(sft.parent / "hf" / "rollouts" / "step_000001.parquet")
+    assert len(dumped) == 4 * (8 + row["rollout/groups_dropped"]) and row["rollout/groups_with_signal"] <= 8
+    shares = [row[f"rollout/share_{name}"] for name in ("engine", "tools", "ranks")]
+    assert all(0 <= share <= 1 for share in shares) and 0.3 < sum(shares) < 1.01
     assert row["mismatch/ratio_max"] < 1 + 1e-3 and row["actor/grad_norm"] > 0
 
 

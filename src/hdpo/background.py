@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import sys
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -14,10 +15,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+SWITCH_INTERVAL_S = 5e-4
+"""How long a thread may keep the interpreter while another wants it. Python's 5 ms, waited for at every lock and socket
+that the loop touches while threads decode pictures, add up to tenths of a second (benchmarks/bench_rollout.py)."""
+
+
 class BackgroundLoop:
     """Starts on construction. `submit` may be called from any thread; `close` cancels what is left and joins."""
 
     def __init__(self, name: str = "hdpo-background") -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()

@@ -30,11 +30,11 @@ from hdpo.types import Completion, EndReason, Task, Trajectory
 
 log = logging.getLogger(__name__)
 
-LAG_PERIOD_S = 0.05
+LAG_PERIOD_S = 0.02
 CLOSE_TIMEOUT_S = 20.0
 LIVE_PER_SEQUENCE = 1.5
 """Live trajectories per sequence the engine runs at once: the surplus are those that wait for their tools."""
-FIRST_SHARE = 0.5
+FIRST_SHARE = 0.75
 """Part of its even share that a rank keeps live while others claim from the same queue: see `_most_live`."""
 
 OnFinished = Callable[[Trajectory], object]
@@ -150,9 +150,10 @@ class Rollouts:
     def _most_live(self, trajectories: int, ranks: int) -> int:
         """How many trajectories of a collection this rank keeps live at once.
 
-        Never more than the engine can use. Where ranks share the queue, no more than half of an even share: a rank keeps
-        that many live by claiming prompts as others end, so that half of the work goes to whoever is ahead. Less would
-        starve the engine, more would leave nothing to share (benchmarks/bench_rollout.py).
+        Never more than the engine can use. Where ranks share the queue, no more than FIRST_SHARE of an even share: a rank
+        keeps that many live by claiming prompts as others end, so that the rest of the work goes to whoever is ahead.
+        Less would starve engines and start the longest trajectories late, more would leave nothing to share
+        (simulated in benchmarks/rollout_queue.py).
         """
         cap = math.ceil(LIVE_PER_SEQUENCE * self._config.max_num_seqs)
         return cap if ranks == 1 else max(1, min(cap, math.ceil(FIRST_SHARE * trajectories / ranks)))

@@ -12,7 +12,9 @@ import random
 import time
 import urllib.request
 import uuid
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -20,6 +22,8 @@ from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.wire import Call, Reply, WireError, parse_response, request_json
 from hdpo.types import Task
+
+T = TypeVar("T")
 
 BUSY = (429, 503)
 """Statuses by which a healthy server asks to come back later; waited out until the deadline."""
@@ -29,6 +33,8 @@ BROKEN = (500, 502, 504)
 """Statuses that count as failed attempts."""
 MAX_BACKOFF_S = 5.0
 FINISH_TIMEOUT_S = 15.0
+OFF_LOOP_BYTES = 1 << 16
+"""Requests and replies from this size on are encoded and decoded in threads."""
 
 
 class ToolClient:
@@ -47,6 +53,7 @@ class ToolClient:
         self._session: aiohttp.ClientSession | None = None
         self._known: set[str] = set()      # trajectories whose images the server has
         self._closed = False
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="hdpo-wire")
 
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         """Execute one action. Raises ToolServerError when no answer could be had or the server blames itself."""
@@ -81,19 +88,21 @@ class ToolClient:
 
     async def close(self) -> None:
         self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     async def _post(self, call: Call, patient: bool = True) -> Reply:
-        body = json.dumps(request_json(call)).encode()
+        if self._closed:
+            raise ToolServerError(f"{self.url}: the client is closed")
+        body = await self._off_loop(sum(map(len, call.images or ())), _request_body, call)
         failures, waits = 0, 0
         while True:
             status, problem, payload = await self._attempt(body)
             if status == 200:
                 try:
-                    (reply,) = parse_response(payload)
-                    return reply
+                    return await self._off_loop(len(payload), _reply, payload)
                 except (WireError, ValueError) as exc:
                     raise ToolServerError(f"{self.url}: not a tool server's answer: {exc}") from exc
             if status in BUSY or (status == UNREACHED and patient):
@@ -107,23 +116,38 @@ class ToolClient:
             delay = min(MAX_BACKOFF_S, 0.1 * 2 ** min(failures + waits, 10))
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
-    async def _attempt(self, body: bytes) -> tuple[int | None, str, Any]:
-        """(status, UNREACHED, or None for a broken connection; what went wrong; JSON body of a 200)."""
+    async def _off_loop(self, size: int, function: Callable[[Any], T], argument: Any) -> T:
+        """Pictures are made into JSON and back in threads: a hundred of them at once would hold up the event loop."""
+        if size < OFF_LOOP_BYTES:
+            return function(argument)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, argument)
+
+    async def _attempt(self, body: bytes) -> tuple[int | None, str, bytes]:
+        """(status, UNREACHED, or None for a broken connection; what went wrong; body of a 200)."""
         if self._closed:
             raise ToolServerError(f"{self.url}: the client is closed")
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                headers=self._headers, connector=aiohttp.TCPConnector(limit=256), timeout=aiohttp.ClientTimeout(None))
+                headers=self._headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(None))
         try:
             async with self._session.post(
                     f"{self.url}/get_observation", data=body, headers={"Content-Type": "application/json"}) as response:
                 if response.status == 200:
-                    return 200, "", await response.json(content_type=None)
-                return response.status, f"HTTP {response.status}: {(await response.text())[:500]}", None
+                    return 200, "", await response.read()
+                return response.status, f"HTTP {response.status}: {(await response.text())[:500]}", b""
         except aiohttp.ClientConnectorError as exc:
-            return UNREACHED, str(exc), None
+            return UNREACHED, str(exc), b""
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            return None, str(exc) or type(exc).__name__, None
+            return None, str(exc) or type(exc).__name__, b""
+
+
+def _request_body(call: Call) -> bytes:
+    return json.dumps(request_json(call)).encode()
+
+
+def _reply(payload: bytes) -> Reply:
+    (reply,) = parse_response(json.loads(payload))
+    return reply
 
 
 def wait_until_healthy(url: str, timeout: float = 60.0, interval: float = 0.1) -> dict[str, Any]:
