@@ -43,7 +43,7 @@ class ModelConfig(Section):
     freeze: list[str] = Field(
         default_factory=list, description="Parameters that are not trained, by name pattern; model.visual.* is the vision tower.")
     lora_rank: int = Field(0, ge=0, description="Rank of low-rank adapters that are trained instead of the weights; 0 is off.")
-    lora_alpha: float = Field(32.0, description="Adapters are scaled by lora_alpha / lora_rank.")
+    lora_alpha: int = Field(32, description="Adapters are scaled by lora_alpha / lora_rank.")
     lora_targets: list[str] = Field(
         default_factory=lambda: ["*layers.*_proj"],
         description="Linear layers with adapters, as name patterns; the default is all of the language model.")

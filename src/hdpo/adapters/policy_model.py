@@ -110,10 +110,11 @@ def model_inputs(micro: MicroBatch, image_token_id: int | None, device: torch.de
     """Keyword arguments of PolicyModel.forward but for the job, on the device."""
     vision: dict[str, Tensor] = {}
     if micro.vision is not None:
+        assert image_token_id is not None, "a row with images for a text-only model"
         vision = {
             "pixel_values": micro.vision.pixel_values.to(device, dtype, non_blocking=True),
             "image_grid_thw": micro.vision.grid_thw.to(device, non_blocking=True),
-            "mm_token_type_ids": (micro.input_ids == image_token_id).int().to(device, non_blocking=True),
+            "mm_token_type_ids": torch.eq(micro.input_ids, image_token_id).int().to(device, non_blocking=True),
         }
     return {"input_ids": micro.input_ids.to(device, non_blocking=True),
             "position_ids": micro.position_ids.to(device, non_blocking=True),

@@ -179,8 +179,8 @@ class VllmEngine:
         from vllm.distributed import parallel_state
         from vllm.v1.engine import core
 
-        cleanup = core.cleanup_dist_env_and_memory
-        core.cleanup_dist_env_and_memory = lambda: None   # it would destroy the trainer's process group along with vLLM's
+        cleanup = core.cleanup_dist_env_and_memory   # it would destroy the trainer's process group along with vLLM's
+        core.cleanup_dist_env_and_memory = lambda: None   # type: ignore
         try:
             self._engine.engine_core.shutdown()
         finally:

@@ -161,7 +161,7 @@ class ChatFormat:
             rendered.append({"role": role, "content": content})
         text = self._template.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         ids = self._encode(self._control, text)
-        if self.sees and ids.count(self.image_token_id) != num_images:
+        if self.image_token_id is not None and ids.count(self.image_token_id) != num_images:
             raise ModelError("the model's chat template changes the number of image placeholders")
         return ids
 
