@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
@@ -39,6 +40,11 @@ def rows(chat: ChatFormat, rank: int) -> list[Sample]:
     return samples
 
 
+def one_more_policy() -> None:
+    """Let this process build another policy beside the first; accelerate allows one and keeps the process group apart."""
+    AcceleratorState._reset_state()
+
+
 def cycle(folder: Path) -> dict:
     chat = load_chat_format(str(folder), 32 * 32, 128 * 128)
     spec = build_packing(Config.model_validate({"batch": {"tokens_per_micro_batch": 128}}), chat)
@@ -65,6 +71,7 @@ def cycle(folder: Path) -> dict:
 
 def main() -> None:
     for folder in map(Path, sys.argv[1:]):
+        one_more_policy()
         result = cycle(folder)
         if torch.distributed.get_rank() == 0:
             print("RESULT " + json.dumps({"family": folder.name, **result}), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from family_cycle import GROUP_BYTES, rows
+from family_cycle import GROUP_BYTES, one_more_policy, rows
 
 from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 from hdpo.adapters.engines import make_engine
@@ -92,6 +92,7 @@ def main() -> None:
     if policy.world.is_main:
         torch.save({"sent": sent, "raw": last, "log_probs": log_probs}, out / "seen.pt")
 
+    one_more_policy()
     frozen = start(freeze=["model.visual.*", "*.embed_tokens.weight"])
     before = raw(frozen)
     result["frozen_norm"] = rl_step(frozen)
