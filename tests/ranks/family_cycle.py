@@ -56,7 +56,7 @@ def cycle(folder: Path) -> dict:
         min_pixels=chat.min_pixels, max_pixels=chat.max_pixels, dtype="float32")
     before = check_parity(policy, engine, chat, spec, stage="before the first step")
     old = {name: value.clone() for name, value in policy.iter_weights(GROUP_BYTES)}
-    batch = make_train_batch([rows(chat, rank)], spec, policy.world)
+    batch = make_train_batch([rows(chat, rank)], spec, policy.world, channels=0)
     norm = update(policy, batch.mini_batches[0], SftObjective(Metrics()), 1e-2)
     new = {name: value.clone() for name, value in policy.iter_weights(GROUP_BYTES)}
     engine.load_weights(new.items(), 1)

@@ -56,14 +56,14 @@ def main() -> None:
 
     def rl_step(policy: DeepSpeedPolicy) -> float:
         mine = [rl_row(row, (-1.0) ** i) for i, row in enumerate(rows(chat, policy.world.rank))]
-        mini = make_train_batch([mine], spec, policy.world).mini_batches[0]
+        mini = make_train_batch([mine], spec, policy.world, channels=2).mini_batches[0]
         return update(policy, mini, HdpoObjective(HdpoConfig(), chat.banned_ids, 1.0, Metrics()), 1e-2)
 
     policy = start(lora_rank=4, lora_alpha=8, freeze=["*layers.1.mlp.*"])
     mine = rows(chat, policy.world.rank)
     first = raw(policy)
     result["optimized"] = sum(p.ds_numel for group in policy.engine.optimizer.fp16_groups for p in group)
-    mini = make_train_batch([mine], spec, policy.world).mini_batches[0]
+    mini = make_train_batch([mine], spec, policy.world, channels=0).mini_batches[0]
     result["sft_norm"] = update(policy, mini, SftObjective(Metrics()), 1e-2)
     policy.save_state(out / "state")
     result["sft_moved"] = moved(first, raw(policy))
