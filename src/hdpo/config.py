@@ -77,7 +77,7 @@ class RolloutConfig(Section):
     max_batched_tokens: int = Field(8192, description="Tokens of one engine step, per rank.")
     kv_cache_gib: float = Field(0.0, description="KV cache per rank, GiB; 0 lets gpu_memory decide.")
     gpu_memory: float = Field(0.7, description="Fraction of device memory for the engine while it is awake (CUDA).")
-    tensor_parallel: int = Field(1, description="Ranks that share one engine.")
+    tensor_parallel: Literal[1] = Field(1, description="Ranks that share one engine: each has its own, so only 1.")
     enforce_eager: bool = Field(True, description="Run the engine without CUDA graphs.")
 
 

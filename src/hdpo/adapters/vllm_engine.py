@@ -22,7 +22,7 @@ from typing import Any
 from hdpo.adapters.torchvision_shim import activate
 from hdpo.agent.families import FAMILIES, Family
 from hdpo.config import RolloutConfig
-from hdpo.errors import ConfigError, ModelError
+from hdpo.errors import ModelError
 from hdpo.protocols import GenerateRequest
 from hdpo.types import Completion, StopReason
 
@@ -44,14 +44,12 @@ class VllmEngine:
     every rank together: vLLM makes its own groups beside it. One engine may exist at a time in a process; after
     `close()` another can be built.
 
-    Raises ConfigError for tensor_parallel other than 1, ModelError for a folder without a model.
+    Raises ModelError for a folder without a model.
     """
 
     def __init__(self, model_path: str, *, config: RolloutConfig, max_model_len: int, stop_token_ids: Sequence[int],
                  tool_call_end_id: int, banned_token_ids: Sequence[int] = (), image_limit: int = 1, min_pixels: int,
                  max_pixels: int, dtype: str = "auto", seed: int = 0) -> None:
-        if config.tensor_parallel != 1:
-            raise ConfigError("rollout.tensor_parallel: only 1 is supported, every rank runs an engine of its own")
         if not os.path.isfile(os.path.join(model_path, "config.json")):
             raise ModelError(f"model.path: {model_path} has no config.json")
         activate()
