@@ -290,6 +290,25 @@ def pixels(short: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
     }, {"times": times, "rows": len(trajectories)}
 
 
+def attention(short: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """Forward and backward of one layer's attention over a pack of eight rows."""
+    from hdpo.adapters import packed_attention
+
+    lengths = [256, 128, 512, 64, 128, 384, 320, 256] if short else [1024, 512, 2048, 256, 512, 1536, 1280, 1024]
+    tokens, heads, module = sum(lengths), 8, torch.nn.Module()
+    query, key, value = (torch.randn(1, heads, tokens, 64, requires_grad=True) for _ in range(3))
+    row = torch.repeat_interleave(torch.tensor(lengths))
+    mask = ((row[:, None] == row) & torch.ones(tokens, tokens, dtype=torch.bool).tril())[None, None]
+
+    def masked() -> None:
+        packed_attention.attend(module, query, key, value, mask)[0].sum().backward()
+
+    def by_row() -> None:
+        packed_attention.attend(module, query, key, value, row_lengths=lengths)[0].sum().backward()
+    times = paired({"masked": masked, "by row": by_row}, "by row", 3 if short else 7)
+    return {"attention of a pack, with a mask / row by row": Figure(times["masked"]["ratio"], "x", "higher", 2, 0.4)}, times
+
+
 # -- rows between real ranks ---------------------------------------------------------------------------------------------
 
 def exchange_rank(rank: int, folder: str, ranks: int, rounds: int) -> None:
@@ -321,7 +340,7 @@ def exchange(short: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
 def main() -> int:
     args = arguments(__doc__).parse_args()
     figures, details = {}, {}
-    for part in (planning, pixels, exchange):
+    for part in (planning, pixels, attention, exchange):
         some, detail = part(args.short)
         figures |= some
         details[part.__name__] = detail

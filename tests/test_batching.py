@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hdpo.config import ModelConfig
 from hdpo.train.batching import PackingSpec, make_train_batch, multimodal_positions, pack
 from hdpo.train.world import World
 from hdpo.types import Sample, Vision
@@ -110,6 +111,37 @@ def test_with_flash_attention_each_row_is_a_sequence_of_the_varlen_kernel(
     torch.testing.assert_close(logits(model, ROWS), apart, atol=2e-5, rtol=0)
     layers = model.config.text_config.num_hidden_layers
     assert lengths == [[len(row.token_ids) for row in ROWS]] * layers
+
+
+def test_row_by_row_attention_gives_the_gradients_of_separate_forwards_without_a_mask(
+        model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hdpo.adapters import packed_attention
+    from hdpo.adapters.policy_model import load_policy_model, model_inputs
+    policy = load_policy_model(ModelConfig(path=model.name_or_path, attention="sdpa", gradient_checkpointing=True), torch.float32)
+    lengths: list[int] = []
+    plain = packed_attention.sdpa_attention_forward
+
+    def seen(module, query, key, value, mask, **kwargs):   # type: ignore[no-untyped-def]
+        assert mask is None
+        if kwargs.get("is_causal") is not False:     # not the vision tower
+            lengths.append(query.shape[2])
+        return plain(module, query, key, value, mask, **kwargs)
+    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", seen)
+
+    def gradients(packs: list[list[Sample]]) -> list[torch.Tensor]:
+        policy.zero_grad()
+        for rows in packs:
+            micro = pack(rows, spec())
+            (scores,) = policy(**model_inputs(micro, IMAGE, torch.device("cpu"), torch.float32),
+                               job=lambda hidden, weight: (hidden @ weight.T,))
+            torch.log_softmax(scores, -1).gather(1, micro.targets[:, None]).sum().backward()
+        return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+    together = gradients([ROWS])
+    assert lengths == [len(row.token_ids) for row in ROWS] * (len(lengths) // 3)
+    apart = gradients([[row] for row in ROWS])
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max() + 1), rtol=1e-4)
 
 
 def test_a_trained_token_is_predicted_from_the_position_before_it() -> None:

@@ -23,7 +23,15 @@ from hdpo.types import MicroBatch
 
 torchvision_shim.activate()
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hdpo.adapters import packed_attention  # noqa: E402
 
 HeadJob = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """(hidden [M, H], weight [V, H]) -> tensors; runs inside lm_head's forward."""
@@ -36,11 +44,12 @@ def resolve_dtype(setting: str) -> torch.dtype:
     return getattr(torch, setting)
 
 
-def resolve_attention(setting: str) -> str:
-    if setting != "auto":
-        return setting
+def resolve_attention(setting: str, folder: PreTrainedConfig) -> str:
+    """model.attention as transformers' name; sdpa goes row by row where the model allows it."""
     from transformers.utils import is_flash_attn_2_available
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    if setting == "auto":
+        setting = "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    return packed_attention.NAME if setting == "sdpa" and packed_attention.applies(folder) else setting
 
 
 def check_model_folder(path: str) -> Any:
@@ -64,13 +73,15 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.model = model
         self.sees = hasattr(model.config, "vision_config")
+        self.row_by_row = model.config.get_text_config()._attn_implementation == packed_attention.NAME
         model.lm_head.forward = types.MethodType(_head_forward, model.lm_head)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, trained: Tensor, vision: dict[str, Tensor],
-                job: HeadJob) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, trained: Tensor, row_lengths: list[int],
+                vision: dict[str, Tensor], job: HeadJob) -> tuple[Tensor, ...]:
         """`position_ids` [4, 1, N]; a text-only model takes the first row alone and finds the row boundaries there too."""
         position_ids = position_ids if self.sees else position_ids[0]
-        out = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **vision)
+        rows = {"row_lengths": row_lengths} if self.row_by_row else {}
+        out = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **vision, **rows)
         hidden = out.last_hidden_state[0].index_select(0, trained)
         return self.model.lm_head(hidden, job)
 
@@ -85,7 +96,7 @@ def load_policy_model(config: ModelConfig, dtype: torch.dtype) -> PolicyModel:
     """Read the folder's weights (sharded at once when a ZeRO-3 configuration is active) and prepare it for packing."""
     folder = check_model_folder(config.path)
     auto = AutoModelForImageTextToText if hasattr(folder, "vision_config") else AutoModelForCausalLM
-    model = auto.from_pretrained(config.path, dtype=dtype, attn_implementation=resolve_attention(config.attention))
+    model = auto.from_pretrained(config.path, dtype=dtype, attn_implementation=resolve_attention(config.attention, folder))
     model.config.get_text_config().output_router_logits = False   # no load-balancing loss: HDPO's is the only one
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -116,6 +127,8 @@ def model_inputs(micro: MicroBatch, image_token_id: int | None, device: torch.de
             "image_grid_thw": micro.vision.grid_thw.to(device, non_blocking=True),
             "mm_token_type_ids": torch.eq(micro.input_ids, image_token_id).int().to(device, non_blocking=True),
         }
-    return {"input_ids": micro.input_ids.to(device, non_blocking=True),
+    starts = (micro.position_ids[0, 0] == 0).nonzero()[:, 0]     # on the CPU still: the device is not asked
+    row_lengths = torch.diff(starts, append=torch.tensor([micro.input_ids.shape[1]])).tolist()
+    return {"input_ids": micro.input_ids.to(device, non_blocking=True), "row_lengths": row_lengths,
             "position_ids": micro.position_ids.to(device, non_blocking=True),
             "trained": micro.trained.to(device, non_blocking=True), "vision": vision}

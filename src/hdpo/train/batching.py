@@ -2,11 +2,11 @@
 
 Rows are packed one after another. For Qwen-VL this is exact when `position_ids` is [4, 1, N] (row 0 restarts at 0 in
 each row, rows 1 to 3 are that row's own multimodal positions) and no attention mask is given: transformers reads the row
-boundaries from row 0. With SDPA its mask builder makes a block-diagonal mask of them (N x N: the attention of a pack costs
-N**2). With FlashAttention it builds no mask, hands row 0 to every layer, and each derives cumulative lengths from where it
-is 0 and calls the varlen kernel, so a pack costs the sum of its rows' squares. A pack of one row takes the plain causal
-path of either. An all-ones mask, or positions computed by the model over the whole pack, leak across rows without any
-error (measured: 1.6 in the logits), so this file builds both.
+boundaries from row 0. With FlashAttention it builds no mask, hands row 0 to every layer, and each derives cumulative
+lengths from where it is 0 and calls the varlen kernel. With SDPA it would build a block-diagonal mask, N x N; there
+adapters/packed_attention.py goes row by row instead, so that either way a pack costs the sum of its rows' squares. An
+all-ones mask, or positions computed by the model over the whole pack, leak across rows without any error (measured: 1.6
+in the logits), so this file builds both.
 
 Micro-batches are planned over all ranks (see planning), and rows go to the rank that computes them (see exchange).
 """
