@@ -15,6 +15,7 @@ from synthetic_run import make_task, score
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.config import Config, HdpoConfig, OptimConfig, RolloutConfig
 from hdpo.train.batching import PackingSpec
+from hdpo.train.collect import score_groups
 from hdpo.train.rl import make_batch
 from hdpo.train.samples import PixelPool, group_advantages, to_samples
 from hdpo.train.world import World
@@ -121,7 +122,7 @@ def test_a_mini_batch_is_a_run_of_the_steps_prompts_whatever_the_order_and_numbe
         return replace(made, trajectories=tuple(replace(t, token_ids=[index, 2, 3], images=(), image_keys=())
                                                 for t in made.trajectories))
     groups = [without_images(index) for index in (6, 0, 9, 3)]
-    batch = make_batch(config, parts, groups, *group_advantages(groups, config.hdpo))
+    batch = make_batch(config, parts, score_groups(groups, config.hdpo))
     assert [sorted(set(mini.micro_batches[0].input_ids[0, ::3].tolist())) for mini in batch.mini_batches] == [[0, 3], [6, 9]]
     assert all(mini.norms[0] == 8.0 for mini in batch.mini_batches)
     parts.pixels.close()

@@ -39,13 +39,13 @@ class PixelPool:
 
     def submit(self, trajectory: Trajectory) -> None:
         """Start on the images of an ended trajectory; returns at once. From any thread. Nothing happens beyond
-        `ahead_bytes`, or when the trajectory can't be scored: `vision` computes what is missing."""
-        if trajectory.end.scorable and self._bytes < self._ahead_bytes:
-            self._start(trajectory)
+        `ahead_bytes`, when the trajectory can't be scored, or when its images would have to be named first."""
+        if trajectory.end.scorable and trajectory.image_keys and self._bytes < self._ahead_bytes:
+            self.start(trajectory)
 
     def vision(self, trajectory: Trajectory) -> Vision | None:
         """What `ChatFormat.vision` makes of the trajectory's images, bit for bit; waits for it. None without images."""
-        parts = [part for future in self._start(trajectory) if (part := future.result()) is not None]
+        parts = [part for future in self.start(trajectory) if (part := future.result()) is not None]
         if not parts:
             return None
         return Vision(tuple(p for part in parts for p in part.pixels), torch.cat([part.grid_thw for part in parts]))
@@ -60,7 +60,8 @@ class PixelPool:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, trajectory: Trajectory) -> list[Future[Vision | None]]:
+    def start(self, trajectory: Trajectory) -> list[Future[Vision | None]]:
+        """The tensors of each of the trajectory's images, under way or there."""
         keys = trajectory.image_keys or [content_key(image) for image in trajectory.images]
         with self._lock:
             return [self._future(key, image) for key, image in zip(keys, trajectory.images, strict=True)]
@@ -103,11 +104,13 @@ def to_samples(groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[fl
     """
     trajectories = [t for group in groups for t in group.trajectories]
     rewards = [r for group in groups for r in group.rewards]
-    samples = []
-    for trajectory, reward, advantage, member in zip(trajectories, rewards, advantages, members, strict=True):
-        if is_trained(trajectory, reward, config) and any(member):
-            samples.append(_sample(trajectory, advantage, member, pixels))
-    return samples
+    rows = [(trajectory, advantage, member) for trajectory, reward, advantage, member
+            in zip(trajectories, rewards, advantages, members, strict=True)
+            if is_trained(trajectory, reward, config) and any(member)]
+    for trajectory, advantage, _ in rows:
+        if any(advantage):
+            pixels.start(trajectory)     # all of them, before the first is waited for
+    return [_sample(*row, pixels) for row in rows]
 
 
 def _sample(trajectory: Trajectory, advantage: Sequence[float], member: Sequence[bool], pixels: PixelPool) -> Sample:
