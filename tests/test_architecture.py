@@ -73,8 +73,9 @@ def test_arrows_point_one_way(file: Path) -> None:
             assert there in ROOMS[:ROOMS.index(here) + 1], f"{here} imports {imported}"
 
 
-ADAPTER_EXTRAS = {"train.world", "train.nodes", "agent.parse", "agent.families", "reward.verdict_cache", "reward.judge_prompt"}
-"""Pure helpers below the adapters' level of detail: rank bookkeeping, parsing, words of models and judges."""
+ADAPTER_EXTRAS = {"train.world", "train.nodes", "train.shards", "agent.parse", "agent.families", "reward.verdict_cache",
+                  "reward.judge_prompt"}
+"""Pure helpers below the adapters' level of detail: rank bookkeeping, state on disk, parsing, words of models and judges."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)

@@ -30,13 +30,14 @@ from hdpo.reward.audit import AuditLog
 from hdpo.reward.scoring import Scorer
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.train.batching import PackingSpec
-from hdpo.train.checkpoint import step_folders
+from hdpo.train.checkpoint import Checkpoints, step_folders
 from hdpo.train.metrics import JsonlSink
 from hdpo.train.nodes import choose_interface
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
 from hdpo.train.sft import SftParts
+from hdpo.train.spool import Spool
 from hdpo.train.watchdog import Limits
 from hdpo.train.world import World
 from hdpo.types import Sample, Task
@@ -67,16 +68,17 @@ class Stage(contextlib.ExitStack):
         demonstrations = DemonstrationStream(
             config.data.train, self.chat, config.data, seed=config.run.seed,
             max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
-        policy = self._policy()
+        policy, checkpoints = self._policy()
         log = self._log(policy.world, [("loss", "sft/loss"), ("grad", "actor/grad_norm")])
-        return SftParts(policy, self.chat, build_packing(config, self.chat), demonstrations, log)
+        return SftParts(policy, self.chat, build_packing(config, self.chat), demonstrations, log,
+                        checkpoints)
 
     def rl(self) -> RlParts:
         config = self.config
         tasks = TaskStream(config.data.train, self.chat, config.data, seed=config.run.seed)
         held_out = self.held_out()
         check_rl(config, self.chat)
-        policy = self._policy()
+        policy, checkpoints = self._policy()
         world = policy.world
         background, backend = self._tools(world)
         policy.park()      # the engine measures what device memory is left
@@ -92,7 +94,7 @@ class Stage(contextlib.ExitStack):
         self.callback(pixels.close)
         freeze_heap()
         return RlParts(policy, engine, self.chat, rollouts, scorer, tasks, evaluator, build_packing(config, self.chat), pixels,
-                       log)
+                       log, checkpoints, self.enter_context(Spool(config, world)))
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
@@ -112,7 +114,7 @@ class Stage(contextlib.ExitStack):
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _policy(self) -> Any:
+    def _policy(self) -> tuple[Any, Checkpoints]:
         from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 
         config = self.config
@@ -123,7 +125,7 @@ class Stage(contextlib.ExitStack):
             config.run.path.mkdir(parents=True, exist_ok=True)
             (config.run.path / "config.yaml").write_text(dump_config(config))
         check_shared_folder(config.run.path, policy.world)
-        return policy
+        return policy, self.enter_context(Checkpoints(policy, config))   # before the log, which goes on from the newest
 
     def _engine(self) -> Engine:
         from hdpo.adapters.engines import make_engine

@@ -22,7 +22,7 @@ class RunConfig(Section):
     seed: int = Field(1, description="Seed of data order, sampling and initialisation.")
     deterministic: bool = Field(
         False, description="Step the engine only when no tool call is pending, so that a run repeats bit for bit (slower).")
-    resume: bool = Field(True, description="Continue from the newest checkpoint in the run's folder, if there is one.")
+    resume: bool = Field(True, description="Continue from the newest checkpoint in the run's folder; false puts those aside.")
     hang_timeout_s: float = Field(
         45.0, description="Silence of a rank after which the others name it and stop, seconds; 0 turns the watch off.")
     stuck_timeout_s: float = Field(
@@ -175,7 +175,8 @@ class EngineSyncConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: int = Field(50, description="Steps between checkpoints; the last step is always saved.")
-    keep: int = Field(2, description="Checkpoints kept besides the final one; 0 keeps all.")
+    keep: int = Field(2, description="Newest checkpoints kept; 0 keeps all.")
+    best: str = Field("", description="Logged number, for example eval/accuracy, whose highest checkpoint is kept besides.")
 
 
 class EvalConfig(Section):

@@ -62,7 +62,7 @@ def cycle(folder: Path) -> dict:
     engine.load_weights(new.items(), 1)
     after = check_parity(policy, engine, chat, spec, stage="after sync")
     engine.close()
-    policy.save_model(folder.with_name(folder.name + "-saved"))
+    policy.snapshot_model()(folder.with_name(folder.name + "-saved"))
     if policy.world.is_main:
         torch.save(new, folder.with_name(folder.name + "-saved") / "sent.pt")
     return {"before": before.max, "after": after.max, "norm": norm, "micro_batches": len(batch.mini_batches[0].micro_batches),

@@ -21,6 +21,7 @@ from hdpo.config import Config, HdpoConfig, ModelConfig, OptimConfig, RolloutCon
 from hdpo.train.batching import make_train_batch, pack
 from hdpo.train.metrics import Metrics
 from hdpo.train.objectives import HdpoObjective, LogProbs, SftObjective
+from hdpo.train.shards import ShardReader, shard_path, write_state
 from hdpo.train.sync import check_parity, sync_weights
 from hdpo.train.update import update
 from hdpo.types import Sample
@@ -65,7 +66,8 @@ def main() -> None:
     result["optimized"] = sum(p.ds_numel for group in policy.engine.optimizer.fp16_groups for p in group)
     mini = make_train_batch([mine], spec, policy.world, channels=0).mini_batches[0]
     result["sft_norm"] = update(policy, mini, SftObjective(Metrics()), 1e-2)
-    policy.save_state(out / "state")
+    write_state(shard_path(out, policy.world.rank), policy.snapshot_state())
+    policy.world.barrier()
     result["sft_moved"] = moved(first, raw(policy))
     result["rl_norm"] = rl_step(policy)
     last = raw(policy)
@@ -81,12 +83,12 @@ def main() -> None:
         max_pixels=chat.max_pixels, dtype="float32")
     sync_weights(policy, engine, 1, 1)
     result["parity"] = check_parity(policy, engine, chat, spec, stage="after sync").max
-    policy.save_model(out / "model")
+    policy.snapshot_model()(out / "model")
     micro = pack(rows(chat, 0), spec)
     with torch.no_grad():
         log_probs = policy.run(micro, LogProbs(())(micro))[0]
 
-    policy.load_state(out / "state")            # back to after the SFT step; the same RL step once more
+    policy.restore_state(ShardReader(out, policy.world.size))    # back to after the SFT step; the same RL step once more
     rl_step(policy)
     result["resumed_differently"] = moved(last, raw(policy))
     if policy.world.is_main:

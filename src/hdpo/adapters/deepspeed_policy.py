@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hdpo.adapters import zero_shards
 from hdpo.adapters.lora import Merged, merged_parameters
 from hdpo.adapters.policy_model import HeadJob, assert_rope_fp32, load_policy_model, model_inputs, resolve_dtype
 from hdpo.adapters.zero3 import Parking, optimizer_tensors, zero3_config
 from hdpo.agent.families import FAMILIES
 from hdpo.config import ModelConfig, OptimConfig
-from hdpo.errors import CheckpointError, boundary
+from hdpo.train.shards import ShardReader, TrainingState
 from hdpo.train.world import World
 from hdpo.types import MicroBatch
 
@@ -30,6 +32,8 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
+
+from hdpo.adapters.extension_lock import load_communication_extension  # noqa: E402
 
 _SAVE_GROUP_BYTES = 1 << 29
 
@@ -58,6 +62,7 @@ class DeepSpeedPolicy:
         handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"           # also without `accelerate launch`
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)       # the launcher's fields give way to ours
+        load_communication_extension()
         plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip, optim.offload), zero3_init_flag=True)
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
         self.world = (world or World()).connect()
@@ -151,28 +156,30 @@ class DeepSpeedPolicy:
                 state[name] = family.as_stored(name, value).to("cpu", copy=True)
         return state
 
-    def save_model(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder (rank 0 writes, all ranks gather)."""
+    def snapshot_model(self) -> Callable[[Path], None]:
+        """Copy all weights to rank 0's host memory; the returned function writes a plain Hugging Face folder there."""
         state = self.folder_state()
-        if self.world.is_main:
-            self.engine.module.model.save_pretrained(folder, state_dict=state, save_original_format=False)
-            for file in self.source.iterdir():   # tokenizer, processor, templates
-                if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and not (folder / file.name).exists():
-                    if not file.name.endswith(".index.json"):
-                        shutil.copy2(file, folder / file.name)
+        return partial(self._write_model, state) if self.world.is_main else lambda folder: None
 
-    def save_state(self, folder: Path) -> None:
-        """Write what resuming needs besides the model folder: each rank's shard of weights and optimizer."""
-        self.unpark()
-        with boundary(CheckpointError, f"cannot write {folder}", OSError, RuntimeError):
-            self.engine.save_checkpoint(str(folder), tag="zero3", save_latest=False)
+    def _write_model(self, state: dict[str, Tensor], folder: Path) -> None:
+        self.engine.module.model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        for file in self.source.iterdir():   # tokenizer, processor, templates
+            if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and not (folder / file.name).exists():
+                if not file.name.endswith(".index.json"):
+                    shutil.copy2(file, folder / file.name)
 
-    def load_state(self, folder: Path) -> None:
+    def snapshot_state(self) -> TrainingState:
+        """Copy this rank's master weights and optimizer moments to its host memory."""
         self.unpark()
-        with boundary(CheckpointError, f"cannot resume from {folder}: damaged or of another run"):
-            loaded, _ = self.engine.load_checkpoint(str(folder), tag="zero3")
-            if loaded is None:
-                raise CheckpointError(f"cannot resume from {folder}: it has no ZeRO-3 state for this number of ranks")
+        return zero_shards.snapshot(self.engine, self._trainable())
+
+    def restore_state(self, reader: ShardReader) -> None:
+        """Continue from a state that any number of ranks wrote. Raises CheckpointError when it is of another model."""
+        self.unpark()
+        zero_shards.restore(self.engine, self._trainable(), reader)
+
+    def _trainable(self) -> dict[int, str]:
+        return {id(p): name.removeprefix("model.") for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     def close(self) -> None:
         """Leave the process group. No barrier: after an error on one rank the others would never come."""

@@ -15,6 +15,7 @@ from hdpo.data.tasks import TaskStream
 from hdpo.reward.scoring import Scorer
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import group_advantages, is_trained
+from hdpo.train.spool import Known
 from hdpo.train.world import World
 from hdpo.types import RewardedGroup, Task, Trajectory
 
@@ -48,11 +49,12 @@ class Collector:
         self._config, self._rollouts, self._scorer = config, rollouts, scorer
         self._tasks, self._world, self._log, self._on_finished = tasks, world, log, on_finished
 
-    def __call__(self, step: int) -> tuple[Scored, Scored] | None:
+    def __call__(self, step: int, known: Known | None = None) -> tuple[Scored, Scored] | None:
         """(all groups this rank rolled out, those of them that are trained), or None when the run was asked to stop.
 
-        Collective. Over all ranks, prompts_per_step groups are trained. The two are the same unless
-        rollout.dynamic_sampling replaces groups without signal: see `_chosen`.
+        Rollouts of the step that are `known` already are taken as they are. Collective. Over all ranks, prompts_per_step
+        groups are trained. The two are the same unless rollout.dynamic_sampling replaces groups without signal: see
+        `_chosen`.
         """
         config = self._config
         wanted, rounds = config.rollout.prompts_per_step, config.rollout.dynamic_sampling
@@ -60,7 +62,7 @@ class Collector:
         taken = signals = refills = 0
         while True:
             prompts = self._tasks.take(wanted - signals)
-            groups = self._roll_out(prompts, step, taken)
+            groups = self._roll_out(prompts, step, taken, known)
             if groups is None:
                 return None
             taken += len(prompts)
@@ -79,14 +81,15 @@ class Collector:
         self._log.add("rollout/refills", refills)
         return scored, self._chosen(scored, wanted)
 
-    def _roll_out(self, prompts: Sequence[Task], step: int, first_index: int) -> list[tuple[Trajectory, ...]] | None:
+    def _roll_out(self, prompts: Sequence[Task], step: int, first_index: int, known: Known | None,
+                  ) -> list[tuple[Trajectory, ...]] | None:
         config, world, log = self._config, self._world, self._log
         started = time.monotonic()
         with log.timed("rollout"):
             groups = self._rollouts.collect(
                 prompts, queue=prompt_queue(world, config.run.deterministic), first_index=first_index, step=step,
                 weight_version=step, group_size=config.rollout.group_size, temperature=config.rollout.temperature,
-                on_finished=self._on_finished)
+                known=known, on_finished=self._on_finished)
             stop = self._rollouts.stop
             stopped = world.any(stop is not None and stop.is_set())     # here ranks wait for each other
         self._note(time.monotonic() - started)

@@ -12,13 +12,14 @@ from hdpo.config import Config
 from hdpo.data.tasks import TaskStream
 from hdpo.protocols import Engine
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
-from hdpo.train import checkpoint
 from hdpo.train.batching import PackingSpec, make_train_batch
+from hdpo.train.checkpoint import Checkpoints
 from hdpo.train.collect import Collector, Scored
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool, to_samples
+from hdpo.train.spool import Spool
 from hdpo.train.sync import check_parity, sync_weights
 from hdpo.train.update import StepGuard, old_log_probs, update
 from hdpo.types import RewardedGroup, Sample, TrainBatch, Trajectory
@@ -36,18 +37,22 @@ class RlParts:
     spec: PackingSpec
     pixels: PixelPool
     log: RunLog
+    checkpoints: Checkpoints
+    spool: Spool
 
     def ended(self, trajectory: Trajectory) -> None:
         """What can begin for a trajectory while others still roll out."""
+        self.spool.add(trajectory)
         self.scorer.submit(trajectory)
         self.pixels.submit(trajectory)
 
 
 def train(config: Config, parts: RlParts) -> bool:
     """Every rank runs this function; a prompt's group stays on one rank. Returns False when stopped before its end."""
-    policy, engine, rollouts, tasks, log = parts.policy, parts.engine, parts.rollouts, parts.tasks, parts.log
-    world, run, steps = policy.world, config.run.path, config.optim.steps
-    start, position = checkpoint.resume(run, policy, config)
+    policy, engine, rollouts, tasks, log, checkpoints = (
+        parts.policy, parts.engine, parts.rollouts, parts.tasks, parts.log, parts.checkpoints)
+    world, steps = policy.world, config.optim.steps
+    start, position = checkpoints.resume()
     if position is not None:
         tasks.restore(position)
     objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
@@ -62,9 +67,10 @@ def train(config: Config, parts: RlParts) -> bool:
         rollouts.stop = stop.event
         for step in log.steps(start, steps, "RL"):
             position = tasks.state()
+            checkpoints.check()
             with log.timed("sync"):
                 sync_weights(policy, engine, step, config.sync.group_mib)
-            collected = collect(step)
+            collected = collect(step, parts.spool.begin(step))
             engine.sleep()
             if collected is None:
                 return leave(config, parts, step, position)
@@ -80,17 +86,18 @@ def train(config: Config, parts: RlParts) -> bool:
                     for mini, old_of_mini in zip(batch.mini_batches, old):
                         guard.note(update(policy, mini, objective, lr, old_of_mini))
                 del batch, mini   # the step's pixels: not to be held while the next step rolls out
-            log.write(step + 1, {**guard.scalars(), "actor/lr": lr, "training/global_step": step + 1,
-                                 "training/epoch": tasks.epoch, "data/skipped": len(tasks.skipped)},
-                      rewarded.groups, rewarded.advantages)
-            guard.check(partial(checkpoint.save, run, step + 1, policy, tasks.state(), config))
+            checkpoints.note(step + 1, log.write(step + 1, {
+                **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch,
+                "data/skipped": len(tasks.skipped)}, rewarded.groups, rewarded.advantages))
+            guard.check(partial(checkpoints.save, step + 1, tasks.state()))
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
                 world.phase("save")
-                checkpoint.save(run, step + 1, policy, tasks.state(), config)
+                checkpoints.save(step + 1, tasks.state())
             if world.any(stop.requested) and step + 1 < steps:
                 return leave(config, parts, step + 1, tasks.state())
+        checkpoints.finish()
     if config.eval.after:
         run_evaluation(config, parts, config.eval.label_after, steps)
     return True
@@ -134,14 +141,15 @@ def stop_if_unscored(config: Config, parts: RlParts, step: int, position: dict[s
     """Stop, after saving, when too many rollouts of the step have no verdict. Collective. Raises UnscoredLimitError."""
     unscored, total = (int(count) for count in parts.policy.world.sum([float(n) for n in unscored_share(rewarded)]))
     if unscored > config.reward.max_unscored * total:
-        checkpoint.save(config.run.path, step, parts.policy, position, config)
+        parts.checkpoints.save(step, position)
         check_unscored(unscored, total, config.reward.max_unscored, unscored_reasons(rewarded))
 
 
 def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -> bool:
     """Save the state after `step` finished steps and tell the user. Collective."""
     parts.policy.world.phase("save", step)
-    checkpoint.save(config.run.path, step, parts.policy, position, config)
+    parts.checkpoints.save(step, position)
+    parts.checkpoints.finish()
     parts.log.note(f"stopped after step {step}; the same command goes on from there")
     return False
 
@@ -152,5 +160,7 @@ def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> Non
     sync_weights(parts.policy, parts.engine, step, config.sync.group_mib)
     result = parts.evaluator(label, step)
     parts.engine.sleep()
-    for sink in parts.log.sinks if result is not None else []:
-        sink.write(step, result.scalars())
+    if result is not None:
+        parts.checkpoints.note(step, result.scalars())
+        for sink in parts.log.sinks:
+            sink.write(step, result.scalars())

@@ -5,12 +5,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from hdpo.agent.chat import ChatFormat
 from hdpo.config import Config
 from hdpo.data.tasks import DemonstrationStream
-from hdpo.train import checkpoint
 from hdpo.train.batching import PackingSpec, make_train_batch
+from hdpo.train.checkpoint import Checkpoints
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import SftObjective
 from hdpo.train.runlog import RunLog
@@ -20,18 +21,19 @@ from hdpo.types import Sample
 
 @dataclass(frozen=True, slots=True)
 class SftParts:
-    policy: checkpoint.Saved
+    policy: Any                # adapters/deepspeed_policy.DeepSpeedPolicy
     chat: ChatFormat
     spec: PackingSpec
     demonstrations: DemonstrationStream
     log: RunLog
+    checkpoints: Checkpoints
 
 
 def train(config: Config, parts: SftParts) -> bool:
     """Every rank runs this function. Returns False when it was stopped before its last step."""
     policy, demos, log, world = parts.policy, parts.demonstrations, parts.log, parts.policy.world
-    run, steps = config.run.path, config.optim.steps
-    start, position = checkpoint.resume(run, policy, config)
+    checkpoints, steps = parts.checkpoints, config.optim.steps
+    start, position = checkpoints.resume()
     if position is not None:
         demos.restore(position)
     objective = SftObjective(log, config.batch.head_chunk_tokens)
@@ -39,6 +41,7 @@ def train(config: Config, parts: SftParts) -> bool:
 
     with StopSignal() as stop, ThreadPoolExecutor(min(8, os.cpu_count() or 1), "hdpo-encode") as threads:
         for step in log.steps(start, steps, "SFT"):
+            checkpoints.check()
             with log.timed("data"):
                 rows = demos.take(config.optim.rows_per_step)[world.rank::world.size]
                 samples = list(threads.map(partial(encode, parts.chat), rows))
@@ -47,17 +50,19 @@ def train(config: Config, parts: SftParts) -> bool:
             lr = learning_rate(config.optim, step)
             with log.timed("update"):
                 guard.note(update(policy, batch.mini_batches[0], objective, lr))
-            log.write(step + 1, {**guard.scalars(), "actor/lr": lr, "training/global_step": step + 1,
-                                 "training/epoch": demos.epoch,
-                                 "data/skipped": len(demos.skipped)})
-            guard.check(partial(checkpoint.save, run, step + 1, policy, demos.state(), config))
+            checkpoints.note(step + 1, log.write(step + 1, {
+                **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": demos.epoch,
+                "data/skipped": len(demos.skipped)}))
+            guard.check(partial(checkpoints.save, step + 1, demos.state()))
             stopping = world.any(stop.requested)
             if stopping or step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
                 with log.timed("save"):
-                    checkpoint.save(run, step + 1, policy, demos.state(), config)
+                    checkpoints.save(step + 1, demos.state())
             if stopping and step + 1 < steps:
+                checkpoints.finish()
                 log.note(f"stopped after step {step + 1}; the same command goes on from there")
                 return False
+        checkpoints.finish()
     return True
 
 

@@ -1,0 +1,31 @@
+"""DeepSpeed's communication extension, compiled at the first start on a machine, loaded without a lock that outlives us.
+
+torch guards the compilation by the mere existence of a file. A process that is killed at that moment leaves it behind,
+and every later start on the machine waits for it for ever. Here an flock is taken first, which dies with its holder:
+whoever has it finds a leftover only of a process that is gone. Every installation compiles into a folder of its own:
+in a shared one, two of them would compile again (a minute) whenever the other was last.
+"""
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
+
+
+def load_communication_extension() -> None:
+    """Compile or load it now; DeepSpeed then finds it loaded. Nothing to do for devices that have none."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    installation = hashlib.sha256(deepspeed.__file__.encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / f"hdpo-{installation}"))
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / "hdpo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
