@@ -126,6 +126,24 @@ def test_log_probs_equal_a_plain_forward_before_and_after_new_weights_with_tied_
     restore(engine, model)
 
 
+def test_a_groups_rollouts_share_the_cache_of_their_prompt_by_image_content_until_the_weights_change(engine, model):
+    def request(seed, image, key):
+        ids = [START, VISION_START, IMAGE, VISION_END, *(10 + n % 90 for n in range(190))]
+        return GenerateRequest(ids, (picture(image),), 4, 1.0, seed, (key,))
+
+    def num_cached(*some):
+        return [run(engine, {"a": one})["a"].num_cached for one in some]
+    restore(engine, model)
+    first, second, again, other = num_cached(request(1, 7, "p7"), request(2, 7, "p7"), request(3, 7, "p7"), request(1, 8, "p8"))
+    restore(engine, model, version=3)
+    (after,) = num_cached(request(4, 7, "p7"))
+    if type(engine).__name__ == "HfEngine":
+        assert first == second == after == 0, "it has no such cache"
+        return
+    assert first == other == after == 0 and second == again >= 128
+    restore(engine, model)
+
+
 def test_same_seed_gives_the_same_tokens_whatever_the_batch_mates(engine):
     alone = run(engine, {"a": with_images(3)})["a"]
     crowd = run(engine, {"x": text(8), "a": with_images(3), "y": text(9, ids=(START,) + tuple(range(30, 60)))})["a"]
