@@ -39,6 +39,8 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
                        "format": "reward/format_score/mean"}),
     ("Groups with a signal", True, {"accuracy": "hdpo/groups_with_accuracy_signal", "tool": "hdpo/groups_with_tool_signal",
                                     "tool's share of |A|": "hdpo/tool_advantage_mass"}),
+    ("Time of the rollout phase", True, {"engine": "rollout/share_engine", "waiting for tools": "rollout/share_tools",
+                                         "waiting for other ranks": "rollout/share_ranks"}),
     ("|Q|, correct rollouts of a group", False, {"mean": "hdpo/q_size_mean"}),
     ("Loss", False, {"accuracy": "actor/pg_loss/acc", "tool": "actor/pg_loss/tool"}),
     ("Gradient norm", False, {"norm": "actor/grad_norm"}),
