@@ -7,11 +7,11 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdpo.train.planning import Budget, RowCost, plan, row_work
+from hdpo.train.planning import Budget, RowCost, WorkModel, plan, work_model
 
 
 def cost(tokens: int, patches: int, nbytes: int, owner: int) -> RowCost:
-    return RowCost(tokens, patches, row_work(tokens, patches), nbytes, owner)
+    return RowCost(tokens, patches, WorkModel()(tokens, patches), nbytes, owner)
 
 
 ROWS = st.lists(st.builds(cost, st.integers(1, 100), st.integers(0, 50), st.integers(0, 999), st.integers(0, 2)), max_size=60)
@@ -77,3 +77,15 @@ def test_what_is_dear_to_move_stays() -> None:
 
 def test_a_step_without_rows_is_one_empty_micro_batch_on_every_rank() -> None:
     assert plan([], 3, Budget(10, 10)) == [[[]], [[]], [[]]]
+
+
+def test_the_work_of_a_row_follows_from_the_models_sizes() -> None:
+    """Of Qwen3-VL-8B: attention is half the work at 47k tokens, and a token costs what 12 patches do."""
+    text = dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                intermediate_size=12288)
+    vision = dict(hidden_size=1152, depth=27, intermediate_size=4304)
+    work = work_model({"text_config": text, "vision_config": vision})
+    assert work == WorkModel(47_104, 12)
+    assert work_model(text).attention_tokens == 47_104
+    assert work_model(text | {"num_experts_per_tok": 8, "moe_intermediate_size": 768}).attention_tokens < 47_104
+    assert work(47_104, 120) == 2 * 47_104 + 10

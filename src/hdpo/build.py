@@ -6,6 +6,7 @@ Order matters. The policy opens the process group, the engine is built on all ra
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from hdpo.train.batching import PackingSpec
 from hdpo.train.checkpoint import Checkpoints, step_folders
 from hdpo.train.metrics import JsonlSink
 from hdpo.train.nodes import choose_interface
+from hdpo.train.planning import work_model
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
@@ -239,7 +241,8 @@ def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
     return PackingSpec(
         image_token_id=chat.image_token_id, merge_size=chat.merge_size, max_tokens=config.batch.tokens_per_micro_batch,
         max_patches=config.batch.patches_per_micro_batch, filler=filler, aggregation=config.hdpo.aggregation,
-        response_budget=config.rollout.max_response_tokens, positions=chat.family.positions)
+        response_budget=config.rollout.max_response_tokens, positions=chat.family.positions,
+        work=work_model(json.loads((Path(config.model.path) / "config.json").read_text())))
 
 
 def check_rl(config: Config, chat: ChatFormat) -> None:

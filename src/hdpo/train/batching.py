@@ -20,7 +20,7 @@ import torch
 from hdpo.agent.families import Positions, multimodal_positions
 from hdpo.losses import Aggregation, aggregation_norms, aggregation_token_weights
 from hdpo.train.exchange import collect_rows, row_cost
-from hdpo.train.planning import Budget, plan
+from hdpo.train.planning import Budget, WorkModel, plan
 from hdpo.train.world import World
 from hdpo.types import MicroBatch, MiniBatch, Sample, TrainBatch, Vision
 
@@ -42,6 +42,7 @@ class PackingSpec:
     aggregation: Aggregation = "token_mean"
     response_budget: int = 1   # tokens; the constant of dr_grpo
     positions: Positions = multimodal_positions
+    work: WorkModel = WorkModel()
 
     @property
     def budget(self) -> Budget:
@@ -91,7 +92,7 @@ def make_train_batch(mini_batches: Sequence[Sequence[Sample]], spec: PackingSpec
     C, 0 for SFT.
     """
     needed = [[s for s in samples if not channels or any(s.advantages)] for samples in mini_batches]
-    ranks = world.gather([(_norms(samples, spec, channels), [row_cost(s, world.rank) for s in rows])
+    ranks = world.gather([(_norms(samples, spec, channels), [row_cost(s, world.rank, spec.work) for s in rows])
                           for samples, rows in zip(mini_batches, needed)])
     minis = list(zip(*ranks, strict=True))     # [mini-batch][rank]
     costs = [[cost for _, some in mini for cost in some] for mini in minis]

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hdpo.train.planning import Plan, RowCost, row_work
+from hdpo.train.planning import Plan, RowCost, WorkModel
 from hdpo.train.world import World
 from hdpo.types import Sample, Vision
 
@@ -18,11 +18,11 @@ BYTES_PER_TOKEN = 4 + 1 + 8
 """Of a row on its way: id, mask and log-prob of a token."""
 
 
-def row_cost(sample: Sample, owner: int) -> RowCost:
+def row_cost(sample: Sample, owner: int, work: WorkModel) -> RowCost:
     """What planning needs of a row that rank `owner` has."""
     pixels = sample.vision.pixels if sample.vision is not None else ()
     tokens, patches = len(sample.token_ids), sum(map(len, pixels))
-    return RowCost(tokens, patches, row_work(tokens, patches),
+    return RowCost(tokens, patches, work(tokens, patches),
                    nbytes=BYTES_PER_TOKEN * tokens + sum(p.nbytes for p in pixels), owner=owner)
 
 

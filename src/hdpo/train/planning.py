@@ -12,17 +12,12 @@ falling work. Standard library only.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-ATTENTION_TOKENS = 40_000
-"""Length at which attention costs as much as all else: layers * 2 * length**2 * width against 2 * length * parameters,
-47k tokens for Qwen3-VL-8B, 25k for 2B."""
-PATCHES_PER_TOKEN = 8
-"""Image patches that cost as much as one token: 11 for Qwen3-VL-8B (0.8 GFLOP a patch, 1.3 with the attention inside a
-large image, against 14), 4 for 2B. Neither constant needs to be exact: rows of a step are alike enough that a factor of
-two costs 1.6 % of sync efficiency (benchmarks/bench_batching.py)."""
+IMAGE_PATCHES = 2048
+"""Patches of a middling image, for what attention inside an image costs."""
 SLACK = 200
 """A rank may have 1/SLACK more than its part of the work before rows of it are moved to another."""
 
@@ -39,14 +34,47 @@ class RowCost(NamedTuple):
 
     tokens: int
     patches: int
-    work: int                  # see row_work
+    work: int                  # see WorkModel
     nbytes: int                # to be moved, were another rank to compute the row
     owner: int                 # the rank that has the row
 
 
-def row_work(tokens: int, patches: int) -> int:
-    """How long a row takes, in tokens of a short text row."""
-    return tokens + tokens * tokens // ATTENTION_TOKENS + patches // PATCHES_PER_TOKEN
+@dataclass(frozen=True, slots=True)
+class WorkModel:
+    """How long a row takes, from its tokens and patches. The defaults lie between Qwen3-VL-2B and 8B.
+
+    They need not be exact: planned with the numbers of the 8B, the 2B has a sync efficiency of 0.97 instead of 0.995
+    (benchmarks/bench_batching.py).
+    """
+
+    attention_tokens: int = 34_000   # length at which attention costs as much as all else
+    patches_per_token: int = 7       # image patches that cost as much as a token
+
+    def __call__(self, tokens: int, patches: int) -> int:
+        """In tokens of a short text row."""
+        return tokens + tokens * tokens // self.attention_tokens + patches // self.patches_per_token
+
+
+def work_model(config: Mapping[str, Any]) -> WorkModel:
+    """From the sizes in a model folder's config.json; the defaults where it leaves one out.
+
+    A token meets a layer's parameters with 2 FLOP each; causal attention over a row of L tokens adds 2 * L * width a token
+    and layer. A patch likewise meets the vision tower's, and all other patches of its image: 4 * patches * width.
+    """
+    text, vision = config.get("text_config", config), config.get("vision_config")
+    try:
+        hidden, heads = text["hidden_size"], text["num_attention_heads"]
+        width = heads * (text.get("head_dim") or hidden // heads)
+        shared = width * (text.get("num_key_value_heads") or heads) // heads
+        experts = text.get("num_experts_per_tok")
+        inner = experts * text["moe_intermediate_size"] if experts else text["intermediate_size"]
+        layer = hidden * (2 * width + 2 * shared + 3 * inner)
+        token = text["num_hidden_layers"] * layer
+        patch = vision["depth"] * vision["hidden_size"] * (
+            4 * vision["hidden_size"] + 2 * vision["intermediate_size"] + 2 * IMAGE_PATCHES) if vision else token
+    except KeyError:     # transformers may leave out what equals its own defaults
+        return WorkModel()
+    return WorkModel(max(1, layer // width), max(1, token // patch))
 
 
 @dataclass(frozen=True, slots=True)
