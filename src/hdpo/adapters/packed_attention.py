@@ -24,8 +24,8 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     come one by one."""
     if row_lengths is None or kwargs.get("is_causal") is False:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = zip(*(states.split(list(row_lengths), dim=2) for states in (query, key, value)))
-    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], dim=1), None
+    rows = zip(*(states.split(list(row_lengths), dim=2) for states in (query, key, value)))
+    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in rows], dim=1), None
 
 
 def applies(config: PreTrainedConfig) -> bool:
