@@ -14,7 +14,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # Lowest first; a room imports itself and rooms before it.
 ROOMS = ["maths", "words", "agent", "reward", "data", "train", "top"]
-MATHS = {"losses", "advantages", "fused_loss"}
+MATHS = {"losses", "advantages", "fused_loss", "checksums"}
 WORDS = {"types", "errors", "protocols", "config", "config_file", "background"}
 VENDORS = {"vllm", "deepspeed", "accelerate", "docker", "openai", "wandb", "tensorboard", "peft"}
 

@@ -87,7 +87,9 @@ def test_a_phase_adds_up_within_a_rank_and_the_slowest_rank_counts(monkeypatch):
             pass
     with pytest.raises(RuntimeError), fast.timed("rollout"):
         raise RuntimeError("the time of a failed phase still counts")
-    assert _gathers([fast, slow]) == {"time/rollout": 5.0}
+    found = _gathers([fast, slow])
+    assert found.pop("memory/rollout_gb") > 0.01      # of this process, or of the device
+    assert found == {"time/rollout": 5.0}
 
 
 def test_mismatch_counts_only_sampled_tokens_and_agrees_with_the_formulas():

@@ -40,6 +40,7 @@ from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
 from hdpo.train.sft import SftParts
 from hdpo.train.spool import Spool
+from hdpo.train.sync import WeightSync
 from hdpo.train.watchdog import Limits
 from hdpo.train.world import World
 from hdpo.types import Sample, Task
@@ -80,6 +81,7 @@ class Stage(contextlib.ExitStack):
         tasks = TaskStream(config.data.train, self.chat, config.data, seed=config.run.seed)
         held_out = self.held_out()
         check_rl(config, self.chat)
+        self._plan_memory()
         policy, checkpoints = self._policy()
         world = policy.world
         background, backend = self._tools(world)
@@ -95,8 +97,10 @@ class Stage(contextlib.ExitStack):
         pixels = PixelPool(self.chat)
         self.callback(pixels.close)
         freeze_heap()
-        return RlParts(policy, engine, self.chat, rollouts, scorer, tasks, evaluator, build_packing(config, self.chat), pixels,
-                       log, checkpoints, self.enter_context(Spool(config, world)))
+        spec = build_packing(config, self.chat)
+        sync = WeightSync(policy, engine, self.chat, spec, config, log)
+        return RlParts(policy, engine, self.chat, rollouts, scorer, tasks, evaluator, spec, sync, pixels, log, checkpoints,
+                       self.enter_context(Spool(config, world)))
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
@@ -115,6 +119,15 @@ class Stage(contextlib.ExitStack):
         return tasks[:config.eval.rows] if config.eval.rows else tasks
 
     # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _plan_memory(self) -> None:
+        """On devices: refuse a run that can't fit, before anything is loaded, and show what will be held when."""
+        import torch
+        if torch.cuda.is_available():
+            from hdpo.memory_plan import here
+            lines = here(self.config).lines()
+            if World().is_main:
+                print("\n".join(lines), flush=True)
 
     def _policy(self) -> tuple[Any, Checkpoints]:
         from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy

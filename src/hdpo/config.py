@@ -169,6 +169,8 @@ class BatchConfig(Section):
 
 class EngineSyncConfig(Section):
     group_mib: int = Field(512, description="Largest gathered parameter group during weight sync, MiB.")
+    checksum_every: int = Field(50, description="Syncs between checksums of the engine's weights; the first has one; 0 is never.")
+    canary_every: int = Field(50, description="RL steps between comparisons of log-probs with the engine's; 0 only at the start.")
     parity_tolerance: float = Field(
         0.0, description="Largest mean |log-prob difference| of trainer and engine, nat; 0 is 1e-4 in fp32, 0.02 in bf16.")
 

@@ -25,6 +25,8 @@ def dry_run(config: Config, command: str) -> int:
         checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", "rl")))
     if command != "sft":
         checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
+    if command == "rl":
+        checks.append(("memory", lambda: check_memory(config)))
     problems = 0
     for name, check in checks:
         try:
@@ -42,6 +44,12 @@ def check_model(config: Config) -> str:
     found = check_model_folder(config.model.path)
     build_chat(config)
     return f"{config.model.path} ({found.model_type})"
+
+
+def check_memory(config: Config, ranks: int = 0, device_gib: float = 0.0) -> str:
+    """The plan as a table; raises ConfigError with the setting that would make it fit."""
+    from hdpo.memory_plan import here
+    return "\n         ".join(here(config, ranks, device_gib).lines())
 
 
 def check_data(config: Config, files: Sequence[str], field: str, command: str) -> str:
@@ -97,8 +105,17 @@ def describe_node_0() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Versions, devices, space and services of this machine."""
-    argparse.ArgumentParser(prog="hdpo doctor", description="What this machine has for training.").parse_args(argv)
+    """Versions, devices, space and services of this machine; with --config the memory an RL run will need."""
+    parser = argparse.ArgumentParser(prog="hdpo doctor", description="What this machine has for training.")
+    parser.add_argument("--config", help="YAML file of an RL run: plan its memory, by phase, and refuse what can't fit")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--gpus", type=int, default=0, help="plan for so many devices instead of this machine's")
+    parser.add_argument("--gpu-gib", type=float, default=0.0, help="plan for devices of this size, GiB")
+    options = parser.parse_args(argv)
+    if options.config or options.overrides:
+        from hdpo.config_file import load_config
+        print(f"{'memory':14} {check_memory(load_config(options.config, options.overrides), options.gpus, options.gpu_gib)}")
+        return 0
     for name in PACKAGES:
         try:
             print(f"{name:14} {importlib.metadata.version(name)}")

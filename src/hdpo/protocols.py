@@ -4,7 +4,7 @@ Nothing here knows a vendor: vllm, deepspeed, docker and openai live under `hdpo
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor
+
+    from hdpo.checksums import Checksum, Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ class Engine(Protocol):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace all weights. Consumes the iterator once, in order; every later Completion carries `version`."""
+        ...
+
+    def compare_weights(self, sent: Mapping[str, Checksum]) -> Comparison:
+        """Compare the weights held now with checksums of those sent last, tensor by tensor, where they correspond."""
         ...
 
     def sleep(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hdpo.adapters.torchvision_shim import activate
+from hdpo.checksums import Checksum, Comparison, compare
 from hdpo.config import RolloutConfig
 from hdpo.errors import ModelError
 from hdpo.protocols import GenerateRequest
@@ -223,6 +224,10 @@ class HfEngine:
         if missing:
             raise ModelError(f"weights for the engine: {len(missing)} missing, the first is {missing[0]}")
         self._version = version
+
+    def compare_weights(self, sent: Mapping[str, Checksum]) -> Comparison:
+        """Every parameter by its own name."""
+        return compare(sent, self._model.named_parameters(remove_duplicate=False))
 
     def sleep(self) -> None:
         """CUDA: running requests are dropped and the model moves to host memory. CPU: nothing to do."""

@@ -16,11 +16,12 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hdpo.adapters.torchvision_shim import activate
 from hdpo.agent.families import FAMILIES, Family
+from hdpo.checksums import Checksum, Comparison, compare
 from hdpo.config import RolloutConfig
 from hdpo.errors import ModelError
 from hdpo.protocols import GenerateRequest
@@ -154,6 +155,10 @@ class VllmEngine:
         self._engine.reset_prefix_cache()
         self._version = version
 
+    def compare_weights(self, sent: Mapping[str, Checksum]) -> Comparison:
+        """By vLLM's own renaming and fusing. On CPU linear layers can't be compared: oneDNN packs and drops their weights."""
+        return self._engine.collective_rpc(_compare, args=(dict(sent),))[0]
+
     def sleep(self) -> None:
         """CUDA: weights to host memory, KV cache dropped; running requests are aborted. CPU: nothing to do."""
         if self._cuda and not self._engine.is_sleeping():
@@ -241,6 +246,20 @@ def _reload(worker: Any, weights: Iterator[tuple[str, Any]]) -> list[str]:
     loaded = model.load_weights(weights)
     finalize_layerwise_reload(model, worker.model_config)
     return sorted(expected - loaded)
+
+
+def _compare(worker: Any, sent: dict[str, Checksum]) -> Comparison:
+    """Fused names by the model's own tables; all of a layer's experts count as one tensor."""
+    model = worker.get_model()
+    fused = {part: whole for whole, parts in getattr(model, "packed_modules_mapping", {}).items() for part in parts}
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+
+    def key(name: str) -> str:
+        before, experts, _ = name.partition(".experts.")
+        return before + ".experts" if experts else ".".join(fused.get(part, part) for part in name.split("."))
+
+    renamed = {(mapper.map_name(name) or name) if mapper else name: checksum for name, checksum in sent.items()}
+    return compare(renamed, model.named_parameters(remove_duplicate=False), key)
 
 
 def _start(arguments: dict[str, Any]) -> Any:

@@ -120,6 +120,11 @@ class Checkpoints:
         self._writing = Writing(self.world, final, partial, write_model, state, summary, commit)
         return final
 
+    def save_last(self, step: int, data: dict[str, Any]) -> None:
+        """Save and wait until it is visible: the run is about to end."""
+        self.save(step, data)
+        self.finish()
+
     def _metric_at(self, step: int) -> dict[str, Any]:
         name = self.config.checkpoint.best
         known = self._metric[0] == step and math.isfinite(self._metric[1])

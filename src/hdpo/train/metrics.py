@@ -78,7 +78,10 @@ class Metrics:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall seconds of the block to `time/{phase}`. Over ranks the slowest counts: it is what a step costs."""
+        """Add the wall seconds of the block to `time/{phase}`, and note the memory held at its end as `memory/{phase}_gb`.
+
+        Over ranks the slowest and the fullest count: they are what a step costs.
+        """
         start = time.perf_counter()
         try:
             yield
@@ -86,6 +89,7 @@ class Metrics:
             if torch.cuda.is_available() and torch.cuda.is_initialized():
                 torch.cuda.synchronize()    # a phase pays for the kernels it queued; a handful of phases a step
             self._merge(f"time/{phase}", "time", [time.perf_counter() - start])
+            self.maximum(f"memory/{phase}_gb", memory_held() / 2**30)
 
     def add_mismatch(self, log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> None:
         """How far trainer (`log_probs`) and engine are apart on sampled tokens; all three [N] (or any equal shape).
@@ -186,6 +190,17 @@ def _percentile(counts: list[float], share: float) -> float | None:
         if seen >= wanted:
             return math.exp(_LOG_RATIO_LEAST * math.exp(index * _LOG_RATIO_STEP))
     return None
+
+
+def memory_held() -> int:
+    """Bytes in use on this rank's device, by engine and trainer together; without a device those of this process."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:     # not Linux
+        return 0
 
 
 def memory_scalars() -> dict[str, float]:

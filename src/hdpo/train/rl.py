@@ -10,6 +10,7 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.agent.rollout import Rollouts
 from hdpo.config import Config
 from hdpo.data.tasks import TaskStream
+from hdpo.errors import ParityError
 from hdpo.protocols import Engine
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
 from hdpo.train.batching import PackingSpec, make_train_batch
@@ -20,7 +21,7 @@ from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool, to_samples
 from hdpo.train.spool import Spool
-from hdpo.train.sync import check_parity, sync_weights
+from hdpo.train.sync import WeightSync
 from hdpo.train.update import StepGuard, old_log_probs, update
 from hdpo.types import RewardedGroup, Sample, TrainBatch, Trajectory
 
@@ -35,6 +36,7 @@ class RlParts:
     tasks: TaskStream
     evaluator: Callable[[str, int], Any]   # evaluate.Evaluator
     spec: PackingSpec
+    sync: WeightSync
     pixels: PixelPool
     log: RunLog
     checkpoints: Checkpoints
@@ -59,7 +61,8 @@ def train(config: Config, parts: RlParts) -> bool:
                               config.batch.head_chunk_tokens)
     guard = StepGuard(config.optim.max_skipped)
     collect = Collector(config, rollouts, parts.scorer, tasks, world, log, parts.ended)
-    open_gate(config, parts, start)
+    world.phase("parity", start)
+    parts.sync.open(start, fresh=start == 0)
     if start == 0 and config.eval.before:
         run_evaluation(config, parts, config.eval.label_before, 0)
 
@@ -69,7 +72,7 @@ def train(config: Config, parts: RlParts) -> bool:
             position = tasks.state()
             checkpoints.check()
             with log.timed("sync"):
-                sync_weights(policy, engine, step, config.sync.group_mib)
+                send_weights(parts, step, position)
             collected = collect(step, parts.spool.begin(step))
             engine.sleep()
             if collected is None:
@@ -89,7 +92,7 @@ def train(config: Config, parts: RlParts) -> bool:
             checkpoints.note(step + 1, log.write(step + 1, {
                 **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch,
                 "data/skipped": len(tasks.skipped)}, rewarded.groups, rewarded.advantages))
-            guard.check(partial(checkpoints.save, step + 1, tasks.state()))
+            guard.check(partial(checkpoints.save_last, step + 1, tasks.state()))
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
@@ -103,17 +106,14 @@ def train(config: Config, parts: RlParts) -> bool:
     return True
 
 
-def open_gate(config: Config, parts: RlParts, start: int) -> None:
-    """Refuse to train when trainer and engine disagree: as loaded (fresh runs), and after a sync. Raises ParityError."""
-    parts.policy.world.phase("parity", start)
-    stages = [("before the first step", False)] if start == 0 else []
-    for stage, synced in [*stages, ("after sync", True)]:
-        if synced:
-            sync_weights(parts.policy, parts.engine, start, config.sync.group_mib)
-        report = check_parity(parts.policy, parts.engine, parts.chat, parts.spec, stage=stage,
-                              tolerance=config.sync.parity_tolerance)
-        parts.log.note(f"parity {stage}: mean {report.mean:.1e}, max {report.max:.1e} nat")
-    parts.engine.sleep()
+def send_weights(parts: RlParts, step: int, position: dict[str, Any]) -> None:
+    """The policy's weights into the engine, with the canary when it is due; a run that fails it is saved. Collective."""
+    try:
+        parts.sync.send(step)
+        parts.sync.watch(step)
+    except ParityError:
+        parts.checkpoints.save_last(step, position)
+        raise
 
 
 def make_batch(config: Config, parts: RlParts, trained: Scored) -> TrainBatch:
@@ -141,15 +141,14 @@ def stop_if_unscored(config: Config, parts: RlParts, step: int, position: dict[s
     """Stop, after saving, when too many rollouts of the step have no verdict. Collective. Raises UnscoredLimitError."""
     unscored, total = (int(count) for count in parts.policy.world.sum([float(n) for n in unscored_share(rewarded)]))
     if unscored > config.reward.max_unscored * total:
-        parts.checkpoints.save(step, position)
+        parts.checkpoints.save_last(step, position)
         check_unscored(unscored, total, config.reward.max_unscored, unscored_reasons(rewarded))
 
 
 def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -> bool:
     """Save the state after `step` finished steps and tell the user. Collective."""
     parts.policy.world.phase("save", step)
-    parts.checkpoints.save(step, position)
-    parts.checkpoints.finish()
+    parts.checkpoints.save_last(step, position)
     parts.log.note(f"stopped after step {step}; the same command goes on from there")
     return False
 
@@ -157,7 +156,7 @@ def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -
 def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> None:
     """Greedy rollouts of the held-out rows with the present weights. Collective."""
     parts.policy.world.phase("evaluation", step)
-    sync_weights(parts.policy, parts.engine, step, config.sync.group_mib)
+    parts.sync.send(step)
     result = parts.evaluator(label, step)
     parts.engine.sleep()
     if result is not None:

@@ -53,7 +53,7 @@ def train(config: Config, parts: SftParts) -> bool:
             checkpoints.note(step + 1, log.write(step + 1, {
                 **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": demos.epoch,
                 "data/skipped": len(demos.skipped)}))
-            guard.check(partial(checkpoints.save, step + 1, demos.state()))
+            guard.check(partial(checkpoints.save_last, step + 1, demos.state()))
             stopping = world.any(stop.requested)
             if stopping or step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
                 with log.timed("save"):

@@ -1,0 +1,111 @@
+"""Where does a step's time go, and what does it hold in memory, phase by phase? (Z1)
+
+    python benchmarks/bench_step.py [--short] [--json FILE] [--model toy|tiny|8b] [--ranks N]
+
+Runs the real RL loop on the toy world (tool server, sandbox, ZeRO-3 ranks, engine) and reads its metrics: seconds and GiB
+of each phase, median over the steps after the first. On CPU the model is the shipped toy base, on CUDA random weights of
+Qwen3-VL-8B's shapes (`8b`), which never answer and so sample up to the budget of every turn; `tiny` does the same on CPU.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import Figure, arguments, report
+
+import hdpo
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = Path(hdpo.__file__).parent / "assets" / "toy-base"
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {"text": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
+                          num_key_value_heads=2, vocab_size=2048),
+             "vision": dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+                            deepstack_visual_indexes=[0])},
+    "8b": {"text": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
+                        num_key_value_heads=8, vocab_size=151936),
+           "vision": dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096,
+                          deepstack_visual_indexes=[8, 16, 24])},
+}
+SMALL = {"rollout.prompts_per_step": 4, "optim.mini_batch_prompts": 2, "rollout.group_size": 4}
+FULL = {"rollout.prompts_per_step": 16, "optim.mini_batch_prompts": 8, "rollout.group_size": 8}
+
+
+def random_model(folder: Path, shapes: dict[str, dict[str, Any]], cuda: bool) -> Path:
+    """A folder with the toy base's tokenizer and processor, and random weights of other shapes."""
+    from hdpo.adapters.torchvision_shim import activate
+
+    activate()
+    import torch
+    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+    shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(TOY)
+    for part, values in (("text_config", shapes["text"]), ("vision_config", shapes["vision"])):
+        for name, value in values.items():
+            setattr(getattr(config, part), name, value)
+    half = config.text_config.head_dim // 2
+    section = [half - 2 * (half // 3), half // 3, half // 3]
+    config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": section}
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = False
+    config.text_config.layer_types = None
+    torch.manual_seed(0)
+    with torch.device("cuda" if cuda else "cpu"):
+        Qwen3VLForConditionalGeneration(config).to(torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
+    return folder
+
+
+def run(folder: Path, model: str, ranks: int, steps: int, cuda: bool, load: dict[str, int]) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl."""
+    from hdpo.data.toyworld import make_world
+    from hdpo.demo import cpu_environment
+    from hdpo.train.metrics import read_metrics
+
+    world = make_world(folder / "world", train_rows=200, val_rows=8, demos=20)
+    path = TOY if model == "toy" else random_model(folder / "model", SHAPES[model], cuda)
+    settings: dict[str, Any] = {
+        "run.folder": folder, "run.name": "bench", "model.path": path, "data.train": f"[{world.train}]",
+        "tools.text_index": world.text_index, "tools.image_index": world.image_index, "optim.steps": steps,
+        "eval.before": False, "eval.after": False, "checkpoint.every_steps": 0, "reward.max_unscored": 1.0,
+        "log.tensorboard": False, **load}
+    if cuda:
+        settings |= {"model.dtype": "bfloat16", "model.gradient_checkpointing": True, "optim.offload": ranks < 4}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               str(ROOT / "launch/accelerate" / ("zero3.yaml" if cuda else "cpu2.yaml")), "--num_processes", str(ranks),
+               "--main_process_port", "0", str(ROOT / "launch/train_rl.py"),
+               "--config", str(ROOT / "launch/configs/demo_rl.yaml")]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={value}"]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | ({} if cuda else cpu_environment(ranks)))
+    return read_metrics(folder / "bench" / "metrics.jsonl")
+
+
+def main() -> int:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    parser = arguments(__doc__)
+    parser.add_argument("--model", choices=["toy", *SHAPES], default="8b" if cuda else "toy")
+    parser.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(Path(folder), args.model, args.ranks, 3 if args.short else 6, cuda, SMALL if args.short else FULL)[1:]
+    seconds = {name[5:]: statistics.median(row[name] for row in rows) for name in rows[0] if name.startswith("time/")}
+    memory = {name[7:-3]: max(row[name] for row in rows) for name in rows[0] if name.startswith("memory/")}
+    step = seconds.pop("step")
+    figures = {"step": Figure(step, "s", "lower", tolerance=0.5)}
+    for phase, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        figures[f"{phase}, share of the step"] = Figure(value / step, "", "lower", tolerance=1.0)
+    figures |= {f"{phase}, memory at its end": Figure(value, "GiB", "lower") for phase, value in memory.items()}
+    details = {"model": args.model, "ranks": args.ranks, "rows": rows}
+    return 0 if report("step", figures, details, args.json, args.short) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
