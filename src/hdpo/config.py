@@ -66,14 +66,15 @@ class RolloutConfig(Section):
     group_size: int = Field(16, description="G, rollouts of a prompt.")
     temperature: float = Field(1.0, description="Sampling temperature of training rollouts.")
     dynamic_sampling: int = Field(
-        0, description="Rounds in which groups without any advantage are replaced by further prompts; 0 is off.")
+        0, ge=0, description="Rounds in which groups without any advantage are replaced by further prompts; 0 is off.")
     max_turns: int = Field(10, description="Tool calls a trajectory may make; the generation after the last must answer.")
     max_response_tokens: int = Field(16384, description="Tokens after the prompt, over all turns and observations.")
     max_turn_tokens: int = Field(16384, description="Tokens of one generation.")
     max_observation_tokens: int = Field(8192, description="Tokens of one observation, images expanded; the rest is cut.")
     max_images: int = Field(32, description="Images in one trajectory, prompt and tools together.")
     max_seconds: float = Field(1800.0, description="Wall clock of one trajectory, seconds; later it is aborted.")
-    max_num_seqs: int = Field(256, description="Sequences the engine runs at once, per rank.")
+    max_num_seqs: int = Field(
+        256, description="Sequences the engine runs at once, per rank; up to half as many trajectories wait for tools besides.")
     max_batched_tokens: int = Field(8192, description="Tokens of one engine step, per rank.")
     kv_cache_gib: float = Field(0.0, description="KV cache per rank, GiB; 0 lets gpu_memory decide.")
     gpu_memory: float = Field(0.7, description="Fraction of device memory for the engine while it is awake (CUDA).")
