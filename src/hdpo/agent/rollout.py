@@ -116,8 +116,8 @@ class Rollouts:
 
         The k-th task is prompt number first_index + k of the step: `Trajectory.index`. `known` holds trajectories of this
         very step, by (index, sample index): they are taken as they are instead of being sampled.
-        `on_finished` is called on the background loop for every trajectory, sampled or known, the moment it is there; not
-        for those that `stop` has cut short, and groups with such a one that never started are not returned.
+        `on_finished` is called on the background loop for every trajectory, sampled or known, the moment it is there, but
+        not for those that `stop` cut short. Groups that it kept from starting as a whole are not returned.
 
         Raises DataError for a task that cannot be shown; KeyboardInterrupt and failures of the engine abort all requests,
         close all trajectories and are raised again.
