@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +21,16 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.agent.rollout import PromptQueue, Rollouts, static_queue
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config, HdpoConfig, RolloutConfig, ToolsConfig
+from hdpo.reward.audit import AuditLog
+from hdpo.reward.scoring import Scorer
+from hdpo.train.batching import PackingSpec, make_train_batch
 from hdpo.train.collect import Collector, score_groups, signal_of
+from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import Metrics
-from hdpo.train.samples import group_advantages, to_samples
+from hdpo.train.runlog import RunLog
+from hdpo.train.samples import PixelPool, group_advantages, to_samples
 from hdpo.train.world import World
-from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Task, Trajectory, Verdict
+from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Sample, Task, Trajectory, Verdict
 
 
 @pytest.fixture
@@ -296,11 +301,12 @@ def test_ranks_agree_on_what_is_taken_and_trained_even_if_one_of_them_gets_no_pr
     assert sorted(group.index for everything, *_ in results for group in everything.groups) == list(range(6))
 
 
-def test_over_long_filtering_takes_rows_out_of_loss_and_norm_but_not_out_of_the_groups_statistics() -> None:
+def test_over_long_filtering_takes_rows_out_of_loss_and_norm_but_not_out_of_the_groups_statistics(
+        chat: ChatFormat) -> None:
     one = Stream("m").take(1)[0]
     trajectories = tuple(trajectory(one, s, 0, EndReason.MAX_TOKENS if s == 3 else EndReason.ANSWERED) for s in range(4))
     group = rewarded(trajectories)
-    pool = SimpleNamespace(vision=lambda t: None)
+    pool = PixelPool(chat)
     plain, masked = HdpoConfig(), HdpoConfig(mask_truncated=True)
     advantages, members = group_advantages([group], masked)
     assert (advantages, members) == group_advantages([group], plain)
@@ -311,6 +317,22 @@ def test_over_long_filtering_takes_rows_out_of_loss_and_norm_but_not_out_of_the_
     all_cut = tuple(trajectory(one, s, 0, EndReason.MAX_TOKENS) for s in range(4))
     cut_group = RewardedGroup(one, all_cut, group.judgements, group.rewards, 0)
     assert signal_of(score_groups([cut_group], masked), masked) == [False], "nothing of it would be trained"
+
+
+def test_a_rank_without_groups_scores_packs_and_logs_nothing_without_complaint(
+        tmp_path: Path, background: BackgroundLoop) -> None:
+    config = Config.model_validate({"run": {"folder": str(tmp_path)}})
+    scorer = Scorer(config.reward, None, background, AuditLog(tmp_path / "audit"))
+    assert scorer.score([], 1) == []
+    scored = score_groups([], config.hdpo)
+    spec = PackingSpec(image_token_id=None, merge_size=1, max_tokens=64, max_patches=64,
+                       filler=Sample([1, 2], [0, 0], [0.0, 0.0], (), (), None))
+    batch = make_train_batch([[], []], spec, World(), 2)
+    assert [len(mini.micro_batches) for mini in batch.mini_batches] == [1, 1], "in step with the other ranks"
+    scalars = RunLog(config, World(), [], []).write(1, None, scored.groups, scored.advantages)
+    assert not any(name.startswith("reward/") for name in scalars)
+    assert read_rollouts(tmp_path / "run" / "rollouts" / "step_000001.parquet") == []
+    scorer.close()
 
 
 # -- real ranks ----------------------------------------------------------------------------------------------------
