@@ -169,6 +169,17 @@ def test_checksums_agree_with_what_was_sent_and_name_what_was_not(engine, model)
     assert "lm_head" in endings or found.share < 1
 
 
+def test_the_memory_plans_bytes_of_a_cached_token_are_vllms_own(engine, folder):
+    from hdpo.config import Config, ModelConfig
+    from hdpo.memory_plan import plan, read_shapes
+
+    if type(engine).__name__ == "HfEngine":
+        pytest.skip("it allocates as it goes")
+    made = plan(Config(), read_shapes(ModelConfig(path=folder)), ranks=1, device=None, dtype_bytes=4)
+    cache = engine._engine.vllm_config.cache_config
+    assert cache.num_gpu_blocks * cache.block_size == pytest.approx(0.25 * 2**30 / made.kv_bytes_per_token, rel=0.01)
+
+
 def test_same_seed_gives_the_same_tokens_whatever_the_batch_mates(engine):
     alone = run(engine, {"a": with_images(3)})["a"]
     crowd = run(engine, {"x": text(8), "a": with_images(3), "y": text(9, ids=(START,) + tuple(range(30, 60)))})["a"]

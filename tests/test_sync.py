@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hdpo.config import Config
 from hdpo.errors import ParityError
 from hdpo.train.batching import PackingSpec
 from hdpo.train.metrics import Metrics
+from hdpo.train.rl import send_weights
 from hdpo.train.sync import ParityReport, WeightSync, canary, check_parity
 from hdpo.types import Sample
 
@@ -181,3 +183,17 @@ def test_new_weights_move_the_engines_log_probs(sync: WeightSync, chat: ChatForm
         check_parity(sync.policy, sync.engine, chat, sync.spec, stage="with old weights")
     sync.send(1)
     assert check_parity(sync.policy, sync.engine, chat, sync.spec, stage="after sync").max < 1e-4
+
+
+def test_a_run_that_fails_its_canary_is_saved_before_it_stops(sync: WeightSync) -> None:
+    saved: list[tuple[int, dict[str, int]]] = []
+    checkpoints = SimpleNamespace(save_last=lambda step, position: saved.append((step, position)))
+    parts: Any = SimpleNamespace(sync=sync, checkpoints=checkpoints)
+    send_weights(parts, 2, {"row": 7})
+    assert not saved
+    sync.engine.load_weights = lambda weights, version: list(weights)   # type: ignore[assignment, method-assign]
+    with torch.no_grad():
+        sync.policy.module.model.lm_head.weight.mul_(1.1)   # type: ignore[attr-defined]
+    with pytest.raises(ParityError):
+        send_weights(parts, 4, {"row": 9})
+    assert saved == [(4, {"row": 9})]
