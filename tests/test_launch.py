@@ -20,6 +20,7 @@ from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import read_metrics
 from hdpo.train.nodes import interface_towards
 
+COMPILED = Path.home() / ".cache" / "torch_extensions" / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
 METIS = str(ROOT / "launch" / "train_metis.sh")
 VARIABLES = ("MODEL_PATH", "TRAIN_DATA", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "RUN_NAME",
              "RUN_FOLDER", "MAX_RESTARTS", "CONFIG", "WANDB_API_KEY", "n")
@@ -141,6 +142,7 @@ class Nodes:
         variables = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": self.address, "MASTER_PORT": str(port),
                      "GPUS_PER_NODE": "1", "HOME": str(own / "home"), "TMPDIR": str(own / "tmp"), "PYTHON": sys.executable,
                      "ACCELERATE_CONFIG": str(ROOT / "launch/accelerate/cpu2.yaml"),
+                     "TORCH_EXTENSIONS_DIR": str(COMPILED),    # compiled once for this machine, not for each HOME
                      "CONFIG": str(ROOT / "launch/configs/demo_rl.yaml")}
         return Running([*inside, *arguments], own / f"log{port}", variables | environment, ranks=2)
 
@@ -175,11 +177,12 @@ def sft_arguments(world: World, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two_nodes_sft(nodes: Nodes, toy_world: World) -> Path:
-    """One SFT step on two nodes; the run's folder."""
+    """One SFT step on two nodes, started by plain torchrun; the run's folder."""
     shared = nodes.folder / "shared"
     statuses, running = nodes.run([
-        command("launch/train_sft.py", sft_arguments(toy_world, shared), 2, "--num_machines", "2", "--machine_rank", str(node),
-                "--main_process_ip", nodes.address, "--main_process_port", "{port}") for node in (0, 1)])
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1",
+         "--master-addr", nodes.address, "--master-port", "{port}", "launch/train_sft.py", *sft_arguments(toy_world, shared)]
+        for node in (0, 1)])
     assert statuses == [0, 0], [node.text()[-2000:] for node in running]
     return shared / "sft"
 
