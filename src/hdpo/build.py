@@ -61,10 +61,11 @@ class Stage(contextlib.ExitStack):
     def __exit__(self, kind: Any, exc: BaseException | None, trace: Any) -> bool | None:
         """Close all parts. An error that another rank caused becomes a RankError, which names that rank."""
         blame = "" if exc is None else self.world.failed(exc)
-        handled = super().__exit__(kind, exc, trace)
-        if blame:
-            raise RankError(f"{blame}; this rank stops") from None
-        return handled
+        try:
+            return super().__exit__(kind, exc, trace)
+        finally:
+            if blame:
+                raise RankError(f"{blame}; this rank stops") from None
 
     def sft(self) -> SftParts:
         config = self.config
