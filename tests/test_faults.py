@@ -5,6 +5,7 @@ Full disks and damaged checkpoints are in test_checkpoint.py and test_resume.py;
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -140,8 +141,8 @@ def test_a_stopped_rank_is_named_with_its_phase_and_the_others_end_within_the_li
     rank1.kill()
     assert second.end() == 3
     (line,) = second.lines("hdpo (rank 0)")
-    assert f"rank 1 on {socket.gethostname()} (pid {rank1.pid}) gave no sign of life for 8 s, in " in line
-    assert "of step" in line and seconds < HANG_TIMEOUT_S + 10, seconds
+    assert f"rank 1 on {socket.gethostname()} (pid {rank1.pid}) gave no sign of life for " in line
+    assert re.search(r" s, in \w+ of step \d+; this rank stops$", line) and seconds < HANG_TIMEOUT_S + 10, seconds
 
 
 def test_a_killed_rank_is_named_and_the_launcher_ends_in_one_line_for_each(run: Run, second: Running) -> None:
