@@ -203,7 +203,8 @@ def test_train_metis_takes_an_rl_step_on_two_nodes_with_a_tool_server_on_each(
     folder = two_nodes_sft.parent
     statuses, running = nodes.run([[METIS, "0.15", *settings(
         rollout__engine="hf", rollout__prompts_per_step=4, rollout__group_size=2, optim__mini_batch_prompts=4, optim__steps=1,
-        eval__before="false", eval__after="false", tools__text_index=toy_world.text_index, tools__image_index=toy_world.image_index)]] * 2,
+        eval__before="false", eval__after="false", tools__text_index=toy_world.text_index,
+        tools__image_index=toy_world.image_index)]] * 2,
         MODEL_PATH=str(step_folders(two_nodes_sft)[-1]), TRAIN_DATA=f"[{toy_world.train}]", RUN_FOLDER=str(folder), RUN_NAME="rl")
     assert statuses == [0, 0], [node.text()[-2000:] for node in running]
     run = folder / "rl"
