@@ -3,8 +3,8 @@
 Every rank makes the same plan from the same integers, so nothing but the sizes of the rows is communicated. First the
 rows are shared out: a rank keeps its own, those that are dear to move before the others, until it has its part of the
 work, and what is left goes to the ranks that lack some. Then each rank deals its rows, longest first, onto the lightest
-micro-batch with room. Greedy longest-first is as balanced here as Karmarkar-Karp, far cheaper, and honours the budgets,
-which a balance of work alone does not.
+micro-batch with room, and a few swaps even these out. That is as balanced as Karmarkar-Karp, cheaper, and honours the
+budgets, which a balance of work alone does not.
 
 Under ZeRO-3 every micro-batch waits for the slowest rank, so all ranks get the same number of them, each in the order of
 falling work. Standard library only.
@@ -20,8 +20,6 @@ IMAGE_PATCHES = 2048
 """Patches of a middling image, for what attention inside an image costs."""
 SLACK = 200
 """A rank may have 1/SLACK more than its part of the work before rows of it are moved to another."""
-
-
 MOST_TRIED = 16
 """Swaps of two micro-batches that are tried for room."""
 
