@@ -191,7 +191,8 @@ def planning(short: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
             made = scheme(rows)
             bins = list(chain(*made))
             tokens = [sum(rows[i].tokens for i in bin_) for bin_ in bins]
-            padded = sum(len(bin_) * max(rows[i].tokens for i in bin_) for bin_ in bins if bin_)
+            padded = sum(tokens) if name != "in order of arrival" else sum(
+                len(bin_) * max(rows[i].tokens for i in bin_) for bin_ in bins)
             eff, balance = efficiency(work, made)
             found.setdefault(name, []).append({
                 "efficiency": eff, "balance": balance, "as 2B": efficiency([as_2b(row) for row in rows], made)[0],
