@@ -33,7 +33,8 @@ def test_optimizer_steps_are_the_same_for_any_split_over_micro_batches_and_ranks
     assert whole["micro_batches"] == 1 and uneven["micro_batches"] > 1
     assert uneven["norms"] == pytest.approx(whole["norms"], rel=1e-5)
     assert uneven["losses"] == pytest.approx(whole["losses"], rel=1e-5, abs=1e-6)
-    assert uneven["weights"] == pytest.approx(whole["weights"], rel=1e-5)
+    # A bias of attention's keys has no gradient but rounding, and Adam makes steps of that: hence the absolute part
+    assert uneven["weights"] == pytest.approx(whole["weights"], rel=1e-5, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
