@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launching import accelerate
+from launching import Running, accelerate, command
 
 from hdpo.train.checkpoint import step_folders
 
@@ -58,3 +58,19 @@ def test_master_weights_behind_bf16_are_what_a_run_goes_on_from(tiny_model: Path
     same = train_some(tiny_model, cut(tmp_path / "whole", tmp_path / "same", 2), 4, 1, "bfloat16")
     assert same["losses"] == whole["losses"][2:]
     assert weights_of(tmp_path / "same", 4) == weights_of(tmp_path / "whole", 4)
+
+
+def test_a_launcher_with_restarts_goes_on_by_itself_after_a_rank_is_killed(tiny_model: Path, tmp_path: Path) -> None:
+    steps, checkpoints = 30, tmp_path / "run" / "run" / "checkpoints"
+    arguments = [str(tiny_model), str(tmp_path / "run"), str(steps), "float32"]
+    running = Running(command("tests/ranks/train_some.py", arguments, 2, "--max_restarts", "2"), tmp_path / "log", {})
+    try:
+        running.until((checkpoints / "step_000003").is_dir)
+        running.rank(1).kill()
+        assert running.end(400) == 0, running.text()[-3000:]
+    finally:
+        running.kill()
+    (line,) = [line for line in running.text().splitlines() if "RESULT " in line]
+    result = json.loads(line.split("RESULT ", 1)[1])
+    assert result["start"] >= 3 and len(result["losses"]) == steps - result["start"]
+    assert (checkpoints / f"step_{steps:06d}").is_dir()

@@ -41,8 +41,8 @@ MAY_CHANGE = (
     "rollout.max_num_seqs", "rollout.max_batched_tokens", "rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.engine")
 """Fields a resumed run may set differently: they do not change what is learned."""
 
-OTHERS_S = 60.0
-"""How long rank 0 waits for the files of the others once it must not wait for ever, seconds."""
+OTHERS_S, LEAVE_S = 60.0, 15.0
+"""How long rank 0 waits for files of the others that say they have written them; for those of ranks that may be gone."""
 
 
 class Saved(Protocol):
@@ -85,7 +85,7 @@ class Checkpoints:
 
     def __exit__(self, *exc: object) -> None:
         if self._writing is not None:    # only after an error: other ranks may be gone
-            self._writing.finish(OTHERS_S)
+            self._writing.finish(LEAVE_S)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
