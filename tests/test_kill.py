@@ -15,8 +15,11 @@ import psutil
 import pytest
 from launching import BASE, Running, command, settings
 
+from hdpo.config_file import load_config
 from hdpo.data.toyworld import World, make_world
+from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import read_metrics
+from hdpo.train.spool import spooled
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -111,9 +114,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_no
 @pytest.mark.skipif(KILLS > 3, reason="runs with the others in make test")
 def test_a_killed_run_loses_no_finished_rollout(tmp_path: Path) -> None:
     """Not deterministic: only then rollouts are kept, because only then they need not repeat in the same batches."""
-    from hdpo.train.dump import read_rollouts
-    from hdpo.train.spool import _Spooled, settings_fingerprint
-
     world = make_world(tmp_path / "world", seed=5, train_rows=40, val_rows=8, demos=8)
     run = Run(tmp_path, "run", world, 1, run__deterministic="false", rollout__max_num_seqs=2)
     spool = run.path / "spool" / "step_000000"
@@ -121,9 +121,7 @@ def test_a_killed_run_loses_no_finished_rollout(tmp_path: Path) -> None:
     try:
         running.until(lambda: any(path.stat().st_size > 20_000 for path in spool.glob("*")), timeout=400)
         kill_as_a_lost_machine(running)
-        from hdpo.config import load_config
-        header = {"step": 0, "settings": settings_fingerprint(load_config(run.path / "config.yaml", environment={}))}
-        known = dict(_Spooled(spool, header))
+        known = dict(spooled(load_config(run.path / "config.yaml", environment={}), 0))
         assert 0 < len(known) < 16
         running = run.start()
         assert running.end(400) == 0, running.text()[-3000:]

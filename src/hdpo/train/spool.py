@@ -47,9 +47,8 @@ class Spool:
     """One per rank. `add` may be called from any thread and returns at once; `begin` is collective."""
 
     def __init__(self, config: Config, world: World) -> None:
-        self._folder, self._run, self._world = config.run.path / "spool", config.run.path, world
+        self._config, self._world, self._folder = config, world, config.run.path / "spool"
         self._active = not config.run.deterministic
-        self._settings = settings_fingerprint(config)
         self._known: Known = {}
         self._sampled = False
         self._writer: _Writer | None = None
@@ -71,18 +70,17 @@ class Spool:
             self._writer.close()
         invalid = self._world.any(self._sampled)
         if self._world.is_main:
-            covered = int(([*step_folders(self._run)] or [Path("step_0")])[-1].name.removeprefix("step_"))
+            covered = int(([*step_folders(self._config.run.path)] or [Path("step_0")])[-1].name.removeprefix("step_"))
             for folder in self._folder.glob("step_*"):
                 number = int(folder.name.removeprefix("step_"))
                 if number < min(covered, step) or (invalid and number >= step):
                     shutil.rmtree(folder, ignore_errors=True)
         self._world.barrier()
-        here = self._folder / f"step_{step:06d}"
-        header = {"step": step, "settings": self._settings}
-        self._known = _Spooled(here, header)
+        self._known = spooled(self._config, step)
         self._sampled = False
         self._world.barrier()       # every rank has listed the files before the first new one appears
-        self._writer = _Writer(_free_name(here, self._world.rank), header)
+        here = _step_folder(self._config.run.path, step)
+        self._writer = _Writer(_free_name(here, self._world.rank), _header(self._config, step))
         return self._known
 
     def add(self, trajectory: Trajectory) -> None:
@@ -93,7 +91,20 @@ class Spool:
                 self._writer.put(trajectory)
 
 
-def settings_fingerprint(config: Config) -> str:
+def spooled(config: Config, step: int) -> Known:
+    """The rollouts of a step that are on the disk and were sampled under this configuration."""
+    return _Spooled(_step_folder(config.run.path, step), _header(config, step))
+
+
+def _step_folder(run: Path, step: int) -> Path:
+    return run / "spool" / f"step_{step:06d}"
+
+
+def _header(config: Config, step: int) -> dict[str, Any]:
+    return {"step": step, "settings": _settings_fingerprint(config)}
+
+
+def _settings_fingerprint(config: Config) -> str:
     """Equal for configurations under which the same weights would sample the same rollouts."""
     flat = flat_settings(config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(MAY_CHANGE)}
