@@ -69,10 +69,10 @@ def chat(folder: Path) -> ChatFormat:
 def test_the_canary_holds_a_long_text_and_a_tool_turn_with_several_images_and_keeps_to_its_room(chat: ChatFormat) -> None:
     asked = canary(chat, room=4000, max_images=4)
     kinds = dict(asked)
-    assert set(kinds) == {"text", "long", "images", "tool images"}
+    assert set(kinds) == {"text", "long", "images", "tool_images"}
     assert 1500 < len(kinds["long"].expanded_ids) <= 2000
-    assert len(kinds["tool images"].images) == 4
-    assert kinds["tool images"].compact_ids.count(chat.tool_call_end_id) == 1
+    assert len(kinds["tool_images"].images) == 4
+    assert kinds["tool_images"].compact_ids.count(chat.tool_call_end_id) == 1
     assert len(dict(canary(chat, 10**6, 4))["long"].expanded_ids) <= 8192
     small = canary(chat, room=300, max_images=1)
     assert small and all(len(p.expanded_ids) <= 300 and len(p.images) <= 1 for _, p in small)
@@ -82,7 +82,7 @@ def test_the_canary_holds_a_long_text_and_a_tool_turn_with_several_images_and_ke
     (torch.float32, {"text": (1e-5, 9e-5), "images": (1e-5, 9e-5)}, set()),
     (torch.float32, {"text": (1e-5, 2e-4), "images": (1e-5, 9e-5)}, {"text"}),
     (torch.bfloat16, {"text": (0.019, 0.5), "images": (0.039, 0.5)}, set()),
-    (torch.bfloat16, {"text": (0.021, 0.03), "tool images": (0.041, 0.5)}, {"text", "tool images"}),
+    (torch.bfloat16, {"text": (0.021, 0.03), "tool_images": (0.041, 0.5)}, {"text", "tool_images"}),
     (torch.bfloat16, {"text": (float("nan"), 0.1)}, {"text"}),
 ])
 def test_thresholds_are_those_of_the_precision(dtype: torch.dtype, figures: Any, beyond: set[str]) -> None:
@@ -124,7 +124,7 @@ def test_a_healthy_pair_passes_every_gate_and_reports_its_figures(sync: WeightSy
         "parity before the first step", "parity after sync"]
     scalars = sync.log.reduce_over_ranks()
     assert scalars["mismatch/canary_max"] < 1e-4 and scalars["sync/verified_share"] == 1.0
-    assert {f"mismatch/canary_mean/{kind}" for kind in ("text", "long", "images", "tool images")} <= set(scalars)
+    assert {f"mismatch/canary_mean/{kind}" for kind in ("text", "long", "images", "tool_images")} <= set(scalars)
     sync.send(1)
     sync.watch(1)
     assert sync.log.reduce_over_ranks() == {"sync/verified_share": 1.0}     # not due: no canary

@@ -20,6 +20,10 @@ OVERHEAD = int(2.5 * GIB)
 """CUDA context, NCCL buffers, kernels' workspaces and what a sleeping engine keeps."""
 
 
+Change = dict[str, float | bool]
+"""Settings and their values, section.field=value."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shapes:
     """Sizes of a model: counts of parameters (tied ones once) and the axes that activations have."""
@@ -211,9 +215,9 @@ def check(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_
                       f"it fits with {way}")
 
 
-def remedies(config: Config, made: MemoryPlan, phase: str) -> list[dict[str, float | bool]]:
+def remedies(config: Config, made: MemoryPlan, phase: str) -> list[Change]:
     """Settings worth trying, the least costly first."""
-    rollout: list[dict[str, float | bool]] = []
+    rollout: list[Change] = []
     if config.rollout.kv_cache_gib and made.device:
         spare = (made.device - made.total("rollout") + made.kv_bytes) / GIB
         rollout.append({"rollout.kv_cache_gib": math.floor(10 * spare) / 10})
@@ -221,13 +225,15 @@ def remedies(config: Config, made: MemoryPlan, phase: str) -> list[dict[str, flo
     else:
         rollout += [{"rollout.gpu_memory": share / 100} for share in range(int(config.rollout.gpu_memory * 100) + 5, 96, 5)]
     rollout += [{"rollout.tensor_parallel": n} for n in (2, 4, 8) if made.ranks % n == 0]
-    update: list[dict[str, float | bool]] = []
+    update: list[Change] = []
     if not config.model.gradient_checkpointing:
         update.append({"model.gradient_checkpointing": True})
     budgets = [t for t in (config.batch.tokens_per_micro_batch * k // 8 for k in range(7, 0, -1)) if t >= config.max_model_len]
     update += [{"batch.tokens_per_micro_batch": t} for t in budgets]
-    update += [{"optim.offload": True}] + [{"optim.offload": True, "batch.tokens_per_micro_batch": t} for t in budgets]
-    every = {"rollout": rollout, "sync": [{"sync.group_mib": mib} for mib in (256, 128, 64)] + rollout, "update": update}
+    update.append({"optim.offload": True})
+    update += [{"optim.offload": True, "batch.tokens_per_micro_batch": t} for t in budgets]
+    sync: list[Change] = [{"sync.group_mib": mib} for mib in (256, 128, 64)]
+    every = {"rollout": rollout, "sync": sync + rollout, "update": update}
     both = [a | b for a in rollout for b in update] if phase == "rollout" else [a | b for b in rollout for a in update]
     return every[phase] + both
 

@@ -163,7 +163,7 @@ def canary(chat: ChatFormat, room: int, max_images: int) -> list[tuple[str, Segm
     asked = [("images" if images else "text", chat.prompt(messages, images)) for messages, images in canary_prompts(chat)]
     asked.append(("long", _long_prompt(chat, min(LONGEST, room // 2))))
     if chat.sees:
-        asked.append(("tool images", _tool_turn(chat)))
+        asked.append(("tool_images", _tool_turn(chat)))
     return [(kind, prompt) for kind, prompt in asked
             if len(prompt.expanded_ids) <= room and len(prompt.images) <= max_images]
 
@@ -230,7 +230,7 @@ def _difference(policy: Policy, sample: Sample, spec: PackingSpec, chat: ChatFor
 
 
 def _explain(report: ParityReport, stage: str, beyond: dict[str, float]) -> str:
-    if set(beyond) <= {"images", "tool images"}:
+    if set(beyond) <= {"images", "tool_images"}:
         cause = "only prompts with images differ: image preprocessing, vision weights or multimodal positions"
     elif set(beyond) == {"long"}:
         cause = "only the long prompt differs: rotary frequencies or positions, or the engine's sliding window"
