@@ -16,6 +16,7 @@ from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.config import Config, HdpoConfig, OptimConfig, RolloutConfig
 from hdpo.train.batching import PackingSpec
 from hdpo.train.collect import score_groups
+from hdpo.train.exchange import to_rows, to_tensors
 from hdpo.train.rl import make_batch
 from hdpo.train.samples import PixelPool, group_advantages, to_samples
 from hdpo.train.world import World
@@ -126,3 +127,19 @@ def test_a_mini_batch_is_a_run_of_the_steps_prompts_whatever_the_order_and_numbe
     assert [sorted(set(mini.micro_batches[0].input_ids[0, ::3].tolist())) for mini in batch.mini_batches] == [[0, 3], [6, 9]]
     assert all(mini.norms[0] == 8.0 for mini in batch.mini_batches)
     parts.pixels.close()
+
+
+def test_a_demonstration_travels_like_a_rollout_and_an_image_travels_once(chat: ChatFormat) -> None:
+    vision = chat.vision([picture(chat, 64, 48, 1), picture(chat, 32, 32, 2)])
+    assert vision is not None
+    rows = [Sample([7, 8, 9], [0, 1, 1], [0.0, -0.1, -1e-9], (), (), vision), Sample([5], [0], [0.0], (), (), None),
+            Sample([6, 6], [0, 1], [0.0, -3.0], (), (), replace(vision, pixels=vision.pixels[:1], grid_thw=vision.grid_thw[:1]))]
+    sent = to_tensors(rows)
+    assert sum(t.numel() for t in sent[8:]) == vision.pixel_values.numel()
+    got = to_rows([t.clone() for t in sent])
+    for row, copy in zip(rows, got, strict=True):
+        assert replace(copy, vision=None) == replace(row, vision=None)
+    assert got[1].vision is None and got[0].vision is not None and got[2].vision is not None
+    assert torch.equal(got[0].vision.pixel_values, vision.pixel_values)
+    assert torch.equal(got[0].vision.grid_thw, vision.grid_thw) and got[2].vision.pixels[0] is got[0].vision.pixels[0]
+    assert to_rows(to_tensors([])) == []
