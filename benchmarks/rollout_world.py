@@ -103,12 +103,15 @@ class TimedEngine:
     def steps_of(self, turn: Turn) -> int:
         return math.ceil(turn.tokens / self.tokens_per_step)
 
-    def lower_bound(self) -> float:
-        """Seconds that no order of work can beat: the longest trajectory by itself, or all tokens at full batches."""
-        longest = max(sum(self.steps_of(turn) * self.step_s + (turn.tool_s or 0.0) for turn in turns)
+    def lower_bound(self, step_s: float) -> float:
+        """Seconds that no order of work can beat: the longest trajectory by itself, or all tokens at full batches.
+
+        `step_s` is what a step really took: a busy machine wakes a sleeper late, which is not the scheduler's doing.
+        """
+        longest = max(sum(self.steps_of(turn) * step_s + (turn.tool_s or 0.0) for turn in turns)
                       for turns in self._plan.turns.values())
         steps = sum(self.steps_of(turn) for turns in self._plan.turns.values() for turn in turns)
-        return max(longest, steps / self.max_num_seqs * self.step_s)
+        return max(longest, steps / self.max_num_seqs * step_s)
 
     def num_unfinished(self) -> int:
         return len(self._rows)
