@@ -42,8 +42,8 @@ def chat(folder: Path) -> ChatFormat:
 
 
 @pytest.fixture(scope="module")
-def spec(chat: ChatFormat) -> PackingSpec:
-    return build_packing(Config(), chat)
+def spec(chat: ChatFormat, folder: Path) -> PackingSpec:
+    return build_packing(Config.model_validate({"model": {"path": str(folder)}}), chat)
 
 
 @pytest.fixture(scope="module")

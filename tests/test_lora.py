@@ -117,7 +117,7 @@ def check_export(exported: Path, folder: Path, sent: dict[str, torch.Tensor], lo
         assert all(torch.equal(file.get_tensor(name), sent[name]) for name in file.keys())
         assert set(file.keys()) == set(sent) - {"lm_head.weight"}
     chat = load_chat_format(str(exported), MIN_PIXELS, MAX_PIXELS)
-    spec = build_packing(Config(), chat)
+    spec = build_packing(Config.model_validate({"model": {"path": str(exported)}}), chat)
     plain = load_policy_model(ModelConfig(path=str(exported), attention="sdpa"), torch.float32).eval()
     micro = pack(rows(chat, 0), spec)
     with torch.no_grad():

@@ -32,7 +32,8 @@ def rows(chat: ChatFormat, rank: int) -> list[Sample]:
     """Two rows, the second with an image where the model sees; other text and other lengths on each rank."""
     samples = []
     for index in range(2):
-        images = [Image.effect_noise((64, 32), 40 + rank).convert("RGB")] if index and chat.sees else []
+        picture = Image.radial_gradient("L").crop((40 * rank, 0, 40 * rank + 200, 100)).resize((64, 32)).convert("RGB")
+        images = [picture] if index and chat.sees else []
         prompt = chat.prompt([{"role": "user", "content": "<image>" * len(images) + "What?" + "abcxyz"[rank::2] * 9}], images)
         answer = chat.encode_turn(f"{'MNOPQR'[rank::2] * (7 + rank)} {index}") + [chat.end_of_turn_id]
         ids, given = prompt.expanded_ids + answer, len(prompt.expanded_ids)
@@ -47,7 +48,7 @@ def one_more_policy() -> None:
 
 def cycle(folder: Path) -> dict:
     chat = load_chat_format(str(folder), 32 * 32, 128 * 128)
-    spec = build_packing(Config.model_validate({"batch": {"tokens_per_micro_batch": 128}}), chat)
+    spec = build_packing(Config.model_validate({"model": {"path": str(folder)}, "batch": {"tokens_per_micro_batch": 128}}), chat)
     policy = DeepSpeedPolicy(ModelConfig(path=str(folder), dtype="float32"), OptimConfig(lr=1e-2), chat.image_token_id, seed=0)
     rank = policy.world.rank
     engine = make_engine(

@@ -49,18 +49,19 @@ def rl_row(sample: Sample, sign: float) -> Sample:
 def main() -> None:
     folder, out = sys.argv[1], Path(sys.argv[2])
     chat = load_chat_format(folder, 32 * 32, 128 * 128)
-    spec = build_packing(Config.model_validate({"batch": {"tokens_per_micro_batch": 128}}), chat)
+    spec = build_packing(Config.model_validate({"model": {"path": str(folder)}, "batch": {"tokens_per_micro_batch": 128}}), chat)
     result: dict = {}
 
-    def start(**settings: object) -> DeepSpeedPolicy:
-        return DeepSpeedPolicy(ModelConfig(path=folder, dtype="float32", **settings), OPTIM, chat.image_token_id, seed=0)
+    def start(seed: int = 0, **settings: object) -> DeepSpeedPolicy:
+        return DeepSpeedPolicy(ModelConfig(path=folder, dtype="float32", **settings), OPTIM, chat.image_token_id, seed)
 
     def rl_step(policy: DeepSpeedPolicy) -> float:
         mine = [rl_row(row, (-1.0) ** i) for i, row in enumerate(rows(chat, policy.world.rank))]
         mini = make_train_batch([mine], spec, policy.world, channels=2).mini_batches[0]
         return update(policy, mini, HdpoObjective(HdpoConfig(), chat.banned_ids, 1.0, Metrics()), 1e-2)
 
-    policy = start(lora_rank=4, lora_alpha=8, freeze=["*layers.1.mlp.*"])
+    adapters = dict(lora_rank=4, lora_alpha=8, freeze=["*layers.1.mlp.*"])
+    policy = start(**adapters)
     mine = rows(chat, policy.world.rank)
     first = raw(policy)
     result["optimized"] = sum(p.ds_numel for group in policy.engine.optimizer.fp16_groups for p in group)
@@ -88,11 +89,14 @@ def main() -> None:
     with torch.no_grad():
         log_probs = policy.run(micro, LogProbs(())(micro))[0]
 
-    policy.restore_state(ShardReader(out, policy.world.size))    # back to after the SFT step; the same RL step once more
-    rl_step(policy)
-    result["resumed_differently"] = moved(last, raw(policy))
     if policy.world.is_main:
         torch.save({"sent": sent, "raw": last, "log_probs": log_probs}, out / "seen.pt")
+
+    one_more_policy()
+    resumed = start(seed=1, **adapters)     # other adapters at first; then those after the SFT step, and the RL step again
+    resumed.restore_state(ShardReader(out, resumed.world.size))
+    rl_step(resumed)
+    result["resumed_differently"] = moved(last, raw(resumed))
 
     one_more_policy()
     frozen = start(freeze=["model.visual.*", "*.embed_tokens.weight"])

@@ -242,6 +242,10 @@ def _reload(worker: Any, weights: Iterator[tuple[str, Any]]) -> list[str]:
 
     model = worker.get_model()
     expected = {name for name, _ in model.named_parameters()}
+    if worker.device.type == "cpu":   # there vLLM packs experts for its kernel only when it makes the kernel: make it again
+        for module in model.modules():
+            if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+                module.quant_method.moe_kernel = None
     initialize_layerwise_reload(model)
     loaded = model.load_weights(weights)
     finalize_layerwise_reload(model, worker.model_config)
