@@ -1,6 +1,8 @@
 """Launch scripts and several nodes: two nodes on one machine, each in its own network namespace where that is allowed."""
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -20,7 +22,8 @@ from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import read_metrics
 from hdpo.train.nodes import interface_towards
 
-COMPILED = Path.home() / ".cache" / "torch_extensions" / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+DEEPSPEED = str(importlib.util.find_spec("deepspeed").origin)   # type: ignore[union-attr]
+COMPILED = Path.home() / ".cache" / "torch_extensions" / f"hdpo-{hashlib.sha256(DEEPSPEED.encode()).hexdigest()[:12]}"
 METIS = str(ROOT / "launch" / "train_metis.sh")
 VARIABLES = ("MODEL_PATH", "TRAIN_DATA", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "RUN_NAME",
              "RUN_FOLDER", "MAX_RESTARTS", "CONFIG", "WANDB_API_KEY", "n")
