@@ -58,8 +58,8 @@ class SftObjective:
             device = hidden.device
             targets, token_weight, norm = _moved(device, micro.targets, micro.weight, norms[0])
             loss, stats = fused_linear_nll_loss(
-                hidden, weight, targets, token_weight, norm=norm,
-                chunk_tokens=self.chunk_tokens, keep=torch.arange(len(micro.targets), device=device), entropy=False)
+                hidden, weight, targets, token_weight, norm=norm, chunk_tokens=self.chunk_tokens,
+                keep=torch.arange(len(targets), device=device), entropy=False)
             self.metrics.total("sft/loss", loss)
             self.metrics.add("sft/token_accuracy_proxy", stats["log_probs"].exp().mean() if len(micro.targets) else 0.0,
                              len(micro.targets))
@@ -85,7 +85,7 @@ class HdpoObjective:
         """`old_log_probs` [M] of the weights that sampled, or None in the first mini-batch, where they are the policy's own."""
         def job(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             device, c = hidden.device, self.config
-            old = None if old_log_probs is None else old_log_probs.to(device)
+            old = None if old_log_probs is None else _moved(device, old_log_probs)[0]
             targets, token_weight, row, rollout, advantages, member, norms_there = _moved(
                 device, micro.targets, micro.weight, micro.row, micro.rollout_log_probs, micro.advantages, micro.member, norms)
             kept = None
