@@ -86,6 +86,13 @@ def run_naive(x: Inputs, coarse: bool = False) -> object:
     return gradients(hdpo_loss(log_probs_of(x, coarse), x.old, x.advantages[:, x.row], x.mask, weights=WEIGHTS)[0], x)
 
 
+def run_naive_held(x: Inputs) -> object:
+    """As trainers write it: the model's output holds the logits until after backward."""
+    logits = x.hidden @ x.weight.t()
+    log_probs = torch.log_softmax(logits.float(), -1).gather(1, x.targets.unsqueeze(1)).squeeze(1)
+    return gradients(hdpo_loss(log_probs, x.old, x.advantages[:, x.row], x.mask, weights=WEIGHTS)[0], x)
+
+
 def run_two_graphs(x: Inputs) -> object:
     parts = [gradients(hdpo_loss(log_probs_of(x), x.old, x.advantages[c:c + 1, x.row], x.mask, weights=(w,))[0], x)
              for c, w in enumerate(WEIGHTS)]
@@ -113,7 +120,7 @@ CONTENDERS: dict[str, Callable[[Inputs], object]] = {
     "floor": run_floor, "fused": run_fused, "fused_no_entropy": functools.partial(run_fused, entropy=False),
     "naive": run_naive, "two_graphs": run_two_graphs, "liger": run_liger, "trl": run_trl,
 }
-EXTRA: dict[str, Callable[[Inputs], object]] = {   # these compute something else
+EXTRA: dict[str, Callable[[Inputs], object]] = {   # variants for single figures
     "on_policy": run_on_policy, "on_policy_apart": functools.partial(run_on_policy, apart=True),
-    "liger_one": functools.partial(run_liger, channels=1),
+    "liger_one": functools.partial(run_liger, channels=1), "naive_held": run_naive_held,
 }
