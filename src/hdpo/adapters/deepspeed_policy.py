@@ -48,6 +48,20 @@ def ensure_launched() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def join_after_restart(backend: str) -> None:
+    """Open the process group of ranks that a launcher has started again (`--max_restarts`).
+
+    With static rendezvous, accelerate's default, torch's agent keeps its store over a restart, and the addresses of the
+    dead ranks are still in it: each attempt needs keys of its own.
+    """
+    env = os.environ
+    attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not torch.distributed.is_initialized():
+        agent = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = torch.distributed.PrefixStore(f"restart_{attempt}", agent)
+        torch.distributed.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
+
+
 class DeepSpeedPolicy:
     """Trainable weights. Every method is a collective: all ranks call it in the same order."""
 
@@ -63,6 +77,7 @@ class DeepSpeedPolicy:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"           # also without `accelerate launch`
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)       # the launcher's fields give way to ours
         load_communication_extension()
+        join_after_restart("gloo" if on_cpu else "nccl")
         plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip, optim.offload), zero3_init_flag=True)
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
         self.world = (world or World()).connect()
