@@ -5,6 +5,7 @@ The main thread steps the engine and trains; network waits go on here meanwhile.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import gc
 import sys
@@ -64,3 +65,4 @@ def freeze_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)   # at exit all may go; extensions complain of leaks otherwise

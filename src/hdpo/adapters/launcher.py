@@ -92,7 +92,7 @@ def _failed(exc: ChildFailedError, stopped_by: int | None) -> int:
 
 
 def _say(line: str, status: int) -> int:
-    print(f"hdpo: error: {line}", file=sys.stderr, flush=True)
+    print(f"\nhdpo: error: {line}", file=sys.stderr, flush=True)   # a rank may have left its progress bar's line unfinished
     return status
 
 

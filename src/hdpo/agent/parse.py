@@ -24,7 +24,6 @@ TOOL_NAMES = tuple(EXAMPLES)
 _ALIASES = {"search": "text_search"}
 
 _CALL = re.compile(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,13 @@ def extract_answer(final_turn: str) -> str | None:
     An empty answer is "". The reference takes the first tag of the whole response, tool output included, so that a
     printed or quoted tag could set the answer.
     """
-    answers = _ANSWER.findall(final_turn)
-    return answers[-1].strip() if answers else None
+    # not a pattern: every answer of a step passes here
+    opening, closing = "<answer>", "</answer>"
+    start = final_turn.rfind(opening, 0, max(0, final_turn.rfind(closing)))
+    if start < 0:
+        return None
+    start += len(opening)
+    return final_turn[start:final_turn.find(closing, start)].strip()
 
 
 def format_ok(turns: Sequence[str]) -> bool:
@@ -130,6 +134,8 @@ def format_ok(turns: Sequence[str]) -> bool:
 
 def _balanced(text: str, tag: str) -> bool:
     depth = 0
+    if f"{tag}>" not in text:
+        return True
     for match in re.finditer(f"<(/?){tag}>", text):
         depth += -1 if match.group(1) else 1
         if depth < 0:

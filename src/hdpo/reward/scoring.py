@@ -23,7 +23,7 @@ from hdpo.reward.rewards import reward_of
 from hdpo.reward.rules import RuleVerdict, check_policies, may_need_maths, policy_for, rule_verdict
 from hdpo.types import Judgement, RewardedGroup, Trajectory, Verdict
 
-_STARTED_AT_ONCE = 128
+_STARTED_AT_ONCE = 256
 _CROSS_CHECK_GRACE_S = 5.0   # a step never waits longer than this for verdicts that only the report needs
 
 

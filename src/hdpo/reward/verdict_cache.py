@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -138,8 +139,17 @@ class CachedJudge:
 
 
 def verdict_key(fingerprint: str, question: str, ground_truth: str | list[str], prediction: str) -> bytes:
-    parts = json.dumps([fingerprint, question, ground_truth, prediction])
-    return hashlib.blake2b(parts.encode(), digest_size=20).digest()
+    """20 bytes of all that determines a verdict."""
+    truth = ground_truth if isinstance(ground_truth, str) else tuple(ground_truth)
+    key = _asked(fingerprint, question, truth).copy()
+    key.update(prediction.encode("utf-8", "surrogatepass"))
+    return key.digest()
+
+
+@lru_cache(maxsize=4096)
+def _asked(fingerprint: str, question: str, truth: str | tuple[str, ...]) -> hashlib.blake2b:
+    """What the G rollouts of a prompt have in common. JSON, so that no two different triples give the same text."""
+    return hashlib.blake2b(json.dumps([fingerprint, question, truth]).encode(), digest_size=20)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -9,6 +9,7 @@ progress. The first verdict is shared, so that all ranks of all nodes give the s
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 BEATS = 20          # beats within the limit of silence
+START_S = 600.0     # how long the ranks wait for the slowest one before any silence counts
 GRACE_S = 5.0       # between a verdict and the end of a process that doesn't end by itself
 FAREWELL_S = 30.0   # how long the store's host waits for the others to leave
 EXIT_STATUS = 3
@@ -78,6 +80,8 @@ class Watchdog:
         if rank == 0:
             self._store.set("life/verdict", "-")
         self._publish()
+        self._store.wait([f"life/{other}" for other in range(size)], datetime.timedelta(seconds=START_S))
+        self._heard = time.monotonic()
         self._threads = [threading.Thread(target=work, name=f"hdpo-watchdog-{work.__name__}", daemon=True)
                          for work in (self._exchange, self._judge)]
         for thread in self._threads:
@@ -254,5 +258,5 @@ def _end(reason: str) -> None:
     main = sys._current_frames().get(threading.main_thread().ident or 0)
     if reason.startswith("hang") and main is not None:
         sys.stderr.write("".join(["the main thread is here:\n", *traceback.format_stack(main)[-4:]]))
-    print(f"hdpo (rank {os.environ.get('RANK', '0')}): error: {reason}; this rank stops", file=sys.stderr, flush=True)
+    print(f"\nhdpo (rank {os.environ.get('RANK', '0')}): error: {reason}; this rank stops", file=sys.stderr, flush=True)
     os._exit(EXIT_STATUS)
