@@ -11,6 +11,7 @@ from loss_cases import naive_log_probs, relative
 from tiny_models import save_tiny_qwen3_vl
 
 from hdpo.adapters.policy_model import load_policy_model, model_inputs
+from hdpo.config import ModelConfig
 from hdpo.losses import hdpo_loss
 from hdpo.train.batching import PackingSpec, make_train_batch
 from hdpo.train.world import World
@@ -35,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_with_checkpointed_layers_are_the_naive_ones_reduced_once(variant: str, folder: Path) -> None:
     """A weight gathered too late has no rows; a gradient reduced twice, or not, is off by the number of ranks."""
-    module = load_policy_model(str(folder / f"model_{variant.split('_')[0]}"), torch.float32, "sdpa", False)
+    config = ModelConfig(path=str(folder / f"model_{variant.split('_')[0]}"), attention="sdpa", gradient_checkpointing=False)
+    module = load_policy_model(config, torch.float32)
     if "frozen" in variant:
         module.model.lm_head.weight.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_models import MAX_PIXELS, MIN_PIXELS
 
 from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 from hdpo.adapters.engines import make_engine
@@ -22,6 +21,9 @@ from hdpo.train.runlog import RunLog
 from hdpo.train.sync import WeightSync, canary_prompts
 from hdpo.train.update import update
 from hdpo.types import Sample
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import MAX_PIXELS, MIN_PIXELS  # noqa: E402
 
 
 def resident() -> int:
