@@ -25,7 +25,7 @@ def dry_run(config: Config, command: str) -> int:
         checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", "rl")))
     if command != "sft":
         checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
-    if command == "rl":
+    if command == "rl" and config.model.path:   # without a model its absence is what is missing
         checks.append(("memory", lambda: check_memory(config)))
     problems = 0
     for name, check in checks:
