@@ -22,8 +22,8 @@ MAX_IMAGES = 16
 OPEN_TIMEOUT_S = 60.0
 RETRY_S = 0.2
 """Pause before a second attempt at a session, long enough for the loop to learn that a template has died, seconds."""
-INTERRUPT_GRACE_S = 0.35
-"""Time for an interrupted cell to answer before its session is killed, seconds."""
+INTERRUPT_GRACE_S = 0.45
+"""Time for an interrupted cell to answer before its session is killed, seconds; subprocess.run alone takes 0.25 of it."""
 ACKNOWLEDGE_S = 5.0
 """Time for a supervisor to confirm that it has interrupted, seconds."""
 INTERRUPT = b"i"
