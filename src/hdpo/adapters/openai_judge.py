@@ -31,7 +31,7 @@ MAX_REPLY_TOKENS = 2048     # room for a reasoning model to think
 MAX_READINGS = 3            # replies asked for until one can be read
 BACKOFF_CAP_S = 30.0
 _RETRIED = (408, 409, 425, 429)   # and every 5xx
-_NO_TELEMETRY = {f"X-Stainless-{name}": openai.Omit() for name in (
+_NO_TELEMETRY: Any = {f"X-Stainless-{name}": openai.Omit() for name in (
     "Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout")}
 """What the client tells about this machine is nobody's business, and each header costs as much as a look-up in a cache."""
 
