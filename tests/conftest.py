@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from hdpo.adapters import torchvision_shim  # noqa: E402
+from hdpo.background import BackgroundLoop  # noqa: E402
 
 torchvision_shim.activate()
 settings.register_profile("hdpo", deadline=None, max_examples=50, derandomize=True)   # one slow import is no failure
@@ -51,6 +53,13 @@ def _docker_missing() -> str:
     if subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
         return f"no image {image}; `make sandbox` builds it"
     return ""
+
+
+@pytest.fixture
+def background() -> Iterator[BackgroundLoop]:
+    loop = BackgroundLoop()
+    yield loop
+    loop.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,13 +34,6 @@ def task(name: str = "a", images: int = 1) -> Task:
 def once(prompt: str, request: GenerateRequest) -> str:
     """Call python once, then answer."""
     return ANSWER if OBSERVATION in prompt else CALL
-
-
-@pytest.fixture
-def background() -> Iterator[BackgroundLoop]:
-    loop = BackgroundLoop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture

@@ -85,13 +85,6 @@ def healthy() -> Iterator[Server]:
 
 
 @pytest.fixture
-def background() -> Iterator[BackgroundLoop]:
-    loop = BackgroundLoop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture
 def step(chat: ChatFormat, background: BackgroundLoop, healthy: Server, monkeypatch: pytest.MonkeyPatch,
          ) -> Callable[..., Step]:
     monkeypatch.setattr(client, "FINISH_TIMEOUT_S", 1.0)   # how long closing waits for the server that hangs

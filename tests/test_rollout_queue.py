@@ -8,11 +8,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from launching import ROOT
 from scripted import ScriptedEngine, ScriptedTools
 from test_rollout import ANSWER, CALL, OBSERVATION, by_seed, task, tokens
@@ -31,13 +29,6 @@ from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool, group_advantages, to_samples
 from hdpo.train.world import World
 from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Sample, Task, Trajectory, Verdict
-
-
-@pytest.fixture
-def background() -> Iterator[BackgroundLoop]:
-    loop = BackgroundLoop()
-    yield loop
-    loop.close()
 
 
 class Counting(ScriptedTools):

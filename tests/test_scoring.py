@@ -4,7 +4,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -48,13 +47,6 @@ def trajectory(answer: str | None, truth: str | list[str] = "a red kite", *, ind
     row = Task(task, source, [{"role": "user", "content": "<image>What flies there?"}], (), truth)
     return Trajectory(row, index, [1, 2], [0, 1], [0.0, -1.0], 1, (), (), end, (text,),
                       error="" if end.scorable else "sandbox is down")
-
-
-@pytest.fixture
-def background() -> Iterator[BackgroundLoop]:
-    loop = BackgroundLoop()
-    yield loop
-    loop.close()
 
 
 def test_verdicts_come_back_in_order_with_who_decided(background: BackgroundLoop) -> None:
