@@ -22,6 +22,10 @@ from hdpo.config import RolloutConfig
 from hdpo.errors import DataError
 from hdpo.types import Completion, EndReason, StopReason, Task, ToolCall, Trajectory
 
+IMAGE_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Half the cores at most: the event loop and the thread that steps the engine must find one free when they wake. With every
+core decoding pictures the loop's lag was four times as long (benchmarks/bench_rollout.py, R2)."""
+
 Generate = Callable[["Live", int, int], Awaitable[Completion]]
 """generate(trajectory, turn, max_tokens): the next turn."""
 
@@ -61,7 +65,7 @@ class Player:
 
     def __init__(self, chat: ChatFormat, tools: AgentTools, config: RolloutConfig, max_model_len: int) -> None:
         self._chat, self._tools, self._config, self._max_model_len = chat, tools, config, max_model_len
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="hdpo-images")
+        self._pool = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="hdpo-images")
 
     async def prompt(self, task: Task) -> Segment:
         """Decoded and tokenised once for all rollouts of the task. Raises DataError for a task that cannot be shown."""

@@ -34,7 +34,7 @@ BROKEN = (500, 502, 504)
 MAX_BACKOFF_S = 5.0
 FINISH_TIMEOUT_S = 15.0
 OFF_LOOP_BYTES = 1 << 16
-"""Requests and replies from this size on are encoded and decoded in threads."""
+"""Requests and replies from this size on are encoded and decoded in a thread."""
 
 
 class ToolClient:
@@ -53,7 +53,7 @@ class ToolClient:
         self._session: aiohttp.ClientSession | None = None
         self._known: set[str] = set()      # trajectories whose images the server has
         self._closed = False
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="hdpo-wire")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hdpo-wire")   # JSON holds the interpreter: two are no faster
 
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         """Execute one action. Raises ToolServerError when no answer could be had or the server blames itself."""
@@ -117,7 +117,7 @@ class ToolClient:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     async def _off_loop(self, size: int, function: Callable[[Any], T], argument: Any) -> T:
-        """Pictures are made into JSON and back in threads: a hundred of them at once would hold up the event loop."""
+        """Pictures are made into JSON and back in a thread: a hundred of them at once would hold up the event loop."""
         if size < OFF_LOOP_BYTES:
             return function(argument)
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, argument)
