@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,9 +17,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import Figure, arguments, report
 
-from hdpo.toolserver.client import ToolClient, wait_until_healthy
+from hdpo.toolserver.client import ToolClient
+from hdpo.toolserver.process import start_tool_server
 from hdpo.types import Task
 
 IMAGE = "hdpo-sandbox:latest"
@@ -47,11 +48,7 @@ def template_pid(sandbox: Any) -> int:
 
 
 def descendants(pid: int) -> list[int]:
-    rows = [line.split() for line in subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True).splitlines()]
-    found = [pid]
-    for parent in found:
-        found += [int(child) for child, of in rows if int(of) == parent]
-    return found[1:]
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def memory(pids: list[int], key: str = "Pss") -> float:
@@ -219,12 +216,8 @@ async def measure(backend: str, short: bool) -> dict[str, Any]:
 
 
 def served(backend: str, work: Callable[[str], Awaitable[dict[str, float]]]) -> dict[str, float]:
-    server = subprocess.Popen([sys.executable, "-m", "hdpo.toolserver.app", "--sandbox", backend, "--tools", "python",
-                               "--parent-pid", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert server.stdout is not None
-    url = server.stdout.readline().strip()
+    server, url = start_tool_server(["--sandbox", backend, "--tools", "python"])
     try:
-        wait_until_healthy(url)
         return asyncio.run(work(url))   # type: ignore[arg-type]
     finally:
         server.terminate()

@@ -4,12 +4,9 @@ Full disks and damaged checkpoints are in test_checkpoint.py and test_resume.py;
 """
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +14,9 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer, in_order, say
 from launching import Running, command, settings
+from tool_server import ToolServer
 
 from hdpo.data.toyworld import World
-from hdpo.toolserver.client import wait_until_healthy
 from hdpo.train.checkpoint import step_folders
 from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import read_metrics
@@ -30,33 +27,12 @@ HANG_TIMEOUT_S = 8.0
 OUTAGE_S = 5.0
 
 
-class ToolServer:
-    """A tool server that can be killed and started again on its port."""
-
-    def __init__(self, world: World) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, "-m", "hdpo.toolserver.app", "--port", str(self.port), "--parent-pid", str(os.getpid()),
-                        "--text-index", str(world.text_index), "--image-index", str(world.image_index)]
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until_healthy(self.url, 60.0)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 class Run:
     """The run's folder, the services it uses, and how to start it again."""
 
     def __init__(self, folder: Path, sft: Path, world: World) -> None:
         self.folder, self.path, self.starts = folder, folder / "run", 0
-        self.tools = ToolServer(world)
+        self.tools = ToolServer("--text-index", str(world.text_index), "--image-index", str(world.image_index))
         self.judge = JudgeServer(in_order(say("CORRECT")))
         self.arguments = ["--config", "launch/configs/demo_rl.yaml", *settings(
             run__folder=folder, run__name="run", run__hang_timeout_s=HANG_TIMEOUT_S, model__path=step_folders(sft)[-1],
@@ -99,10 +75,14 @@ def first(run: Run) -> Iterator[Running]:
         running.kill()
 
 
-def test_a_tool_server_that_is_down_for_a_while_is_waited_for_and_nothing_is_lost(run: Run, first: Running) -> None:
+def test_a_tool_server_that_is_down_for_a_while_is_waited_for_and_costs_the_sessions_it_held_at_most(
+        run: Run, first: Running) -> None:
+    """It goes away as rollouts begin; with more sessions open: test_rollout_faults.py."""
     rollouts = read_rollouts(run.path / "rollouts" / "step_000001.parquet")
     assert len(rollouts) == 16 and sum(row.num_tool_calls for row in rollouts) > 0
-    assert {row.end for row in rollouts}.isdisjoint({"infrastructure", "aborted"}) and all(row.scored for row in rollouts)
+    lost = [row for row in rollouts if "the session of this trajectory was lost: the tool server restarted" in row.error]
+    assert all(len(row.calls) > 1 and row.end == "infrastructure" and not row.scored for row in lost)
+    assert all(row.scored and row.end not in ("infrastructure", "aborted") for row in rollouts if row not in lost)
 
 
 def test_a_judge_that_is_down_stops_the_run_with_its_cause_after_saving(run: Run, first: Running) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from judge_server import JudgeServer, fail, in_order, say
 from scripted import ScriptedEngine
 from test_rollout import ANSWER, OBSERVATION, task
-from test_toolserver import Server
+from tool_server import ToolServer
 
 from hdpo.adapters.openai_judge import OpenAIJudge
 from hdpo.agent.chat import ChatFormat
@@ -48,18 +49,19 @@ def on_broken_shard(prompt: int, sample: int) -> bool:
 
 
 class Shards:
-    """Sends each trajectory to one of two tool servers; `on_call(broken, number)` sees every call before it is made."""
+    """Sends each trajectory to one of two tool servers; `on_call(broken, number)` sees every call, counted from 1 within its
+    trajectory, before it is made."""
 
     def __init__(self, healthy: ToolClient, other: ToolClient, on_call: Callable[[bool, int], None] = lambda b, n: None) -> None:
-        self.healthy, self.other, self.on_call, self.calls = healthy, other, on_call, 0
+        self.healthy, self.other, self.on_call, self.calls = healthy, other, on_call, Counter[str]()
 
     def _shard(self, trajectory_id: str) -> ToolClient:
         prompt, sample = map(int, trajectory_id.split("-")[-2:])
         return self.other if on_broken_shard(prompt, sample) else self.healthy
 
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
-        self.calls += 1
-        self.on_call(self._shard(trajectory_id) is self.other, self.calls)
+        self.calls[trajectory_id] += 1
+        self.on_call(self._shard(trajectory_id) is self.other, self.calls[trajectory_id])
         return await self._shard(trajectory_id).call(trajectory_id, action, task)
 
     async def finish(self, trajectory_id: str) -> None:
@@ -78,19 +80,19 @@ class Step:
 
 
 @pytest.fixture(scope="module")
-def healthy() -> Iterator[Server]:
-    server = Server("--python-timeout", "10")
+def healthy() -> Iterator[ToolServer]:
+    server = ToolServer("--python-timeout", "10")
     yield server
     server.close()
 
 
 @pytest.fixture
-def step(chat: ChatFormat, background: BackgroundLoop, healthy: Server, monkeypatch: pytest.MonkeyPatch,
+def step(chat: ChatFormat, background: BackgroundLoop, healthy: ToolServer, monkeypatch: pytest.MonkeyPatch,
          ) -> Callable[..., Step]:
     monkeypatch.setattr(client, "FINISH_TIMEOUT_S", 1.0)   # how long closing waits for the server that hangs
     def run(other: str = "", on_call: Callable[[bool, int], None] = lambda b, n: None, judge: Any = None,
-            **config: Any) -> Step:
-        clients = [ToolClient(healthy.url, timeout=30), ToolClient(other or healthy.url, timeout=2.0, retries=1)]
+            patience: float = 2.0, **config: Any) -> Step:
+        clients = [ToolClient(healthy.url, timeout=30), ToolClient(other or healthy.url, timeout=patience, retries=1)]
         shards = Shards(*clients, on_call)
         rollouts = Rollouts(ScriptedEngine(chat, script), chat, shards, background, RolloutConfig(**config), ToolsConfig(),
                             4096, seed=8)
@@ -160,16 +162,38 @@ def test_a_tool_server_that_hangs_costs_its_own_trajectories_only(step: Callable
 
 def test_a_tool_server_killed_in_the_middle_of_the_step_costs_its_own_trajectories_only(step: Callable[..., Step]) -> None:
     reference = step()
-    victim = Server("--python-timeout", "10")
+    victim = ToolServer("--python-timeout", "10")
     seen: list[int] = []
 
     def kill(broken: bool, number: int) -> None:
         seen.append(number) if broken else None
         if broken and len(seen) == 1:
-            victim.process.kill()
-            victim.process.wait()
+            victim.kill()
     broken = step(victim.url, kill)
     check_untouched_rollouts(broken, reference, calls_broken_shard, EndReason.INFRASTRUCTURE)
+
+
+def test_a_restart_costs_the_trajectories_that_rely_on_what_it_lost_and_no_policy_a_call(step: Callable[..., Step]) -> None:
+    """Killed and started again before the first call that is not its trajectory's first: later ones are refused as ours."""
+    reference, victim, killed = step(), ToolServer("--python-timeout", "10"), []
+
+    def restart(broken: bool, number: int) -> None:
+        if broken and number > 1 and not killed:
+            killed.append(number)
+            victim.kill()
+            victim.start()
+    try:
+        broken = step(victim.url, restart, patience=60.0)
+    finally:
+        victim.close()
+    lost = {key for key, t in trajectories(broken).items() if t.end is EndReason.INFRASTRUCTURE}
+    assert lost and killed
+    for key, t in trajectories(broken).items():
+        if key in lost:
+            assert on_broken_shard(*key) and "the session of this trajectory was lost: the tool server restarted" in t.error
+            assert [call.infrastructure for call in t.calls] == [False] * (len(t.calls) - 1) + [True] and len(t.calls) > 1
+        else:
+            assert content(t) == content(trajectories(reference)[key])
 
 
 def test_the_wall_clock_cuts_the_stragglers_and_says_so(step: Callable[..., Step], caplog: pytest.LogCaptureFixture) -> None:

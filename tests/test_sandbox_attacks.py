@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 import socket
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import psutil
 import pytest
 from test_sandbox import Box, Session, sizes
+from tool_server import until
 
 LIBC = "import ctypes, os, sys\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
@@ -200,11 +201,7 @@ def neighbour(box: Box) -> Session:
 
 def processes_of(box: Box) -> int:
     """Processes below the template, seen from outside."""
-    rows = [line.split() for line in subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True).splitlines()]
-    found = [box.template_pid]
-    for parent in found:
-        found += [int(child) for child, of in rows if int(of) == parent]
-    return len(found) - 1
+    return len(psutil.Process(box.template_pid).children(recursive=True))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -226,10 +223,7 @@ def test_contained(box: Box, neighbour: Session, attack: Attack) -> None:
     # the attacker's trajectory goes on, in its old session or a new one
     assert attacker.run("print(6 * 7)").stdout == "42\n" or attacker.run("print(6 * 7)").stdout == "42\n"
     attacker.close()
-    deadline = time.monotonic() + 10
-    while processes_of(box) > before - 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert processes_of(box) == before - 2      # supervisor and session, and whatever they started
+    assert until(lambda: processes_of(box) == before - 2)      # supervisor and session, and whatever they started
 
 
 def test_a_neighbour_answers_quickly_while_a_fork_bomb_runs(box: Box, neighbour: Session) -> None:
@@ -245,7 +239,7 @@ def test_a_neighbour_answers_quickly_while_a_fork_bomb_runs(box: Box, neighbour:
 
 
 def test_half_open_connections_do_not_keep_others_from_working(box: Box, neighbour: Session) -> None:
-    path = box.do(box.sandbox._socket_for("probe"))
+    path = box.do(box.sandbox._template_for("probe")).socket
     idle = [socket.socket(socket.AF_UNIX) for _ in range(50)]
     for connection in idle:
         connection.connect(path)
@@ -265,7 +259,4 @@ def test_many_lives_leave_nothing_behind(box: Box) -> None:
         session = box.session()
         session.run("import subprocess; subprocess.Popen(['sleep', '1000'])" if life % 3 == 0 else "x = 1")
         session.close()
-    deadline = time.monotonic() + 20
-    while processes_of(box) > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_of(box) <= before   # fewer: one that was still leaving when the count began
+    assert until(lambda: processes_of(box) <= before)   # fewer: one that was still leaving when the count began

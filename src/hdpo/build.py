@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -24,12 +23,13 @@ from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.config import Config
 from hdpo.config_file import dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
-from hdpo.errors import ConfigError, DataError, RankError, ToolServerError
+from hdpo.errors import ConfigError, DataError, RankError
 from hdpo.evaluate import Evaluator
 from hdpo.protocols import Engine, Judge, LogSink
 from hdpo.reward.audit import AuditLog
 from hdpo.reward.scoring import Scorer
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
+from hdpo.toolserver.process import start_tool_server
 from hdpo.train.batching import PackingSpec
 from hdpo.train.checkpoint import Checkpoints, step_folders
 from hdpo.train.metrics import JsonlSink
@@ -172,27 +172,17 @@ class Stage(contextlib.ExitStack):
 
     def _start_tool_server(self, world: World) -> str:
         config = self.config.tools
-        command = [
-            sys.executable, "-m", "hdpo.toolserver.app", "--parent-pid", str(os.getpid()),
+        options = [
             "--tools", ",".join(config.allowed), "--sandbox", config.sandbox, "--python-timeout", str(config.python_timeout_s),
             "--call-timeout", str(config.call_timeout_s), "--search-provider", config.search_provider,
             "--search-results", str(config.search_results), "--max-image-searches", str(config.max_image_searches)]
         for flag, value in (("--text-index", config.text_index), ("--image-index", config.image_index),
                             ("--image-cache", config.image_cache)):
-            command += [flag, value] if value else []
+            options += [flag, value] if value else []
         self.config.run.path.mkdir(parents=True, exist_ok=True)
-        log_path = self.config.run.path / f"tool_server_{world.node}.log"
-        # Its own session: Ctrl-C at the terminal reaches the trainer, which needs its tools until it has left the step.
-        with log_path.open("a") as log:
-            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        server, url = start_tool_server(options, self.config.run.path / f"tool_server_{world.node}.log")
         self.callback(_stop_process, server)
-        assert server.stdout is not None
-        line = server.stdout.readline().strip()
-        if not line.startswith("http"):
-            server.wait(timeout=10)
-            tail = log_path.read_text().strip().splitlines()[-1:] or ["no message"]
-            raise ToolServerError(f"the tool server did not start (see {log_path}): {tail[0]}")
-        return line
+        return url
 
     def _rollouts(self, engine: Engine, backend: ToolClient, background: BackgroundLoop) -> Rollouts:
         config = self.config

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ import requests
 
 from hdpo.adapters.docker_container import ContainerLimits, connect, lifeline, reap, remove, run_container
 from hdpo.toolserver.sandbox_frames import FrameError
-from hdpo.toolserver.sandbox_link import SessionPool, socket_folder
+from hdpo.toolserver.sandbox_link import SessionLink, SessionPool, Template, socket_folder
 from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)
@@ -35,24 +36,16 @@ MAX_OPEN_FAILURES = 3
 
 
 @dataclass(slots=True)
-class Shard:
-    """A running container and the connection whose end is its end."""
+class Shard(Template):
+    """A running container, its sessions, and how many in a row it has failed to give."""
 
     container: Any
-    folder: Path
-    lifeline: asyncio.StreamWriter
-    reader: asyncio.StreamReader
-    controls: list[str]
     sessions: set[str] = field(default_factory=set)
     failures: int = 0
 
     @property
-    def socket(self) -> str:
-        return str(self.folder / "socket")
-
-    @property
-    def alive(self) -> bool:
-        return not (self.reader.at_eof() or self.lifeline.is_closing()) and self.failures < MAX_OPEN_FAILURES
+    def usable(self) -> bool:
+        return not self.ended and self.failures < MAX_OPEN_FAILURES
 
 
 class DockerSandbox(SessionPool):
@@ -89,19 +82,19 @@ class DockerSandbox(SessionPool):
         await self._grow(self.warm)
         log.info("docker sandbox (%s): %s; in force inside: %s", self.mode, self.image, ", ".join(self._shards[0].controls))
 
-    async def _socket_for(self, session_id: str) -> str:
+    async def _template_for(self, session_id: str) -> Template:
         shard = self._assigned.get(session_id)
-        if shard is None or not shard.alive:
+        if shard is None or not shard.usable:
             shard = await self._free_shard()
             self._assign(session_id, shard)
-        return shard.socket
+        return shard
 
     async def _free_shard(self) -> Shard:
         self._discard_dead()
-        free = [shard for shard in self._shards if shard.alive and len(shard.sessions) < self.per_container]
+        free = [shard for shard in self._shards if shard.usable and len(shard.sessions) < self.per_container]
         if not free:
             async with self._growing:
-                free = [shard for shard in self._shards if shard.alive and len(shard.sessions) < self.per_container]
+                free = [shard for shard in self._shards if shard.usable and len(shard.sessions) < self.per_container]
                 if not free:
                     free = await self._grow(1)
         if self.mode == "strict" and (self._refill is None or self._refill.done()):
@@ -119,6 +112,12 @@ class DockerSandbox(SessionPool):
         if shard is not None:
             shard.sessions.discard(session_id)
             shard.failures += 1
+
+    async def _connect(self, session_id: str, images: Sequence[bytes]) -> tuple[Template, SessionLink]:
+        template, link = await super()._connect(session_id, images)
+        if (shard := self._assigned.get(session_id)) is not None:     # not closed in the meantime
+            shard.failures = 0
+        return template, link
 
     async def close(self, session_id: str) -> None:
         await super().close(session_id)
@@ -170,7 +169,7 @@ class DockerSandbox(SessionPool):
         try:
             container = await asyncio.to_thread(self._run_container, folder, user)
             reader, writer, controls = await asyncio.wait_for(lifeline(str(folder / "socket"), container), START_TIMEOUT_S)
-            return Shard(container, folder, writer, reader, controls)
+            return Shard(folder, reader, writer, controls, container)
         except (docker.errors.DockerException, requests.RequestException, OSError, EOFError, FrameError) as exc:
             said = (folder / "socket.error").read_text() if (folder / "socket.error").is_file() else ""
             if container is not None:
@@ -186,7 +185,7 @@ class DockerSandbox(SessionPool):
         return run_container(self._client, self.image, folder, user, self.limits, self.run_name, shared, self._apparmor, require)
 
     def _discard_dead(self) -> None:
-        for shard in [shard for shard in self._shards if not shard.alive]:
+        for shard in [shard for shard in self._shards if not shard.usable]:
             asyncio.ensure_future(self._discard(shard))
             self._shards.remove(shard)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hdpo.errors import UserError
 from hdpo.toolserver.sandbox_frames import FrameError, read_frame
-from hdpo.toolserver.sandbox_link import SessionPool, socket_folder
+from hdpo.toolserver.sandbox_link import SessionPool, Template, socket_folder
 from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)
@@ -46,25 +46,23 @@ class ProcessSandbox(SessionPool):
         super().__init__()
         self._options = list(options)
         self._process: asyncio.subprocess.Process | None = None
-        self._life: asyncio.StreamReader | None = None
-        self._lifeline: asyncio.StreamWriter | None = None
+        self._template: Template | None = None
         self._folder: Path | None = None
         self._starting = asyncio.Lock()
         self.controls: list[str] = []
 
     async def start(self) -> None:
         """Start the template now instead of at the first session. Raises SandboxError or UserError."""
-        await self._socket_for("")
+        await self._template_for("")
 
-    async def _socket_for(self, session_id: str) -> str:
+    async def _template_for(self, session_id: str) -> Template:
         async with self._starting:
-            if self._process is None or self._process.returncode is not None or self._life is None or self._life.at_eof():
+            if self._template is None or self._template.ended:
                 await self._stop()
-                await self._launch()
-            assert self._folder is not None
-            return str(self._folder / "socket")
+                self._template = await self._launch()
+            return self._template
 
-    async def _launch(self) -> None:
+    async def _launch(self) -> Template:
         self._folder = socket_folder()
         self._folder.chmod(0o711)     # sessions run as nobody and must reach their own folder, and only that
         (self._folder / "work").mkdir()
@@ -80,8 +78,8 @@ class ProcessSandbox(SessionPool):
             os.close(theirs)
         try:
             await asyncio.wait_for(_wait_readable(ready), START_TIMEOUT_S)
-            self._life, self._lifeline = await asyncio.open_unix_connection(path)
-            message, _ = await asyncio.wait_for(read_frame(self._life), START_TIMEOUT_S)
+            reader, lifeline = await asyncio.open_unix_connection(path)
+            message, _ = await asyncio.wait_for(read_frame(reader), START_TIMEOUT_S)
         except (OSError, EOFError, FrameError) as exc:
             await self._stop()
             raise SandboxError(f"the sandbox template did not start: {str(exc) or type(exc).__name__}") from exc
@@ -90,11 +88,12 @@ class ProcessSandbox(SessionPool):
         self.controls = [str(name) for name in message.get("controls", [])]
         log.warning("process sandbox: NO security boundary, for trusted or toy use; in force: %s",
                     ", ".join(self.controls) or "resource limits only")
+        return Template(self._folder, reader, lifeline, self.controls)
 
     async def _stop(self) -> None:
-        if self._lifeline is not None:
-            self._lifeline.close()
-            self._lifeline = None
+        if self._template is not None:
+            self._template.lifeline.close()
+            self._template = None
         if self._process is not None:
             if self._process.returncode is None:
                 self._process.kill()

@@ -1,7 +1,8 @@
 """The trainer's end of the tool server: `ToolClient`, a `hdpo.protocols.ToolBackend` over HTTP.
 
 A call keeps its request id through all its attempts, so the server executes it once however often it is sent. Images
-travel once per trajectory. Ground truth is never sent.
+travel once per trajectory. Ground truth is never sent. A python call that relies on a session which the server has lost
+fails as the server's fault: executed in a fresh one, it would charge the policy for variables it did set.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -51,7 +53,7 @@ class ToolClient:
         self.retries = retries
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._session: aiohttp.ClientSession | None = None
-        self._known: set[str] = set()      # trajectories whose images the server has
+        self._known: dict[str, bool] = {}    # trajectories whose images the server has: whether it holds a session, too
         self._closed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hdpo-wire")   # JSON holds the interpreter: two are no faster
 
@@ -59,20 +61,20 @@ class ToolClient:
         """Execute one action. Raises ToolServerError when no answer could be had or the server blames itself."""
         request_id = uuid.uuid4().hex
         index = str(task.extra.get("index") or "")
-        sent = trajectory_id in self._known
-        call = Call(trajectory_id, action, request_id, images=None if sent else task.images, images_sent=sent, index=index)
+        sent, session = trajectory_id in self._known, self._known.get(trajectory_id, False)
+        call = Call(trajectory_id, action, request_id, images=None if sent else task.images, images_sent=sent,
+                    expects_session=session, index=index)
         started = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout):
                 reply = await self._post(call)
                 if reply.metrics.get("need_images"):
-                    reply = await self._post(Call(
-                        trajectory_id, action, request_id, images=task.images, images_sent=True, index=index))
+                    reply = await self._post(replace(call, images=task.images))
         except TimeoutError:
             raise ToolServerError(f"{self.url}: no answer within {self.timeout:g} s") from None
         if reply.metrics.get("need_images"):
             raise ToolServerError(f"{self.url}: keeps asking for the images of {trajectory_id}")
-        self._known.add(trajectory_id)
+        self._known[trajectory_id] = session or "code_success" in reply.metrics
         if reply.infrastructure:
             raise ToolServerError(f"{self.url}: {reply.text}")
         metrics = {**reply.metrics, "seconds": time.monotonic() - started, "timed_out": reply.timed_out}
@@ -81,7 +83,7 @@ class ToolClient:
 
     async def finish(self, trajectory_id: str) -> None:
         """Release the trajectory's session on the server. Never raises: the server reaps idle sessions anyway."""
-        self._known.discard(trajectory_id)
+        self._known.pop(trajectory_id, None)
         with contextlib.suppress(ToolServerError, TimeoutError):
             async with asyncio.timeout(FINISH_TIMEOUT_S):
                 await self._post(Call(trajectory_id, "", uuid.uuid4().hex, finish=True), patient=False)

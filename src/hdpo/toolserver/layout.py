@@ -11,7 +11,7 @@ NO_IMAGE_RESULT = "No result found for image search."
 IMAGE_SEARCH_USED = (
     "Image search was already called for this question and its result is above. "
     "Use it, call another tool, or give the final answer now.")
-SESSION_LOST = "The Python session was restarted: all variables are lost, except the images image_1, image_2, ..."
+SESSION_RESTARTED = "The Python session was restarted: all variables are lost, except the images image_1, image_2, ..."
 MAX_SNIPPET_CHARS = 20_000
 """Longest snippet of a search result, characters."""
 

@@ -2,24 +2,34 @@
 from __future__ import annotations
 
 from hdpo.toolserver import layout
-from hdpo.toolserver.sessions import Sandbox, Trajectory
+from hdpo.toolserver.sessions import Sandbox, SessionLostError, Trajectory
 from hdpo.toolserver.wire import Reply
 
 
 async def run_python(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float) -> Reply:
-    """Execute `code`; opens the session at the first call. Raises SandboxError when the sandbox itself fails."""
+    """Execute `code` in the trajectory's session, opened at the first call. Raises SandboxError when the sandbox fails.
+
+    SessionLostError is for good: no later cell of the trajectory is executed without what the earlier ones had set.
+    """
+    if not trajectory.lost:
+        try:
+            return await _run_cell(sandbox, trajectory, code, timeout_s)
+        except SessionLostError as exc:
+            trajectory.lost = str(exc)
+    raise SessionLostError(f"the session of this trajectory was lost: {trajectory.lost}")
+
+
+async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float) -> Reply:
     if not trajectory.session_open:
         trajectory.session_open = True     # before the wait: `finish` in the meantime must close what comes of it
         await sandbox.open(trajectory.session_id, list(trajectory.images))
     result = await sandbox.run(trajectory.session_id, code, timeout_s)
-    restarted = result.restarted or trajectory.lost
-    trajectory.lost = False
     notes = []
     if result.timed_out:
-        notes.append(layout.timed_out(timeout_s, kept=not restarted))
-    if restarted:
-        notes.append(layout.SESSION_LOST)
+        notes.append(layout.timed_out(timeout_s, kept=not result.restarted))
+    if result.restarted:
+        notes.append(layout.SESSION_RESTARTED)
     stderr = "\n".join(part for part in (result.stderr.strip("\n"), *notes) if part)
     text = layout.python_result(result.stdout, stderr, len(result.images))
-    metrics = {"code_success": result.ok, "code_lines": code.count("\n") + 1, "session_restarted": restarted}
+    metrics = {"code_success": result.ok, "code_lines": code.count("\n") + 1, "session_restarted": result.restarted}
     return Reply(text, result.images, metrics=metrics, timed_out=result.timed_out)

@@ -9,12 +9,12 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hdpo.toolserver.sandbox_frames import Conversation, FrameError, is_bounded_png
-from hdpo.toolserver.sessions import CellResult, SandboxError
+from hdpo.toolserver.sessions import CellResult, SandboxError, SessionLostError
 
 log = logging.getLogger(__name__)
 MAX_TEXT_CHARS = 70_000
@@ -26,6 +26,8 @@ INTERRUPT_GRACE_S = 0.45
 """Time for an interrupted cell to answer before its session is killed, seconds; subprocess.run alone takes 0.25 of it."""
 ACKNOWLEDGE_S = 5.0
 """Time for a supervisor to confirm that it has interrupted, seconds."""
+TOGETHER_S = 0.1
+"""A template that died with its session is known to have done so within this time, seconds."""
 INTERRUPT = b"i"
 
 
@@ -35,6 +37,7 @@ class SessionLink:
     def __init__(self, control: socket.socket, talk: Conversation) -> None:
         self._control, self._talk = control, talk
         self._interrupted = False
+        self.abandoned = False         # ended because nobody waited for its cell any more
         self._timer: asyncio.TimerHandle
 
     @classmethod
@@ -85,6 +88,7 @@ class SessionLink:
             self.close()
             return "killed" if late else "died", CellResult("", "", (), ok=False, restarted=True, timed_out=late)
         except asyncio.CancelledError:   # nobody waits for this cell any more, and no later cell may get its answer
+            self.abandoned = True
             self.close()
             raise
         finally:
@@ -130,66 +134,106 @@ def socket_folder() -> Path:
 
 
 @dataclass(slots=True)
+class Template:
+    """A warm process that forks sessions. It ends with the connection that is its lifeline, and that with it."""
+
+    folder: Path
+    reader: asyncio.StreamReader
+    lifeline: asyncio.StreamWriter
+    controls: list[str]
+
+    @property
+    def socket(self) -> str:
+        """Path at which it listens."""
+        return str(self.folder / "socket")
+
+    @property
+    def ended(self) -> bool:
+        return self.reader.at_eof() or self.lifeline.is_closing()
+
+    async def ended_too(self) -> bool:
+        """Whether it has ended together with one of its sessions, whose end was noticed just now."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + TOGETHER_S
+        while not self.ended and loop.time() < deadline:
+            await asyncio.sleep(0.005)
+        return self.ended
+
+
+@dataclass(slots=True)
 class Session:
-    """A trajectory's images and its present connection; None after its session was lost."""
+    """A trajectory's images and its present connection, None before the first and after it was given up."""
 
     images: list[bytes]
-    link: SessionLink | None
+    link: SessionLink | None = None
+    template: Template | None = None     # of the connection
+
+    async def give_up(self) -> None:
+        """Forget a connection that ended. Raises SessionLostError unless the session's own code can have ended it."""
+        link, template = self.link, self.template
+        assert link is not None and template is not None
+        self.link = None
+        link.close()
+        if link.abandoned:
+            raise SessionLostError("its last cell took longer than the server waits")
+        if await template.ended_too():
+            raise SessionLostError("its sandbox died")
 
 
 class SessionPool:
     """Sessions over templates that listen on unix sockets: what the backends share.
 
-    Implements `hdpo.toolserver.sessions.Sandbox`; a backend says where live templates listen.
+    Implements `hdpo.toolserver.sessions.Sandbox`; a backend provides live templates.
     """
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
 
-    async def _socket_for(self, session_id: str) -> str:
-        """Path of a live template's socket, started if necessary. Raises SandboxError."""
+    async def _template_for(self, session_id: str) -> Template:
+        """A live template, started if necessary. Raises SandboxError."""
         raise NotImplementedError
 
     def _open_failed(self, session_id: str) -> None:
-        """The template of this session's socket did not give a session."""
+        """The template for this session did not give one."""
 
     async def open(self, session_id: str, images: list[bytes]) -> None:
         """Start a session. Raises SandboxError when a second attempt fails too."""
-        self._sessions[session_id] = Session(images, None)
+        self._sessions[session_id] = Session(images)
         await self._linked(session_id)
 
     async def _linked(self, session_id: str) -> SessionLink:
         session = self._sessions[session_id]
         if session.link is None:
-            session.link = await self._connect(session_id, session.images)
+            session.template, session.link = await self._connect(session_id, session.images)
             if self._sessions.get(session_id) is not session:   # closed while it was being opened
                 session.link.close()
         return session.link
 
-    async def _connect(self, session_id: str, images: Sequence[bytes]) -> SessionLink:
+    async def _connect(self, session_id: str, images: Sequence[bytes]) -> tuple[Template, SessionLink]:
         try:
-            return await SessionLink.open(await self._socket_for(session_id), images)
-        except SandboxError as exc:   # the template may just have died: `_socket_for` replaces it
+            template = await self._template_for(session_id)
+            return template, await SessionLink.open(template.socket, images)
+        except SandboxError as exc:   # the template may just have died: `_template_for` replaces it
             self._open_failed(session_id)
             log.warning("%s; trying once more", exc)
             await asyncio.sleep(RETRY_S)
-            return await SessionLink.open(await self._socket_for(session_id), images)
+            template = await self._template_for(session_id)
+            return template, await SessionLink.open(template.socket, images)
 
     async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
         """Execute one cell; see the protocol."""
         session = self._sessions.get(session_id)
         if session is None:
             raise SandboxError("the session was closed")
-        lost_before = session.link is not None and not session.link.alive
-        if session.link is not None and lost_before:
-            session.link.close()
-            session.link = None
+        ended_before = session.link is not None and not session.link.alive
+        if ended_before:
+            await session.give_up()
         status, result = await (await self._linked(session_id)).run(code, timeout_s)
-        if status not in ("ok", "interrupted"):
+        if status == "died" and session_id in self._sessions:     # not closed in the meantime
+            await session.give_up()
+        elif status in ("died", "killed"):
             session.link = None
-        if lost_before:
-            return CellResult(result.stdout, result.stderr, result.images, result.ok, True, result.timed_out)
-        return result
+        return replace(result, restarted=result.restarted or ended_before)
 
     async def close(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)

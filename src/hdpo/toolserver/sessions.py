@@ -26,6 +26,10 @@ class SandboxError(InfrastructureError):
     """No session could be had, or the sandbox failed in a way the cell did not cause."""
 
 
+class SessionLostError(SandboxError):
+    """What a session held is gone through no doing of its code; the message says how."""
+
+
 @dataclass(frozen=True, slots=True)
 class CellResult:
     """What one cell did. `images` are PNG files the session claims to have drawn, bounded in bytes and pixels."""
@@ -34,7 +38,7 @@ class CellResult:
     stderr: str
     images: tuple[bytes, ...]
     ok: bool
-    restarted: bool            # the namespace was lost, before or during this cell
+    restarted: bool            # the namespace was lost by the code's own doing, before or during this cell
     timed_out: bool
 
 
@@ -48,8 +52,8 @@ class Sandbox(Protocol):
     async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
         """Execute one cell. What the code does wrong is in the result; SandboxError is for the sandbox's own failures.
 
-        A cell is never executed twice: a session lost with its cell answers `restarted`, and the next cell finds a
-        fresh namespace with the images.
+        A cell is never executed twice. A session that its code has ended answers `restarted`, one that was lost otherwise
+        raises SessionLostError, before or during the cell; the next cell then finds a fresh namespace with the images.
         """
         ...
 
@@ -66,7 +70,7 @@ class Trajectory:
 
     images: tuple[bytes, ...]
     index: str = ""
-    lost: bool = False                 # an earlier server process held its session
+    lost: str = ""                     # how the session it relies on was lost, through no fault of its own
     session_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     session_open: bool = False
     image_searches: int = 0
@@ -108,7 +112,7 @@ class Sessions:
     def get(self, trajectory_id: str) -> Trajectory | None:
         return self.trajectories.get(trajectory_id)
 
-    def create(self, trajectory_id: str, images: tuple[bytes, ...], index: str, lost: bool) -> Trajectory:
+    def create(self, trajectory_id: str, images: tuple[bytes, ...], index: str, lost: str) -> Trajectory:
         trajectory = self.trajectories[trajectory_id] = Trajectory(images, index, lost)
         return trajectory
 

@@ -52,6 +52,12 @@ class Toolbox:
     def tools(self) -> list[str]:
         return [tool for tool, part in zip(TOOLS, (self.sandbox, self.text, self.images)) if part is not None]
 
+    @property
+    def _unknown(self) -> str:
+        """How this server came not to know a trajectory that had a session."""
+        return ("the tool server restarted, or closed it because nobody had called for "
+                f"{self.settings.idle_limit_s:g} s (--idle-limit)")
+
     async def answer(self, call: Call) -> tuple[Reply, float]:
         """(reply, seconds the call waited for its turn). Never raises but for cancellation."""
         started = time.monotonic()
@@ -62,7 +68,8 @@ class Toolbox:
         if trajectory is None:
             if call.images is None and call.images_sent:
                 return NEED_IMAGES, 0.0
-            trajectory = self.sessions.create(call.trajectory_id, call.images or (), call.index, lost=call.images_sent)
+            trajectory = self.sessions.create(call.trajectory_id, call.images or (), call.index,
+                                              lost=self._unknown if call.expects_session else "")
         waited = 0.0
 
         async def work() -> Reply:

@@ -8,6 +8,8 @@ Extensions, all optional, so that a reference trainer can use this server and ou
 - "request_ids": [str]: a call repeated under the same id is executed once and answered twice.
 - extra_fields[i]["images"] (data URLs) is needed on a trajectory's first call only; later ones carry "images_sent": true.
   A server that has lost the trajectory answers metrics {"need_images": true} without executing.
+- extra_fields[i]["expects_session"]: true once a python call of the trajectory was executed. A server that does not have
+  its session refuses further python calls with "infrastructure" instead of executing them in a fresh one.
 - "infrastructure": true in a dict observation: the failure is the server's, not the policy's.
 """
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Call:
     is_last_step: bool = False
     images: tuple[bytes, ...] | None = None
     images_sent: bool = False
+    expects_session: bool = False
     index: str = ""            # the row's extra_info.index: key of the reference's offline image-search cache
 
 
@@ -124,12 +127,13 @@ def _call(where: str, trajectory_id: str, action: str, request_id: str, finish: 
     return Call(
         trajectory_id, action, request_id, finish, last,
         images=None if images is None else tuple(decode_image(url, f"{name}[{i}]") for i, url in enumerate(images)),
-        images_sent=extra.get("images_sent") is True, index=str(extra.get("index") or ""))
+        images_sent=extra.get("images_sent") is True, expects_session=extra.get("expects_session") is True,
+        index=str(extra.get("index") or ""))
 
 
 def request_json(call: Call) -> dict[str, Any]:
     """The body our client sends for one call. Nothing of the task but its images leaves the trainer."""
-    extra: dict[str, Any] = {"images_sent": True} if call.images_sent else {}
+    extra: dict[str, Any] = {name: True for name in ("images_sent", "expects_session") if getattr(call, name)}
     if call.images is not None:
         extra["images"] = [encode_image(image) for image in call.images]
     if call.index:
