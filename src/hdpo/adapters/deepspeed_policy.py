@@ -156,7 +156,9 @@ class DeepSpeedPolicy:
         unique = list({id(p): p for item in group for p in item.parameters}.values())
         with torch.no_grad(), deepspeed.zero.GatheredParameters(unique):
             for item in group:
-                yield item.name, item.value()
+                value = item.value()
+                yield item.name, value
+                value.data = value.new_empty(0)   # the receiver's variable would hold this group while the next is gathered
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
