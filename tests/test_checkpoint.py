@@ -30,10 +30,11 @@ class VectorPolicy:
         self.gate = threading.Event()
         self.gate.set()
 
-    def snapshot_model(self) -> Callable[[Path], None]:
-        def write(folder: Path) -> None:
+    def export_model(self, folder: Path) -> Callable[[], list[Path]]:
+        def write() -> list[Path]:
             assert self.gate.wait(30)
             (folder / "model.safetensors").write_text("weights")
+            return [folder / "model.safetensors"]
         return write
 
     def snapshot_state(self) -> TrainingState:

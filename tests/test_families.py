@@ -197,6 +197,7 @@ def test_every_family_trains_under_zero3_on_two_ranks_and_vllm_samples_with_the_
     for result in results:
         assert result["before"] < 1e-4 and result["after"] < 1e-4, result
         assert result["micro_batches"] > 1 and result["norm"] > 0 and result["unchanged"] == [], result
+        check_shards(*result["shards"])
     for name, folder in folders.items():
         saved = folder.with_name(folder.name + "-saved")
         sent = torch.load(saved / "sent.pt")
@@ -207,6 +208,16 @@ def test_every_family_trains_under_zero3_on_two_ranks_and_vllm_samples_with_the_
         assert shapes(saved) == shapes(folder)   # published folders and ours hold experts alike
 
 
+def check_shards(first: list[str], second: list[str]) -> None:
+    """Both ranks wrote their share of the files."""
+    files = sorted(first + second)
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert 0 <= len(first) - len(second) <= 1 and len(files) > 3
+
+
 def shapes(folder: Path) -> dict[str, list[int]]:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return {key: file.get_slice(key).get_shape() for key in file.keys()}
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key: file.get_slice(key).get_shape() for key in file.keys()}
+    return found

@@ -17,6 +17,7 @@ import pytest
 from launching import BASE, ROOT, Running, accelerate, command, settings
 
 from hdpo.data.toyworld import World
+from hdpo.demo import cpu_environment
 from hdpo.train.checkpoint import step_folders
 from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import read_metrics
@@ -94,11 +95,35 @@ def test_the_interface_towards_node_0_is_the_one_that_routes_there() -> None:
     assert interface_towards("no-such-host.invalid") == ""
 
 
-def test_a_user_error_on_every_rank_is_the_last_word_without_a_traceback() -> None:
-    done = accelerate("launch/train_sft.py", ["--config", "launch/configs/demo_sft.yaml", "--set", "model.path=/nowhere"], 2)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("error: model.path: no such folder: /nowhere")
-    assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
+def restarting(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script on two ranks, with three restarts."""
+    return subprocess.run(command(script, arguments, 2, "--max_restarts", "3"), cwd=ROOT, text=True, timeout=120,
+                          env=os.environ | cpu_environment(2), capture_output=True)
+
+
+def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert "Traceback" not in done.stderr and "FAILED" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if "error: " in line]
+
+
+def test_a_user_error_on_every_rank_is_printed_once_and_a_restart_is_not_tried() -> None:
+    done = restarting("launch/train_sft.py", "--config", "launch/configs/demo_sft.yaml", "--set", "model.path=/nowhere")
+    (line,) = errors_of(done)
+    assert done.returncode == 2 and line.endswith("error: model.path: no such folder: /nowhere")
+    assert done.stderr.splitlines()[-1] == line
+
+
+def test_a_user_error_of_one_rank_alone_is_printed_by_it_and_ends_all_without_a_restart(tmp_path: Path) -> None:
+    done = restarting("tests/ranks/fail_first.py", "user", str(tmp_path / "notes"))
+    assert errors_of(done) == ["hdpo (rank 1): error: rows.parquet: no such file, on this rank alone"]
+    assert done.returncode == 2 and (tmp_path / "notes").read_text() == "life\n"
+
+
+def test_a_killed_rank_is_named_by_the_launcher_and_all_start_again(tmp_path: Path) -> None:
+    done = restarting("tests/ranks/fail_first.py", "kill", str(tmp_path / "notes"))
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("hdpo: ")]
+    assert line.startswith("hdpo: rank 1 on ") and "was ended by SIGKILL; all ranks start again (restart 1 of 3)" in line
+    assert done.returncode == 0 and (tmp_path / "notes").read_text() == "life\n" * 2
 
 
 # -- two nodes ---------------------------------------------------------------------------------------------------------

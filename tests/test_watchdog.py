@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from hdpo.train.watchdog import EXIT_STATUS, Limits, Watchdog
+from hdpo.errors import USER_STATUS, WORLD_STATUS
+from hdpo.train.watchdog import Limits, Watchdog
 
 SIZE, SILENT_S, STUCK_S, PATIENCE_S = 3, 3.0, 6.0, 60.0
 
@@ -59,10 +60,10 @@ def fail(rank: int, watchdog: Watchdog) -> None:
     watchdog.phase("load", 0)
     if rank == 0:
         time.sleep(0.5)
-        watchdog.failed("model.path: no such folder: /nowhere")
+        watchdog.failed("model.path: no such folder: /nowhere", mendable=True)
     else:
         blame = watchdog.blame(PATIENCE_S)      # what the main thread asks when its collective broke
-        os.write(2, f"asked: {blame}\n".encode())
+        os.write(2, f"asked: {blame.line if blame else None}\n".encode())
         _wait_for_the_end()
 
 
@@ -131,14 +132,14 @@ def test_a_killed_or_stopped_rank_is_named_with_host_and_phase_by_all_others_whi
         outcomes: dict[str, Outcome], scenario: str, culprit: int, what: str) -> None:
     outcome = outcomes[scenario]
     for rank in {0, 1, 2} - {culprit}:
-        assert outcome.codes[rank] == EXIT_STATUS
+        assert outcome.codes[rank] == WORLD_STATUS
         (line,) = [line for line in outcome.logs[rank].splitlines() if line.startswith("hdpo")]   # torch warns too
         assert line.startswith(f"hdpo (rank {rank}): error: rank {culprit} on {socket.gethostname()} (pid ")
         assert what in line and line.endswith("in rollout of step 3; this rank stops")
 
 
 def test_a_hanging_main_thread_is_named_with_the_phase_it_did_not_leave(outcomes: dict[str, Outcome]) -> None:
-    assert outcomes["hang"].codes == [EXIT_STATUS] * 3
+    assert outcomes["hang"].codes == [WORLD_STATUS] * 3
     for log in outcomes["hang"].logs:
         assert f"hang: rank 1 on {socket.gethostname()} did not come out of update of step 3" in log
         assert "others wait in save of step 3" in log
@@ -147,6 +148,6 @@ def test_a_hanging_main_thread_is_named_with_the_phase_it_did_not_leave(outcomes
 
 def test_the_others_learn_the_error_of_the_rank_that_failed(outcomes: dict[str, Outcome]) -> None:
     codes, logs = outcomes["fail"].codes, outcomes["fail"].logs
-    assert codes == [0, EXIT_STATUS, EXIT_STATUS] and logs[0] == ""
+    assert codes == [0, USER_STATUS, USER_STATUS] and logs[0] == ""
     for log in logs[1:]:
         assert "asked: rank 0 on" in log and "failed: model.path: no such folder: /nowhere, in load of step 1" in log

@@ -23,7 +23,7 @@ from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.config import Config
 from hdpo.config_file import dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
-from hdpo.errors import ConfigError, DataError, RankError
+from hdpo.errors import ConfigError, DataError
 from hdpo.evaluate import Evaluator
 from hdpo.protocols import Engine, Judge, LogSink
 from hdpo.reward.audit import AuditLog
@@ -59,13 +59,13 @@ class Stage(contextlib.ExitStack):
         self.chat = build_chat(config)
 
     def __exit__(self, kind: Any, exc: BaseException | None, trace: Any) -> bool | None:
-        """Close all parts. An error that another rank caused becomes a RankError, which names that rank."""
-        blame = "" if exc is None else self.world.failed(exc)
+        """Close all parts. An error that another rank caused is replaced by one that names that rank."""
+        other = None if exc is None else self.world.failed(exc)
         try:
             return super().__exit__(kind, exc, trace)
         finally:
-            if blame:
-                raise RankError(f"{blame}; this rank stops") from None
+            if other is not None:
+                raise other from None
 
     def sft(self) -> SftParts:
         config = self.config

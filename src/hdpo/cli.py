@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hdpo.config import Config
 from hdpo.config_file import describe_fields, dump_config, load_config
-from hdpo.errors import HdpoError, UserError
+from hdpo.errors import USER_STATUS, WORLD_STATUS, HdpoError, UserError, say
 
 ABOUT = """\
 hdpo teaches a multimodal agent when not to call a tool: SFT, then HDPO reinforcement learning, then evaluation.
@@ -36,20 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name}; commands are {', '.join(COMMANDS)}")
         return COMMANDS[name](arguments[1:])
-    except UserError as exc:
-        return _fail(exc, 2)
     except HdpoError as exc:
-        return _fail(exc, 3)
+        say(exc)
+        return USER_STATUS if isinstance(exc, UserError) else WORLD_STATUS
     except KeyboardInterrupt:
         print("hdpo: interrupted; what is saved is kept, and the same command goes on from there", file=sys.stderr, flush=True)
         return 130
-
-
-def _fail(problem: object, status: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-    print(f"hdpo{where}: error: {problem}", file=sys.stderr, flush=True)
-    return status
 
 
 def _run_arguments(command: str, description: str, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:

@@ -3,7 +3,7 @@
 Usage: family_cycle.py FOLDER...      FOLDER-saved is written
 
 For each: parity of trainer and engine, an optimizer step on rows that differ between the ranks (so that a mixture uses
-other experts on each), the new weights into the engine in many small groups, parity again, a saved folder.
+other experts on each), the new weights into the engine in many small groups, parity again, a folder saved in small files by both.
 """
 import json
 import sys
@@ -26,6 +26,7 @@ from hdpo.train.update import update
 from hdpo.types import Sample
 
 GROUP_BYTES = 50_000
+SHARD_BYTES = 60_000
 
 
 def rows(chat: ChatFormat, rank: int) -> list[Sample]:
@@ -63,10 +64,14 @@ def cycle(folder: Path) -> dict:
     engine.load_weights(new.items(), 1)
     after = check_parity(policy, engine, chat, spec, stage="after sync")
     engine.close()
-    policy.snapshot_model()(folder.with_name(folder.name + "-saved"))
+    saved = folder.with_name(folder.name + "-saved")
     if policy.world.is_main:
-        torch.save(new, folder.with_name(folder.name + "-saved") / "sent.pt")
-    return {"before": before.max, "after": after.max, "norm": norm, "micro_batches": len(batch.mini_batches[0].micro_batches),
+        saved.mkdir()
+        torch.save(new, saved / "sent.pt")
+    policy.world.barrier()
+    wrote = policy.export_model(saved, SHARD_BYTES)()
+    return {"shards": policy.world.gather(sorted(path.name for path in wrote if path.suffix == ".safetensors")),
+            "before": before.max, "after": after.max, "norm": norm, "micro_batches": len(batch.mini_batches[0].micro_batches),
             "unchanged": [name for name in new if torch.equal(new[name], old[name])]}
 
 

@@ -84,7 +84,9 @@ def main() -> None:
         max_pixels=chat.max_pixels, dtype="float32")
     sync_weights(policy, engine, 1, 1)
     result["parity"] = check_parity(policy, engine, chat, spec, stage="after sync").max
-    policy.snapshot_model()(out / "model")
+    (out / "model").mkdir(exist_ok=True)
+    policy.export_model(out / "model")()
+    policy.world.barrier()
     micro = pack(rows(chat, 0), spec)
     with torch.no_grad():
         log_probs = policy.run(micro, LogProbs(())(micro))[0]

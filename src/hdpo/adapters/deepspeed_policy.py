@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +21,9 @@ from hdpo.adapters.policy_model import HeadJob, assert_rope_fp32, load_policy_mo
 from hdpo.adapters.zero3 import Parking, optimizer_tensors, zero3_config
 from hdpo.agent.families import FAMILIES
 from hdpo.config import ModelConfig, OptimConfig
+from hdpo.train.export import SHARD_BYTES, Entry, ShardWriter, split, write_index
 from hdpo.train.shards import ShardReader, TrainingState
-from hdpo.train.world import World
+from hdpo.train.world import World, join_after_restart
 from hdpo.types import MicroBatch
 
 if not torch.cuda.is_available():
@@ -48,18 +48,9 @@ def ensure_launched() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def join_after_restart(backend: str) -> None:
-    """Open the process group of ranks that a launcher has started again (`--max_restarts`).
-
-    With static rendezvous, accelerate's default, torch's agent keeps its store over a restart, and the addresses of the
-    dead ranks are still in it: each attempt needs keys of its own.
-    """
-    env = os.environ
-    attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if attempt and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not torch.distributed.is_initialized():
-        agent = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
-        store = torch.distributed.PrefixStore(f"restart_{attempt}", agent)
-        torch.distributed.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
+def _entry(item: Merged, stored: Callable[[str, Tensor], Tensor]) -> Entry:
+    shape = getattr(item.weight, "ds_shape", item.weight.shape)
+    return Entry(item.name, item.weight.dtype, tuple(stored(item.name, torch.empty(shape, device="meta")).shape))
 
 
 class DeepSpeedPolicy:
@@ -162,28 +153,35 @@ class DeepSpeedPolicy:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def folder_state(self) -> dict[str, Tensor]:
-        """What a Hugging Face folder of this model holds, in rank 0's host memory (elsewhere empty): plain names, adapters
-        merged, tied parameters once, experts as published. To be saved as it is (`save_original_format=False`)."""
+    def export_model(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> Callable[[], list[Path]]:
+        """Write a plain Hugging Face folder: plain names, adapters merged, tied parameters once, experts as published.
+
+        Every rank writes its share of the shard files (see train/export.py). The weights are gathered here; the returned
+        function waits, on any thread, until this rank's files are written, and returns them.
+        """
         model = self.engine.module.model
-        family = FAMILIES[model.config.model_type]
-        state: dict[str, Tensor] = {}
+        stored = FAMILIES[model.config.model_type].as_stored
+        first: dict[int, Merged] = {}
+        for item in merged_parameters(model):
+            first.setdefault(id(item.weight), item)      # a tied one under the first of its names
+        files = split([_entry(item, stored) for item in first.values()], shard_bytes)
+        writer = ShardWriter(folder, files, self.world.rank, self.world.size, shard_bytes)
         for name, value in self.iter_weights(_SAVE_GROUP_BYTES):
-            if self.world.is_main and not (model.config.tie_word_embeddings and name == "lm_head.weight"):
-                state[name] = family.as_stored(name, value).to("cpu", copy=True)
-        return state
+            writer.put(name, stored(name, value))
+        return lambda: writer.finish() + (self._write_around(folder, files) if self.world.is_main else [])
 
-    def snapshot_model(self) -> Callable[[Path], None]:
-        """Copy all weights to rank 0's host memory; the returned function writes a plain Hugging Face folder there."""
-        state = self.folder_state()
-        return partial(self._write_model, state) if self.world.is_main else lambda folder: None
-
-    def _write_model(self, state: dict[str, Tensor], folder: Path) -> None:
-        self.engine.module.model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    def _write_around(self, folder: Path, files: Mapping[str, Sequence[Entry]]) -> list[Path]:
+        """What a folder holds besides its weights; returns the files."""
+        model = self.engine.module.model
+        model.config.architectures, model.config.dtype = [type(model).__name__], str(self.dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        write_index(folder, files)
         for file in self.source.iterdir():   # tokenizer, processor, templates
             if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and not (folder / file.name).exists():
                 if not file.name.endswith(".index.json"):
                     shutil.copy2(file, folder / file.name)
+        return [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
 
     def snapshot_state(self) -> TrainingState:
         """Copy this rank's master weights and optimizer moments to its host memory."""

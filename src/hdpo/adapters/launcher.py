@@ -1,8 +1,9 @@
 """`accelerate launch`, with the same options, ending the way a user expects: `python -m hdpo.adapters.launcher ...`
 
-It starts the ranks of this node through accelerate and torch's agent, in this process, and adds three things. A failed
+It starts the ranks of this node through accelerate and torch's agent, in this process, and adds four things. A failed
 rank's own line stays the last one, instead of the agent's traceback. SIGTERM and Ctrl-C are handed to the ranks, which
 get the time they need to finish their step and save, instead of 30 seconds. A node 0 that can't be reached is one line.
+With `--max_restarts`, what only the user can mend (a setting, a missing file, a full disk) is not tried again.
 Exit status: 0 done, or stopped by SIGTERM and saved; 130 after Ctrl-C; otherwise that of the rank which failed first.
 """
 from __future__ import annotations
@@ -16,14 +17,17 @@ from collections.abc import Sequence
 from types import FrameType
 
 import psutil
+import torch.distributed.launcher.api
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import DistStoreError
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from hdpo.errors import UserError
+from hdpo.errors import USER_STATUS, WORLD_STATUS, UserError
 from hdpo.train.nodes import join_timeout_s, wait_for_master
 
-TOLD = (2, 3, 130)   # statuses with which a rank has already printed its one line (see hdpo.cli)
+TOLD = (USER_STATUS, WORLD_STATUS, 130)   # statuses with which a rank has already printed its one line (see hdpo.cli)
 
 
 class Signals:
@@ -46,6 +50,22 @@ class Signals:
                 continue
 
 
+class Agent(LocalElasticAgent):
+    """Starts ranks again only where that can help: not after a mistake of the user's, and not when told to stop."""
+
+    signals: Signals
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if self.signals.first is not None or any(failure.exitcode == USER_STATUS for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        elif result.failures and self._remaining_restarts:
+            rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+            count = worker_group.spec.max_restarts
+            _print(f"{_what(rank, failure)}; all ranks start again (restart {count - self._remaining_restarts + 1} of {count})")
+        return result
+
+
 def _is_rank(process: psutil.Process) -> bool:
     try:
         return "LOCAL_RANK" in process.environ()
@@ -60,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     # What the agent logs about a failed rank is said below in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    signals = Signals()
+    Agent.signals = signals = Signals()
+    torch.distributed.launcher.api.LocalElasticAgent = Agent   # type: ignore[misc]
     try:
         nodes, node = arguments.num_machines or 1, arguments.machine_rank or 0
         if nodes > 1:
@@ -84,16 +105,25 @@ def _failed(exc: ChildFailedError, stopped_by: int | None) -> int:
     code = failure.exitcode
     if stopped_by is not None and code == -signal.SIGTERM:   # before its first step a rank has nothing to save
         return 128 + stopped_by
-    where = f"rank {rank} on {socket.gethostname()} (pid {failure.pid})"
     if code < 0:
         hint = "; the kernel kills so when memory runs out" if code == -signal.SIGKILL else ""
-        return _say(f"{where} was ended by {signal.Signals(-code).name}{hint}", 1)
-    return code if code in TOLD else _say(f"{where} ended with exit status {code}; its own message is above", code)
+        return _say(_what(rank, failure) + hint, 1)
+    return code if code in TOLD else _say(f"{_what(rank, failure)}; its own message is above", code)
+
+
+def _what(rank: int, failure: ProcessFailure) -> str:
+    code = failure.exitcode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    return f"rank {rank} on {socket.gethostname()} (pid {failure.pid}) {how}"
 
 
 def _say(line: str, status: int) -> int:
-    print(f"\nhdpo: error: {line}", file=sys.stderr, flush=True)   # a rank may have left its progress bar's line unfinished
+    _print(f"error: {line}")
     return status
+
+
+def _print(line: str) -> None:
+    print(f"\nhdpo: {line}", file=sys.stderr, flush=True)   # a rank may have left its progress bar's line unfinished
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     checkpoints/step_000010/{config.json, model.safetensors, tokenizer files, trainer/{state.json, rank_00000.*, ...}}
 
-The state is copied to host memory inside the step; a thread of each rank writes it while training goes on, under a
-hidden name, and rank 0 renames the folder when every rank's files are on the disk. So the newest visible one is always
-whole, whenever the machine is lost. Files that were damaged later are found by their checksums before a run resumes.
+The state is copied to host memory inside the step, each rank its share; a thread of each rank writes it while training goes
+on, under a hidden name, and rank 0 renames the folder when every rank's files are on the disk. So the newest visible one is
+always whole, whenever the machine is lost. Files that were damaged later are found by their checksums before a run resumes.
 All randomness of a run is a function of (seed, step, task, sample), generators of the ranks are saved besides, and the
 data position is part of the state: the step after a resume is the step that would have come.
 """
@@ -50,8 +50,9 @@ class Saved(Protocol):
 
     world: World
 
-    def snapshot_model(self) -> Callable[[Path], None]:
-        """Copy the weights to the host; the returned function writes the Hugging Face folder, later, on another thread."""
+    def export_model(self, folder: Path) -> Callable[[], list[Path]]:
+        """Begin to write the weights of now as a Hugging Face folder; the returned function, called on another thread, waits
+        until this rank's files are written and returns them."""
         ...
 
     def snapshot_state(self) -> TrainingState: ...
@@ -107,7 +108,7 @@ class Checkpoints:
         failure = _make_folder(partial) if self.world.is_main else ""
         if failure := self.world.broadcast(failure):
             raise _cannot_write(final, failure)
-        write_model, state = self.policy.snapshot_model(), self.policy.snapshot_state()
+        write_model, state = self.policy.export_model(partial), self.policy.snapshot_state()
         state.rng = rng_state()
         summary = {"step": step, "data": data, "world_size": self.world.size, "metric": self._metric_at(step),
                    "config": self.config.model_dump(mode="json")}

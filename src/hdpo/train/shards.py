@@ -7,14 +7,15 @@ Beside each file lies a manifest with the size and CRC-32 of every file that ran
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
@@ -58,21 +59,32 @@ def manifest_path(folder: Path, rank: int) -> Path:
 
 def write_state(path: Path, state: TrainingState) -> None:
     """Write a safetensors file without a second copy in memory. Tensors are released as they are written."""
-    header: dict[str, Any] = {"__metadata__": {
-        "format": "pt", "hdpo": json.dumps({"numel": state.numel, "counters": state.counters, "rng": state.rng})}}
+    info = json.dumps({"numel": state.numel, "counters": state.counters, "rng": state.rng})
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.tensors.items()]
+    with path.open("wb") as file:
+        file.write(safetensors_header(entries, {"format": "pt", "hdpo": info}))
+        for name in list(state.tensors):
+            write_tensor(file, state.tensors.pop(name))
+
+
+def safetensors_header(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data of tensors (name, dtype, shape), which follow in this order without gaps."""
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
-    for name, tensor in state.tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for name, dtype, shape in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in list(state.tensors):
-            data = state.tensors.pop(name).view(torch.uint8).numpy().data
-            for start in range(0, len(data), CHUNK):
-                file.write(data[start:start + CHUNK])
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensor(file: IO[bytes], tensor: Tensor) -> None:
+    """The bytes of a contiguous tensor on the host, in chunks."""
+    data = tensor.view(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(data), CHUNK):
+        file.write(data[start:start + CHUNK])
 
 
 def write_manifest(folder: Path, root: Path, rank: int, files: Sequence[Path]) -> None:

@@ -23,11 +23,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hdpo.errors import USER_STATUS, WORLD_STATUS, HdpoError, RankError, UserError, say
+
 BEATS = 20          # beats within the limit of silence
 START_S = 600.0     # how long the ranks wait for the slowest one before any silence counts
 GRACE_S = 5.0       # between a verdict and the end of a process that doesn't end by itself
 FAREWELL_S = 30.0   # how long the store's host waits for the others to leave
-EXIT_STATUS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,30 @@ class Life:
     beat: int = 0
     left: bool = False
     failure: str = ""   # why this rank is leaving early
+    mendable: bool = False   # by the user: starting again would fail again
 
     def where(self) -> str:
         return f"{self.phase} of step {self.step + 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why all ranks end."""
+
+    text: str                # which rank, where, and what happened
+    cause: str = ""          # the error that rank had, if it had one
+    mendable: bool = False
+
+    @property
+    def line(self) -> str:
+        return f"{self.text}; this rank stops"
+
+    @property
+    def status(self) -> int:
+        return USER_STATUS if self.mendable else WORLD_STATUS
+
+    def error(self) -> HdpoError:
+        return UserError(self.line) if self.mendable else RankError(self.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +77,15 @@ class Limits:
 
 
 class Watchdog:
-    """Beats for this rank and watches the others until `close`. `end` is called with the reason in a dying run.
+    """Beats for this rank and watches the others until `close`. `end` is called with the verdict in a dying run.
 
     Raises nothing: what it finds is a verdict (`verdict`), and `end` after GRACE_S, unless the process ends before.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, limits: Limits,
-                 end: Callable[[str], None] | None = None) -> None:
+                 end: Callable[[Verdict], None] | None = None) -> None:
         self.rank, self.size, self.limits = rank, size, limits
-        self.verdict = ""
+        self.verdict: Verdict | None = None
         self._end = end or _end
         self._tick = limits.silent_s / BEATS
         self._me = Life(socket.gethostname(), _place(), os.getpid())
@@ -94,14 +116,14 @@ class Watchdog:
         with self._lock:
             self._me = replace(self._me, phase=name, step=self._me.step if step is None else step, moves=self._me.moves + 1)
 
-    def failed(self, reason: str) -> None:
-        """Tell the others that this rank is about to leave with an error."""
+    def failed(self, reason: str, mendable: bool = False) -> None:
+        """Tell the others that this rank is about to leave with an error; `mendable` by the user alone."""
         with self._lock:
-            self._me = replace(self._me, failure=reason or "no reason given")
+            self._me = replace(self._me, failure=reason or "no reason given", mendable=mendable)
         self._wake.set()
 
-    def blame(self, wait_s: float | None = None) -> str:
-        """The verdict about another rank, if there is one within `wait_s` (default: four beats); else an empty string.
+    def blame(self, wait_s: float | None = None) -> Verdict | None:
+        """The verdict about another rank, if there is one within `wait_s` (default: four beats).
 
         For a collective that failed: its message says "connection closed", this says who closed it.
         """
@@ -143,7 +165,7 @@ class Watchdog:
             for rank in range(self.size):
                 self._note(rank, Life(**json.loads(values[rank])), elapsed)
             shared = values[-1].decode()
-            self._conclude(shared if shared != "-" else self._finding())
+            self._conclude(Verdict(**json.loads(shared)) if shared != "-" else self._finding())
             self._told = told
             if self.verdict and self.rank != 0:    # rank 0 keeps the store open until all have read the verdict
                 return
@@ -158,7 +180,7 @@ class Watchdog:
             silent = 0.0 if self._heard > last else silent + min(now - last, self._tick)
             last = now
             if silent > self.limits.silent_s and not self.verdict:
-                self._conclude(self._describe(0, f"gave no sign of life for {silent:.0f} s"))
+                self._conclude(Verdict(self._describe(0, f"gave no sign of life for {silent:.0f} s")))
             if self.verdict:
                 if not self._closed.wait(GRACE_S):
                     self._end(self.verdict)
@@ -183,21 +205,21 @@ class Watchdog:
         gone = rank != self.rank and life.place == self._me.place and _process_gone(life.pid)
         self._gone[rank] = self._gone[rank] + 1 if gone else 0
 
-    def _finding(self) -> str:
-        """What is wrong with another rank, or an empty string."""
+    def _finding(self) -> Verdict | None:
+        """What is wrong with another rank, if anything is."""
         for rank, life in self._lives.items():
             if rank == self.rank or (life.left and not life.failure):
                 continue
             if life.failure:
-                return self._describe(rank, f"failed: {life.failure}")
+                return Verdict(self._describe(rank, f"failed: {life.failure}"), life.failure, life.mendable)
             if self._gone[rank] >= 2:
-                return self._describe(rank, "died")
+                return Verdict(self._describe(rank, "died"))
             if self._silent[rank] > self.limits.silent_s:
-                return self._describe(rank, f"gave no sign of life for {self._silent[rank]:.0f} s")
+                return Verdict(self._describe(rank, f"gave no sign of life for {self._silent[rank]:.0f} s"))
         here = [rank for rank, life in self._lives.items() if not life.left]
         if here and not self._me.left and min(self._still[rank] for rank in here) > self.limits.stuck_s:
-            return self._stuck(here)
-        return ""
+            return Verdict(self._stuck(here))
+        return None
 
     def _stuck(self, here: list[int]) -> str:
         first = min(self._lives[rank].moves for rank in here)
@@ -215,13 +237,14 @@ class Watchdog:
             return f"rank {rank} {what} before it was first heard of"
         return f"rank {rank} on {life.host} (pid {life.pid}) {what}, in {life.where()}"
 
-    def _conclude(self, finding: str) -> None:
+    def _conclude(self, finding: Verdict | None) -> None:
         """Keep the first verdict of all ranks; a rank that the verdict is about takes it too, if it still can."""
-        if not finding or self.verdict:
+        if finding is None or self.verdict is not None:
             return
         if threading.current_thread() is self._threads[0]:
             with contextlib.suppress(RuntimeError):
-                finding = self._store.compare_set("life/verdict", "-", finding).decode()
+                first = self._store.compare_set("life/verdict", "-", json.dumps(asdict(finding)))
+                finding = Verdict(**json.loads(first))
         if not self._me.failure and not self._me.left:
             self.verdict = finding
 
@@ -229,8 +252,10 @@ class Watchdog:
         host = self._lives.get(0)
         expected = self._me.left or self._closed.is_set() or (host is not None and (host.left or self._alone()))
         if self.rank != 0 and not expected:
-            why = f"failed: {host.failure}" if host is not None and host.failure else "died (its connection closed)"
-            self._conclude(self._describe(0, why))
+            if host is not None and host.failure:
+                self._conclude(Verdict(self._describe(0, f"failed: {host.failure}"), host.failure, host.mendable))
+            else:
+                self._conclude(Verdict(self._describe(0, "died (its connection closed)")))
 
     def _alone(self) -> bool:
         return len(self._lives) == self.size and all(
@@ -253,10 +278,10 @@ def _process_gone(pid: int) -> bool:
     return state in "ZX"
 
 
-def _end(reason: str) -> None:
+def _end(verdict: Verdict) -> None:
     """One line and out: the main thread may never come back from its collective. In a hang, also where it is."""
     main = sys._current_frames().get(threading.main_thread().ident or 0)
-    if reason.startswith("hang") and main is not None:
+    if verdict.text.startswith("hang") and main is not None:
         sys.stderr.write("".join(["the main thread is here:\n", *traceback.format_stack(main)[-4:]]))
-    print(f"\nhdpo (rank {os.environ.get('RANK', '0')}): error: {reason}; this rank stops", file=sys.stderr, flush=True)
-    os._exit(EXIT_STATUS)
+    say(verdict.line, verdict.cause)
+    os._exit(verdict.status)

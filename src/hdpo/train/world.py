@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hdpo.errors import HdpoError
+from hdpo.errors import HdpoError, UserError, say
 from hdpo.train.watchdog import Limits, Watchdog
 
 MESSAGE_BYTES = 64 << 20
@@ -49,6 +49,7 @@ class World:
     def connect(self) -> World:
         """Open the control group. Where no policy has initialised torch.distributed (evaluation), gloo is its default."""
         if self.size > 1 and self._group is None:
+            join_after_restart("gloo")
             if not dist.is_initialized():
                 dist.init_process_group("gloo", timeout=self._timeout)
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
@@ -62,16 +63,22 @@ class World:
         if self._watchdog is not None:
             self._watchdog.phase(name, step)
 
-    def failed(self, exc: BaseException) -> str:
-        """This rank is about to end with `exc`: tell the others. Returns which other rank is to blame, "" for none."""
-        if self._watchdog is None:
-            return ""
+    def failed(self, exc: BaseException) -> HdpoError | None:
+        """This rank is about to end with `exc`: say so and tell the others. Returns the error to end with instead when
+        another rank is to blame.
+        """
         # An error of our own names its cause. Any other may be a collective that broke because its peer did.
         own = isinstance(exc, HdpoError) and not isinstance(exc.__cause__, RuntimeError)
-        blame = "" if own else self._watchdog.blame()
-        if not blame:
-            self._watchdog.failed(str(exc) if isinstance(exc, HdpoError) else f"{type(exc).__name__}: {exc}".splitlines()[0])
-        return blame
+        verdict = None if own or self._watchdog is None else self._watchdog.blame()
+        if verdict is not None:
+            say(verdict.line, verdict.cause)
+            return verdict.error()
+        if isinstance(exc, HdpoError):
+            say(exc)     # now: the others end as soon as they know, and the launcher ends this rank with them
+        if self._watchdog is not None:
+            reason = str(exc) if isinstance(exc, HdpoError) else f"{type(exc).__name__}: {exc}".splitlines()[0]
+            self._watchdog.failed(reason, mendable=isinstance(exc, UserError))
+        return None
 
     def close(self) -> None:
         """Stop watching and being watched; the last thing a rank does. Rank 0 waits for the others."""
@@ -155,6 +162,20 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=op, group=self._group)
         return [float(v) for v in tensor]
+
+
+def join_after_restart(backend: str) -> None:
+    """Open the process group of ranks that a launcher has started again (`--max_restarts`).
+
+    With static rendezvous, accelerate's default, torch's agent keeps its store over a restart, and the addresses of the
+    dead ranks are still in it: each attempt needs keys of its own.
+    """
+    env = os.environ
+    attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        agent = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart_{attempt}", agent)
+        dist.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:

@@ -19,7 +19,7 @@ class Writing:
     Ranks meet through their manifests in the folder, never through a collective: the main threads are training.
     """
 
-    def __init__(self, world: World, final: Path, partial: Path, write_model: Callable[[Path], None], state: TrainingState,
+    def __init__(self, world: World, final: Path, partial: Path, write_model: Callable[[], list[Path]], state: TrainingState,
                  summary: dict[str, Any], commit: Callable[[], None]) -> None:
         self.world, self.final, self.partial = world, final, partial
         self._summary, self._commit = summary, commit
@@ -39,7 +39,7 @@ class Writing:
         self._give_up.set()
         self._thread.join()
 
-    def _run(self, write_model: Callable[[Path], None], state: TrainingState) -> None:
+    def _run(self, write_model: Callable[[], list[Path]], state: TrainingState) -> None:
         try:
             self._write(write_model, state)
             self.wrote.set()
@@ -52,14 +52,14 @@ class Writing:
         finally:
             self.wrote.set()
 
-    def _write(self, write_model: Callable[[Path], None], state: TrainingState) -> None:
+    def _write(self, write_model: Callable[[], list[Path]], state: TrainingState) -> None:
         rank, trainer = self.world.rank, self.partial / "trainer"
-        write_model(self.partial)
+        files = write_model()
         write_state(shard_path(trainer, rank), state)
-        files = [shard_path(trainer, rank)]
+        files.append(shard_path(trainer, rank))
         if self.world.is_main:
             (trainer / "state.json").write_text(json.dumps(self._summary))
-            files += [trainer / "state.json", *(path for path in self.partial.iterdir() if path.is_file())]
+            files.append(trainer / "state.json")
         write_manifest(trainer, self.partial, rank, files)
 
     def _others_wrote(self) -> bool:
