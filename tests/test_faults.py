@@ -129,7 +129,7 @@ def test_a_killed_rank_is_named_and_the_launcher_ends_in_one_line_for_each(run: 
     second.end()
     running = run.start()
     try:
-        running.until(lambda: "parity after sync" in running.text())
+        running.until(lambda: "\nRL:" in running.text())     # from here on a rank that is told to end does so in its own words
         rank1 = running.rank(1)
         rank1.kill()
         started = time.monotonic()

@@ -99,7 +99,10 @@ def test_an_evaluation_by_itself_gives_the_rows_and_figures_of_the_runs_own_on_a
     def evaluated(run: str) -> tuple[list[tuple], dict]:
         rows = read_rollouts(sft.parent / run / "eval" / "rl.parquet")
         seen = sorted((row.task_id, row.token_ids, row.end, row.verdict, row.reward_accuracy, row.num_tool_calls) for row in rows)
-        return seen, json.loads((sft.parent / run / "summary.json").read_text())["rl"]
+        summary = json.loads((sft.parent / run / "summary.json").read_text())["rl"]
+        for part in (summary, *summary["families"].values(), *summary["need"].values()):
+            assert part.pop("seconds") > 0
+        return seen, summary
 
     def arguments(run: str) -> list[str]:
         return rl_settings(sft, world, run, model__path=step_folders(rl)[-1], run__deterministic="false")
