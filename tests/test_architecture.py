@@ -73,8 +73,8 @@ def test_arrows_point_one_way(file: Path) -> None:
             assert there in ROOMS[:ROOMS.index(here) + 1], f"{here} imports {imported}"
 
 
-ADAPTER_EXTRAS = {"train.world", "train.nodes", "train.shards", "agent.parse", "agent.families", "reward.verdict_cache",
-                  "reward.judge_prompt"}
+ADAPTER_EXTRAS = {"train.world", "train.nodes", "train.shards", "train.export", "agent.parse", "agent.families",
+                  "reward.verdict_cache", "reward.judge_prompt"}
 """Pure helpers below the adapters' level of detail: rank bookkeeping, state on disk, parsing, words of models and judges."""
 
 
