@@ -66,7 +66,7 @@ def test_the_8b_configuration_has_the_references_hyper_parameters() -> None:
     (["hdpo.wtool=1"], "unknown key hdpo.wtool; did you mean hdpo.w_tool?"),
     (["optim.lr=fast"], "optim.lr: Input should be a valid number"),
     (["w_tool"], "expected KEY=VALUE"),
-    (["rollout.tensor_parallel=2"], "rollout.tensor_parallel: Input should be 1"),
+    (["rollout.tensor_parallel=0"], "rollout.tensor_parallel: Input should be greater than or equal to 1"),
     (["rollout.group_size=1"], "group_size must be at least 2"),
     (["rollout.prompts_per_step=100"], "must be a multiple of optim.mini_batch_prompts"),
 ])

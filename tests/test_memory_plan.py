@@ -65,6 +65,15 @@ def test_qwen3_vl_8b_on_eight_devices_makes_sense(shapes: Shapes) -> None:
     assert made.host["sleeping engine"] == 2 * shapes.parameters
 
 
+def test_ranks_that_share_an_engine_hold_parts_of_its_language_model_and_cache(shapes: Shapes) -> None:
+    one, four = (plan(configured(rollout__tensor_parallel=n), shapes, 8, H200, 2) for n in (1, 4))
+    vision = shapes.vision_parameters
+    assert 0.5e9 < vision < 0.7e9
+    assert four.phases["sync"]["engine weights"] == 2 * (-(-(shapes.parameters - vision) // 4) + vision)
+    assert four.kv_bytes_per_token == one.kv_bytes_per_token // 4 and four.sequences > 4 * one.sequences
+    assert four.phases["rollout"]["engine workspace"] > one.phases["rollout"]["engine workspace"]   # four times the sequences
+
+
 def test_the_head_of_full_logits_is_never_in_the_plan(shapes: Shapes) -> None:
     logits = 4 * 40960 * shapes.vocabulary
     assert plan(configured(), shapes, 8, H200, 2).phases["update"]["loss chunk, dW"] < logits / 4

@@ -25,6 +25,7 @@ from hdpo.config_file import dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
 from hdpo.errors import ConfigError, DataError
 from hdpo.evaluate import Evaluator
+from hdpo.memory_plan import check_tensor_parallel, here
 from hdpo.protocols import Engine, Judge, LogSink
 from hdpo.reward.audit import AuditLog
 from hdpo.reward.scoring import Scorer
@@ -82,6 +83,7 @@ class Stage(contextlib.ExitStack):
         tasks = TaskStream(config.data.train, self.chat, config.data, seed=config.run.seed)
         held_out = self.held_out()
         check_rl(config, self.chat)
+        check_tensor_parallel(config, self.world.size)
         self._plan_memory()
         policy, checkpoints = self._policy()
         world = policy.world
@@ -105,6 +107,7 @@ class Stage(contextlib.ExitStack):
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
+        check_tensor_parallel(self.config, self.world.size)
         choose_interface()
         world = self.world.connect()
         held_out = self.held_out()
@@ -125,7 +128,6 @@ class Stage(contextlib.ExitStack):
         """On devices: refuse a run that can't fit, before anything is loaded, and show what will be held when."""
         import torch
         if torch.cuda.is_available():
-            from hdpo.memory_plan import here
             lines = here(self.config).lines()
             if World().is_main:
                 print("\n".join(lines), flush=True)

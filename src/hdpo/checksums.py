@@ -24,6 +24,9 @@ class Checksum(NamedTuple):
     dtype: torch.dtype
 
 
+Sums = dict[str, Checksum]
+
+
 class Comparison(NamedTuple):
     """Names that differ, and the share of sent elements that could be compared."""
 
@@ -59,12 +62,13 @@ class Watch:
                 for total, (name, (_, numel, dtype)) in zip(totals, self._sums.items())}
 
 
-def compare(sent: Mapping[str, Checksum], held: Iterable[tuple[str, Tensor]],
-            key: Callable[[str], str] = lambda name: name) -> Comparison:
+def compare(sent: Mapping[str, Checksum], held: Iterable[tuple[str, Tensor]], key: Callable[[str], str] = lambda name: name,
+            gather: Callable[[Sums], list[Sums]] = lambda sums: [sums]) -> Comparison:
     """Compare what was sent with the tensors an engine holds, where `key` gives the parts of a fused tensor one name.
 
-    A tensor with other elements than were sent (packed, padded or sharded by the engine) counts as not comparable, unless
-    the sums are equal all the same: padding is zeros.
+    `gather` turns this rank's sums into those of all ranks that hold a part of the engine: where this one holds less of a
+    tensor than was sent, all parts are added up. A tensor with other elements than were sent (packed, padded or copied by
+    the engine) counts as not comparable, unless the sums are equal all the same: padding is zeros.
     """
     wanted = _grouped((key(name), checksum) for name, checksum in sent.items())
     watch = Watch()
@@ -72,9 +76,12 @@ def compare(sent: Mapping[str, Checksum], held: Iterable[tuple[str, Tensor]],
         if key(name) in wanted:
             watch.note(name, tensor.to(wanted[key(name)].dtype))
     have = _grouped((key(name), checksum) for name, checksum in watch.sums().items())
+    everywhere = _grouped(item for part in gather(have) for item in part.items())
     wrong, compared = [], 0
     for name, checksum in wanted.items():
         other = have.get(name)
+        if other is not None and other.numel < checksum.numel:
+            other = everywhere[name]
         if other is None or other.numel < checksum.numel or other.numel != checksum.numel and other.total != checksum.total:
             continue
         compared += checksum.numel

@@ -75,10 +75,12 @@ class RolloutConfig(Section):
     max_seconds: float = Field(1800.0, description="Wall clock of one trajectory, seconds; later it is aborted.")
     max_num_seqs: int = Field(
         256, description="Sequences the engine runs at once, per rank; up to half as many trajectories wait for tools besides.")
-    max_batched_tokens: int = Field(8192, description="Tokens of one engine step, per rank.")
+    max_batched_tokens: int = Field(8192, description="Tokens of one engine step.")
     kv_cache_gib: float = Field(0.0, description="KV cache per rank, GiB; 0 lets gpu_memory decide.")
     gpu_memory: float = Field(0.7, description="Fraction of device memory for the engine while it is awake (CUDA).")
-    tensor_parallel: Literal[1] = Field(1, description="Ranks that share one engine: each has its own, so only 1.")
+    tensor_parallel: int = Field(
+        1, ge=1, description="Ranks of a node that share one vLLM engine, each with a part of its weights; 1 unless a model "
+        "and its KV cache don't fit on one device.")
     enforce_eager: bool = Field(True, description="Run the engine without CUDA graphs.")
 
 

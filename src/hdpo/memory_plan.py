@@ -1,4 +1,5 @@
-"""What a run will hold in device memory, by phase, from the model's config.json and the settings alone.
+"""What a run will hold in device memory, by phase, from the model's config.json and the settings alone; and whether the
+ranks can share engines as they are told to.
 
 Weights, optimizer state, gradients, gathered layers, the loss's buffers and the KV cache are exact sums over shapes and
 types. Activations and the engine's workspace are estimates that lean to the high side; `OVERHEAD` stands for what no
@@ -39,6 +40,7 @@ class Shapes:
     kv_heads: int
     head_dim: int
     mlp: int                   # columns of an MLP as seen by one token: a mixture's active experts together
+    vision_parameters: int = 0
     vision_layers: int = 0
     vision_hidden: int = 0
     vision_mlp: int = 0
@@ -46,12 +48,15 @@ class Shapes:
 
 def read_shapes(config: ModelConfig) -> Shapes:
     """Count the parameters of a Hugging Face folder from its config.json. Raises ModelError where that can't be read."""
+    return shapes_of(_read_config(config.path), config)
+
+
+def _read_config(path: str) -> Any:
     from transformers import AutoConfig
     try:
-        found = AutoConfig.from_pretrained(config.path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"model.path: {config.path}: config.json can't be read: {' '.join(str(exc).split())}") from exc
-    return shapes_of(found, config)
+        raise ModelError(f"model.path: {path}: config.json can't be read: {' '.join(str(exc).split())}") from exc
 
 
 def shapes_of(found: Any, config: ModelConfig) -> Shapes:
@@ -78,6 +83,7 @@ def shapes_of(found: Any, config: ModelConfig) -> Shapes:
         kv_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         mlp=experts * text.moe_intermediate_size if experts else text.intermediate_size,
+        vision_parameters=sum(p.numel() for name, p in model.named_parameters() if ".visual." in name),
         vision_layers=getattr(vision, "depth", 0), vision_hidden=getattr(vision, "hidden_size", 0),
         vision_mlp=getattr(vision, "intermediate_size", 0))
 
@@ -135,7 +141,8 @@ def plan(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_b
     shard = math.ceil(shapes.parameters / ranks)
     trained = math.ceil(shapes.trained / ranks)
     master = trained * (12 if dtype_bytes < 4 else 8)    # fp32 weights (in fp32 they are the weights) and two moments
-    engine = math.ceil(shapes.parameters / config.rollout.tensor_parallel) * dtype_bytes
+    split = shapes.parameters - shapes.vision_parameters    # the vision tower is whole on every rank
+    engine = (math.ceil(split / config.rollout.tensor_parallel) + shapes.vision_parameters) * dtype_bytes
     weights = {"weights, shard": shard * dtype_bytes}
     overhead = {"CUDA, NCCL, workspaces": OVERHEAD if device else 0}
     update = weights | _update(config, shapes, trained, dtype_bytes) | overhead
@@ -185,9 +192,10 @@ def _update(config: Config, shapes: Shapes, trained: int, size: int) -> dict[str
 
 def _workspace(config: Config, shapes: Shapes, size: int) -> int:
     """One layer of one engine step without gradients, and the logits of every sequence in fp32, twice."""
-    tokens = max(config.rollout.max_batched_tokens, config.rollout.max_num_seqs)
+    sequences = config.rollout.max_num_seqs * config.rollout.tensor_parallel
+    tokens = max(config.rollout.max_batched_tokens, sequences)
     layer = size * tokens * (4 * shapes.hidden + 2 * (shapes.heads + 2 * shapes.kv_heads) * shapes.head_dim + 3 * shapes.mlp)
-    return layer + 2 * 4 * config.rollout.max_num_seqs * shapes.vocabulary
+    return layer + 2 * 4 * sequences * shapes.vocabulary
 
 
 def check(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_bytes: int) -> MemoryPlan:
@@ -204,6 +212,8 @@ def check(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_
             section, name = field.split(".")
             part = getattr(changed, section).model_copy(update={name: value})
             changed = changed.model_copy(update={section: part})
+        if _unsplittable(shapes.heads, shapes.kv_heads, changed.rollout.tensor_parallel):
+            continue
         if plan(changed, shapes, ranks, device, dtype_bytes).overfull() is None:
             way = ", ".join(f"{field}={value:g}" if not isinstance(value, bool) else f"{field}={str(value).lower()}"
                             for field, value in change.items())
@@ -238,6 +248,30 @@ def remedies(config: Config, made: MemoryPlan, phase: str) -> list[Change]:
     return every[phase] + both
 
 
+def check_tensor_parallel(config: Config, ranks: int) -> None:
+    """Whether rollout.tensor_parallel divides the ranks of a node and the model. Raises ConfigError where it doesn't."""
+    ways = config.rollout.tensor_parallel
+    if ways == 1:
+        return
+    setting = f"rollout.tensor_parallel ({ways})"
+    if config.rollout.engine == "hf":
+        raise ConfigError(f"{setting} needs vLLM; set it to 1 or use rollout.engine=vllm")
+    of_node = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    if of_node % ways:
+        raise ConfigError(f"{setting} must divide the {of_node} rank{'s' * (of_node > 1)} of a node, because an engine's ranks "
+                          "are neighbours on one machine; set it to 1 or start more ranks")
+    text = _read_config(config.model.path).get_text_config()
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    if _unsplittable(text.num_attention_heads, text.num_key_value_heads, ways) or width % ways:
+        raise ConfigError(f"{setting} can't split model.path: it has {text.num_attention_heads} attention heads, "
+                          f"{text.num_key_value_heads} KV heads and MLPs of {width}; choose a number that divides these")
+
+
+def _unsplittable(heads: int, kv_heads: int, ways: int) -> bool:
+    """Heads are dealt out evenly; so are KV heads, or each is copied to equally many ranks."""
+    return bool(heads % ways or max(kv_heads, ways) % min(kv_heads, ways))
+
+
 def here(config: Config, ranks: int = 0, device_gib: float = 0.0) -> MemoryPlan:
     """The checked plan for this machine's devices and world, or for `ranks` devices of `device_gib`. Raises ConfigError."""
     import torch
@@ -245,5 +279,6 @@ def here(config: Config, ranks: int = 0, device_gib: float = 0.0) -> MemoryPlan:
     count = torch.cuda.device_count()
     device = int(device_gib * GIB) or (torch.cuda.get_device_properties(0).total_memory if count else None)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 0)) or max(1, count)
+    check_tensor_parallel(config, ranks)
     dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if device else "float32"
     return check(config, read_shapes(config.model), ranks, device, getattr(torch, dtype).itemsize)

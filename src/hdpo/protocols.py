@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hdpo.types import Completion, Judgement, MicroBatch, Task
 
@@ -65,6 +65,25 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class SharedEngine(Engine, Protocol):
+    """An engine that several ranks drive together, each with requests of its own; every method that works is a collective.
+
+    From its first `step` until all of them have come to `finish`, a rank goes on calling `step` or `hold`, with requests or
+    without. `num_unfinished` counts the requests of all these ranks as of the last step, and what this rank has added since:
+    ranks that all add some and then step until there are none end together, without `finish`. A request is looked at in the
+    step after it was added, which raises its ValueError, on its own rank alone.
+    """
+
+    def hold(self) -> None:
+        """In place of `step`: keep all of them from stepping, and from taking requests, this time."""
+        ...
+
+    def finish(self) -> None:
+        """Go on stepping for the others until they have come here too."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

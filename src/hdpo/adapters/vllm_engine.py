@@ -1,25 +1,21 @@
 """vLLM inside the trainer's process: one engine per rank, stepped by the rollout loop.
 
-Continuous batching over unequal trajectories, no server and no per-turn barrier. Every rank owns a whole engine
-(tensor parallel 1); ranks meet only while engines are built. Written against vLLM 0.32, CUDA and CPU builds alike.
+Continuous batching over unequal trajectories, no server and no per-turn barrier. A rank has a whole engine, or with
+`rollout.tensor_parallel` a part of one, whose ranks must then be given the same requests in the same order and be stepped
+together: lockstep.py sees to that. Written against vLLM 0.32, CUDA and CPU builds alike.
 
 Memory on CUDA: `sleep()` is vLLM's level 1 (weights to host memory, KV cache dropped). Level 2 is not offered: it
 would leave Qwen3-VL's deepstack buffers, which are neither parameters nor buffers, undefined after waking.
 """
 from __future__ import annotations
 
-import contextlib
 import gc
-import logging
 import os
-import random
-import sys
-import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hdpo.adapters.torchvision_shim import activate
+from hdpo.adapters.vllm_process import quiet, start_engine, undisturbed_process
 from hdpo.agent.families import FAMILIES, Family
 from hdpo.checksums import Checksum, Comparison, compare
 from hdpo.config import RolloutConfig
@@ -66,15 +62,15 @@ class VllmEngine:
         self._owns_process_group = not torch.distributed.is_initialized()
         arguments = dict(
             model=model_path, dtype=_dtype(dtype, self._cuda), seed=seed, max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=config.max_num_seqs * config.tensor_parallel,   # the setting is per rank
             limit_mm_per_prompt={"image": image_limit, "video": 0},
             mm_processor_kwargs={"images_kwargs": {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}},
             mm_processor_cache_gb=0.5, use_tqdm_on_load=False,
             generation_config="vllm", logprobs_mode="processed_logprobs", enable_prefix_caching=True,
             enforce_eager=config.enforce_eager or not self._cuda, disable_log_stats=True,
             **_scheduling(config, self._cuda, max_model_len), **_placement(config, self._cuda, self._owns_process_group))
-        with _undisturbed_process(), _quiet():
-            self._engine = _start(arguments)
+        with undisturbed_process(), quiet():
+            self._engine = start_engine(arguments)
         model = self._engine.model_config.hf_config
         self._tied, self._family = bool(model.tie_word_embeddings), FAMILIES[model.model_type]
 
@@ -156,7 +152,11 @@ class VllmEngine:
         self._version = version
 
     def compare_weights(self, sent: Mapping[str, Checksum]) -> Comparison:
-        """By vLLM's own renaming and fusing. On CPU linear layers can't be compared: oneDNN packs and drops their weights."""
+        """By vLLM's own renaming and fusing; where ranks hold parts of a tensor, their sums are added: a collective of theirs.
+
+        Not compared: the fused weights of attention where ranks outnumber KV heads, because they hold copies then; on CPU
+        linear layers, because oneDNN packs and drops their weights.
+        """
         return self._engine.collective_rpc(_compare, args=(dict(sent),))[0]
 
     def sleep(self) -> None:
@@ -205,9 +205,10 @@ class VllmEngine:
 def _scheduling(config: RolloutConfig, cuda: bool, max_model_len: int) -> dict[str, Any]:
     """Tokens of one engine step. On CPU prompts are never prefilled in chunks: vLLM rewinds the random generator of a seeded
     request after each chunk, which CPU generators do not support, and the engine dies of it."""
+    tokens = max(config.max_batched_tokens, config.max_num_seqs * config.tensor_parallel)
     if cuda:
-        return {"max_num_batched_tokens": max(config.max_batched_tokens, config.max_num_seqs)}
-    return {"max_num_batched_tokens": max(config.max_batched_tokens, config.max_num_seqs, max_model_len),
+        return {"max_num_batched_tokens": tokens}
+    return {"max_num_batched_tokens": max(tokens, max_model_len),
             "enable_chunked_prefill": False}
 
 
@@ -216,6 +217,8 @@ def _placement(config: RolloutConfig, cuda: bool, alone: bool) -> dict[str, Any]
     options: dict[str, Any] = {"enable_sleep_mode": cuda, "gpu_memory_utilization": config.gpu_memory}
     if not alone:   # ranks of a launcher: vLLM reads RANK, LOCAL_RANK and the group that exists
         options["distributed_executor_backend"] = "external_launcher"
+    if config.tensor_parallel > 1:   # the vision tower whole on each rank, which takes its share of the images
+        options |= {"tensor_parallel_size": config.tensor_parallel, "mm_encoder_tp_mode": "data"}
     gib = config.kv_cache_gib or (0.0 if cuda else _CPU_KV_CACHE_GIB)
     if gib:
         options["kv_cache_memory_bytes"] = int(gib * _GIB)
@@ -263,65 +266,16 @@ def _compare(worker: Any, sent: dict[str, Checksum]) -> Comparison:
         return before + ".experts" if experts else ".".join(fused.get(part, part) for part in name.split("."))
 
     renamed = {(mapper.map_name(name) or name) if mapper else name: checksum for name, checksum in sent.items()}
-    return compare(renamed, model.named_parameters(remove_duplicate=False), key)
+    return compare(renamed, model.named_parameters(remove_duplicate=False), key, _sums_of_all_parts)
 
 
-def _start(arguments: dict[str, Any]) -> Any:
-    """Import vLLM and build the engine. What it reads from the environment is settled before."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from vllm import EngineArgs, LLMEngine
-    from vllm.platforms import current_platform
-    from vllm.v1.sample import sampler
-
-    if current_platform.is_cpu():
-        # vLLM compiles this one line with torch.compile: seconds at the first token, and a C++ compiler at run time.
-        sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the noise of vLLM's start, C++ included, off the terminal; it is shown if the start fails.
-
-    HDPO_DEBUG=1 leaves everything as it is. vLLM's loggers stay at ERROR afterwards: on CPU one of them warns each step.
-    """
-    if os.environ.get("HDPO_DEBUG"):
-        yield
-        return
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as noise, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        saved = os.dup(1), os.dup(2)
-        os.dup2(noise.fileno(), 1)
-        os.dup2(noise.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            noise.seek(0)
-            os.write(saved[1], noise.read())
-            raise
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _undisturbed_process() -> Iterator[None]:
-    """vLLM seeds the global generators and lowers torch's thread count while it starts; the trainer keeps its own."""
-    import numpy as np
+def _sums_of_all_parts(sums: dict[str, Checksum]) -> list[dict[str, Checksum]]:
+    """What every rank of this engine holds."""
     import torch
+    from vllm.distributed import get_tp_group
 
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-    set_num_threads(threads)
+    group = get_tp_group()
+    parts: list[Any] = [sums] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(parts, sums, group=group.cpu_group)
+    return parts

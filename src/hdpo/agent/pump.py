@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hdpo.agent.trajectory import Key
-from hdpo.protocols import Engine, GenerateRequest
+from hdpo.protocols import Engine, GenerateRequest, SharedEngine
 from hdpo.types import Completion
 
 STOP_POLL_S = 0.2
 """How often a blocked pump looks at the stop event, seconds."""
+MEET_S = 0.005
+"""How long a rank without work waits before it meets those that share its engine, seconds."""
 
 
 @dataclass(slots=True)
@@ -29,15 +31,19 @@ class _Pending:
 
 
 class EnginePump:
-    """One collection of trajectories. `engine_steps`, `engine_seconds` and `idle_seconds` (blocked: all trajectories were
-    waiting for tools) are complete when `run` has returned.
+    """One collection of trajectories. `engine_steps` (with a request of this rank), `engine_seconds` and `idle_seconds`
+    (blocked: all trajectories were waiting for tools) are complete when `run` has returned.
 
     With `deterministic`, requests are submitted, sorted by key, and the engine is stepped only while every live trajectory
     has a request in it: how long tools take then cannot change any batch.
+
+    An engine that ranks share is stepped all the time, because the others' requests need it: until all of them are done, and
+    with `deterministic` while all of them are ready.
     """
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, *, deterministic: bool = False) -> None:
         self._engine, self._loop, self._deterministic = engine, loop, deterministic
+        self._shared = engine if isinstance(engine, SharedEngine) else None
         self._live: set[Key] = set()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()   # what coroutines ask, done by `run`
         self._waiting: dict[Key, _Pending] = {}
@@ -83,6 +89,14 @@ class EnginePump:
             if self._ready():
                 self._submit()
                 self._step()
+            elif self._shared is not None and self._deterministic:
+                self._shared.hold()
+            elif self._shared is not None:
+                self._step()
+        if self._shared is not None:
+            started = time.monotonic()
+            self._shared.finish()
+            self.engine_seconds += time.monotonic() - started
 
     def abort_all(self) -> None:
         """Drop every request from the engine."""
@@ -101,7 +115,7 @@ class EnginePump:
         if not self._ready():
             started = time.monotonic()
             try:
-                self._inbox.get(timeout=STOP_POLL_S)()
+                self._inbox.get(timeout=self._patience())()
             except queue.Empty:
                 pass
             self.idle_seconds += time.monotonic() - started
@@ -110,6 +124,11 @@ class EnginePump:
                 self._inbox.get_nowait()()
             except queue.Empty:
                 return
+
+    def _patience(self) -> float:
+        if self._shared is None:
+            return STOP_POLL_S
+        return 0.0 if self._shared.num_unfinished() and not self._deterministic else MEET_S
 
     def _submit(self) -> None:
         order = sorted(self._waiting) if self._deterministic else list(self._waiting)
@@ -122,7 +141,7 @@ class EnginePump:
         started = time.monotonic()
         finished = self._engine.step()
         self.engine_seconds += time.monotonic() - started
-        self.engine_steps += 1
+        self.engine_steps += bool(self._running)
         replies = [(self._running.pop(name).reply, completion) for name, completion in finished if name in self._running]
         if replies:
             self._loop.call_soon_threadsafe(_resolve, replies)

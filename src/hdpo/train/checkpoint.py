@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     "run.", "log.", "eval.", "checkpoint.", "optim.steps", "optim.max_skipped", "optim.offload", "judge.", "tools.",
     "batch.", "sync.", "reward.max_unscored",
-    "rollout.max_num_seqs", "rollout.max_batched_tokens", "rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.engine")
+    "rollout.max_num_seqs", "rollout.max_batched_tokens", "rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.engine",
+    "rollout.tensor_parallel")
 """Fields a resumed run may set differently: they do not change what is learned."""
 
 OTHERS_S, LEAVE_S = 60.0, 15.0

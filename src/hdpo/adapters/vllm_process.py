@@ -1,0 +1,77 @@
+"""How vLLM is started inside a process that trains: its environment, its noise, and what it changes for all."""
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+def start_engine(arguments: dict[str, Any]) -> Any:
+    """Import vLLM and build the engine. What it reads from the environment is settled before."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import EngineArgs, LLMEngine
+    from vllm.distributed.device_communicators import cpu_communicator
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import sampler
+
+    if current_platform.is_cpu():
+        # vLLM compiles this one line with torch.compile: seconds at the first token, and a C++ compiler at run time.
+        sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
+        # Its collectives in shared memory take the segment's name from the launch method, which is the same for any two runs
+        # on a machine, and wait by spinning. torch.distributed does the same work.
+        cpu_communicator.CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False   # type: ignore
+    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the noise of vLLM's start, C++ included, off the terminal; it is shown if the start fails.
+
+    HDPO_DEBUG=1 leaves everything as it is. vLLM's loggers stay at ERROR afterwards: on CPU one of them warns each step.
+    """
+    if os.environ.get("HDPO_DEBUG"):
+        yield
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as noise, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = os.dup(1), os.dup(2)
+        os.dup2(noise.fileno(), 1)
+        os.dup2(noise.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            noise.seek(0)
+            os.write(saved[1], noise.read())
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def undisturbed_process() -> Iterator[None]:
+    """vLLM seeds the global generators and lowers torch's thread count while it starts; the trainer keeps its own."""
+    import numpy as np
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    set_num_threads(threads)
