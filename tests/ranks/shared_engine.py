@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hdpo.adapters import lockstep
 from hdpo.adapters.engines import make_engine
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.agent.pump import EnginePump
@@ -160,6 +161,7 @@ def weights(engine: Any, folder: str) -> dict[str, Any]:
 
 def main() -> None:
     folder = sys.argv[1]
+    lockstep.PICTURE_BYTES = 60_000   # some of the pictures are known to all ranks, others must be sent again
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     chat = load_chat_format(folder, 32 * 32, 128 * 128)

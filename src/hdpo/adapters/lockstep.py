@@ -91,15 +91,15 @@ class LockstepEngine:
         word = torch.tensor([bool(self._queued), hold, done, self._history])
         words = [torch.empty_like(word) for _ in range(self._ranks)]
         dist.all_gather(words, word, group=self._group)
-        some_queued, some_hold, _, _ = torch.stack(words).amax(0).tolist()
-        if len({int(other[3]) for other in words}) > 1:
+        queued, holding, finishing, histories = torch.stack(words, 1).tolist()
+        if len(set(histories)) > 1:
             raise RuntimeError(f"rollout.tensor_parallel={self._ranks}: the parts of the engine no longer generate the same")
-        if not some_hold:
-            if some_queued:
+        if not any(holding):
+            if any(queued):
                 self._hand_over()
             if self._part.num_unfinished():
                 self._take(self._part.step())
-        return all(bool(other[2]) for other in words)
+        return all(finishing)
 
     def _hand_over(self) -> None:
         """Give what all ranks have queued to this part, in the order of the ranks."""
@@ -152,23 +152,30 @@ class _Pictures:
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, Image] = OrderedDict()   # the least recently used first
+        self._bytes = 0
 
     def without_known(self, request: GenerateRequest) -> GenerateRequest:
         """What to send of a request."""
+        if not request.image_keys:
+            return request
         images: list[Any] = [None if key in self._known else image for key, image in zip(request.image_keys, request.images)]
-        return dataclasses.replace(request, images=tuple(images)) if images else request
+        return dataclasses.replace(request, images=tuple(images))
 
     def with_known(self, request: GenerateRequest) -> GenerateRequest:
         """The request as it was."""
+        if not request.image_keys:
+            return request
         for key, image in zip(request.image_keys, request.images):
-            self._known[key] = self._known.pop(key) if image is None else image
-        return dataclasses.replace(request, images=tuple(self._known[key] for key in request.image_keys)) if (
-            request.image_keys) else request
+            self._bytes += 0 if key in self._known else _size(image)
+            self._known[key] = self._known.pop(key, image)
+        return dataclasses.replace(request, images=tuple(self._known[key] for key in request.image_keys))
 
     def trim(self, limit: int) -> None:
         """Forget the least recently used beyond `limit` bytes."""
-        sizes = {key: image.width * image.height * len(image.getbands()) for key, image in self._known.items()}
-        total = sum(sizes.values())
-        while total > limit:
-            key, _ = self._known.popitem(last=False)
-            total -= sizes[key]
+        while self._bytes > limit:
+            _, image = self._known.popitem(last=False)
+            self._bytes -= _size(image)
+
+
+def _size(image: Image) -> int:
+    return image.width * image.height * len(image.getbands())

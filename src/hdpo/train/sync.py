@@ -217,7 +217,7 @@ def _generate(engine: Engine, prompts: Sequence[Segment], tokens: int) -> list[C
         engine.add_request(f"canary-{index}", GenerateRequest(
             list(prompt.compact_ids), tuple(prompt.images), tokens, 1.0, 1234 + index, prompt.image_keys))
     done: dict[str, Completion] = {}
-    while engine.num_unfinished():
+    while engine.num_unfinished():   # ranks that share the engine all ask something, so they end together
         done.update(engine.step())
     return [done[f"canary-{index}"] for index in range(len(prompts))]
 
