@@ -49,7 +49,8 @@ def test_two_ranks_with_unequal_work_get_from_one_engine_the_tokens_of_an_engine
 def test_rl_with_one_engine_on_two_ranks_samples_what_the_trainer_computes_after_every_sync(
         sft_run: Path, toy_world: World) -> None:
     done = accelerate("launch/train_rl.py", rl_settings(
-        sft_run, toy_world, "shared", rollout__tensor_parallel=2, run__deterministic="false", eval__after="true"))
+        sft_run, toy_world, "shared", rollout__tensor_parallel=2, run__deterministic="false", rollout__prompts_per_step=4,
+        eval__after="true", eval__rows=6))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "parity before the first step" in done.stdout + done.stderr
     rows = [row for row in read_metrics(sft_run.parent / "shared" / "metrics.jsonl") if "actor/grad_norm" in row]
@@ -57,7 +58,7 @@ def test_rl_with_one_engine_on_two_ranks_samples_what_the_trainer_computes_after
     for row in rows:
         assert row["mismatch/ratio_max"] < 1 + 1e-3 and row["mismatch/k3"] < 1e-8
         assert row["end/infrastructure"] == row["end/aborted"] == 0.0
-    assert json.loads((sft_run.parent / "shared" / "summary.json").read_text())["rl"]["rows"] == 20
+    assert json.loads((sft_run.parent / "shared" / "summary.json").read_text())["rl"]["rows"] == 6
 
 
 @pytest.mark.parametrize(("ways", "ranks", "of_node", "engine", "message"), [
