@@ -7,7 +7,9 @@ EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 STAMP := $(VENV)/.hdpo-installed-$(EXTRA)
 CONFIG ?=
 ARGS ?=
-LAUNCH ?= $(BIN)/python -m hdpo.adapters.launcher --config_file launch/accelerate/zero3.yaml
+# One rank per GPU of this machine; without any, one.
+GPUS ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1)
+LAUNCH ?= $(BIN)/python -m hdpo.adapters.launcher --config_file launch/accelerate/zero3.yaml --num_processes $(GPUS)
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 

@@ -5,14 +5,20 @@
 # JUDGE_API_KEY, if set, is required of clients.
 set -euo pipefail
 
-model=${1:?usage: launch/start_judge.sh MODEL [PORT] [vllm options]}
-port=${2:-8000}
+if [ $# -lt 1 ]; then echo "usage: launch/start_judge.sh MODEL [PORT] [vllm options]" >&2; exit 2; fi
+model=$1 port=${2:-8000}
+case "$port" in *[!0-9]*) echo "start_judge.sh: $port is not a port; usage: MODEL [PORT] [vllm options]" >&2; exit 2;; esac
 shift; [ $# -gt 0 ] && shift
 
 # a judge reads a question, a truth and a capped prediction, and answers with one word or a short thought
 options=(--port "$port" --max-model-len "${JUDGE_MAX_MODEL_LEN:-8192}" --enable-prefix-caching)
 if [ -n "${JUDGE_API_KEY:-}" ]; then
     export VLLM_API_KEY=$JUDGE_API_KEY   # not an argument: those are visible to every user of the machine
+fi
+here="$(cd "$(dirname "$0")/.." && pwd)"
+if [ -x "$here/.venv/bin/python" ]; then PATH="$here/.venv/bin:$PATH"; fi
+if ! python -c 'import vllm.version' 2>/dev/null; then
+    echo "start_judge.sh: $(command -v python || echo "no python") has no vLLM; \`make install\` installs it" >&2; exit 2
 fi
 if python -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; then
     exec vllm serve "$model" "${options[@]}" "$@"

@@ -5,11 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 port="${1:-0}" workers="${2:-0}"
+case "$port$workers" in *[!0-9]*) echo "usage: launch/start_tool_server.sh [PORT] [WORKERS]" >&2; exit 2;; esac
 log="${TOOL_SERVER_LOG:-tool_server.log}"
 urls="$(mktemp)"
 trap 'rm -f "$urls"' EXIT
 # shellcheck disable=SC2086
-nohup "${PYTHON:-python3}" -m hdpo.toolserver.app --host "${TOOL_SERVER_HOST:-127.0.0.1}" --port "$port" \
+nohup "${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}" -m hdpo.toolserver.app --host "${TOOL_SERVER_HOST:-127.0.0.1}" --port "$port" \
     --workers "$workers" ${TOOL_SERVER_ARGS:-} >"$urls" 2>"$log" </dev/null &
 server=$!
 for _ in $(seq 1200); do

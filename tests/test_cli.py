@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hdpo.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 RL = "launch/configs/metis_8b_rl.yaml"
 REFERENCE_VARIABLES = ("MODEL_PATH", "TRAIN_DATA", "VAL_DATA", "JUDGE_BASE_URL", "REMOTE_TOOL_SERVER_URL", "SERPER_API_KEY")
@@ -48,8 +50,36 @@ def test_an_unknown_key_names_the_nearest_one() -> None:
     assert "did you mean hdpo.w_tool?" in one_line(hdpo("rl", "--config", RL, "--set", "hdpo.wtool=1"))
 
 
-def test_a_missing_model_folder_is_named() -> None:
-    assert "model.path: no such folder: /nowhere" in one_line(hdpo("rl", "--config", RL, "--set", "model.path=/nowhere"))
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("rl", "model.path is not set: give --set model.path=FOLDER or MODEL_PATH=FOLDER"),
+    ("rl --config launch", "launch is not a readable YAML file (Is a directory)"),
+    ("rl --config nothing.yaml", "nothing.yaml: no such configuration file"),
+    ("rl --set data.train=rows.parquet", "data.train: expected a list: data.train=[rows.parquet]"),
+    ("rl --set run.seed=x", "run.seed: Input should be a valid integer"),
+    (f"doctor --config {RL}", "model.path is not set"),
+    (f"doctor --config {RL} --set model.path=/nowhere", "model.path: /nowhere is no model folder"),
+    ("doctor --gpus 8", "--gpus plans the memory of a run: name its --config too"),
+    (f"doctor --config {RL} --gpus -1", "--gpus -1: must be above 0"),
+    ("judge --set judge.base_url=http://127.0.0.1:9/v1", "judge.base_url: http://127.0.0.1:9/v1/models: "),
+    ("demo --ranks 0", "--ranks 0: at least 1"),
+    ("demo --run /dev/null/demo", "--run /dev/null/demo: "),
+    ("demo --fresh --run tests", "--fresh: tests holds no demo and stays as it is"),
+    ("report tests", "tests: no metrics.jsonl")])
+def test_a_mistake_is_one_line_that_names_it(
+        arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for variable in (*REFERENCE_VARIABLES, "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("hdpo.errors._said", set())
+    assert main(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hdpo: error: ") and message in line
+
+
+def test_doctor_shows_what_there_is() -> None:
+    done = hdpo("doctor")
+    shown = {line.split()[0] for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and {"python", "hdpo", "torch", "vllm", "devices", "memory", "disk", "docker"} <= shown
 
 
 def test_print_config_shows_the_reference_variables_and_no_secret() -> None:

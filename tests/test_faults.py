@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from judge_server import JudgeServer, in_order, say
 from launching import Running, command, settings
@@ -137,7 +138,22 @@ def test_a_killed_rank_is_named_and_the_launcher_ends_in_one_line_for_each(run: 
         seconds = time.monotonic() - started
     finally:
         running.kill()
+    assert len(running.lines("hdpo (rank 0)")) == 1, running.text()[-3000:]
     (line,) = running.lines("hdpo (rank 0)")
     assert f"rank 1 on {socket.gethostname()} (pid {rank1.pid}) died, in " in line
     assert f"(pid {rank1.pid}) was ended by SIGKILL" in running.lines("hdpo: error")[-1]
     assert "Traceback" not in running.text() and seconds < 25, seconds
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(run: Run, second: Running) -> None:
+    second.end()
+    running = run.start()
+    try:
+        running.until(lambda: "\nRL:" in running.text())
+        ranks = [running.rank(number) for number in (0, 1)]
+        running.process.kill()
+        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    finally:
+        running.kill()
+    assert f"stopped after step {run.saved()}; the same command goes on" in running.text()
+    assert "Traceback" not in running.text()

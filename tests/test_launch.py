@@ -9,15 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from launching import BASE, ROOT, Running, accelerate, command, settings
 
+from hdpo.build import check_devices
 from hdpo.data.toyworld import World
 from hdpo.demo import cpu_environment
+from hdpo.errors import ConfigError
 from hdpo.train.checkpoint import step_folders
 from hdpo.train.dump import read_rollouts
 from hdpo.train.metrics import read_metrics
@@ -49,8 +52,10 @@ def test_train_metis_turns_the_references_variables_into_one_launch() -> None:
 @pytest.mark.parametrize(("environment", "message"), [
     ({"GPUS_PER_NODE": "8"}, "set MODEL_PATH"),
     ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "0"}, "no GPU found; set GPUS_PER_NODE"),
-    ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "8", "NNODES": "2"}, "NNODES=2 needs MASTER_ADDR")])
-def test_a_missing_variable_is_named_before_anything_starts(environment: dict[str, str], message: str) -> None:
+    ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "8", "NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
+    ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "all"}, "GPUS_PER_NODE=all is not a number"),
+    ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "8", "NODE_RANK": "1"}, "nodes are counted from 0 to NNODES-1, and NNODES=1")])
+def test_a_missing_or_bad_variable_is_named_before_anything_starts(environment: dict[str, str], message: str) -> None:
     done = script(METIS, PYTHON="/bin/echo", **environment)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
@@ -69,6 +74,24 @@ def test_the_slurm_script_runs_train_metis_on_every_node_with_its_rank(tmp_path:
     for rank, line in enumerate(lines):
         assert f"--num_machines 2 --machine_rank {rank} --main_process_ip node7 --main_process_port 20012" in line
         assert "--num_processes 8" in line and "--set hdpo.w_tool=0.1" in line
+
+
+def test_a_launcher_without_a_script_and_other_scripts_without_arguments_say_what_they_need() -> None:
+    done = script(sys.executable, "-m", "hdpo.adapters.launcher")
+    assert done.returncode == 2 and "hdpo: error: the following arguments are required: training_script" in done.stderr
+    assert len(done.stderr.splitlines()) < 4
+    for name, message in (("start_judge.sh", "usage: launch/start_judge.sh MODEL [PORT]"),
+                          ("slurm.sbatch", "submit this script with sbatch"), ("start_tool_server.sh x", "usage: ")):
+        done = script("bash", *f"launch/{name}".split())
+        assert done.returncode != 0 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_more_ranks_than_devices_are_refused_with_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    with pytest.raises(ConfigError, match="8 ranks were started on this machine, GPUs are 2: .* --num_processes 8, "):
+        check_devices()
 
 
 @pytest.mark.parametrize(("address", "message"), [
@@ -174,12 +197,14 @@ class Nodes:
                      "CONFIG": str(ROOT / "launch/configs/demo_rl.yaml")}
         return Running([*inside, *arguments], own / f"log{port}", variables | environment, ranks=2)
 
-    def run(self, arguments: list[list[str]], **environment: str) -> tuple[list[int], list[Running]]:
+    def run(self, arguments: list[list[str]], meanwhile: Callable[[list[Running]], None] = lambda running: None,
+            **environment: str) -> tuple[list[int], list[Running]]:
         """Exit statuses and outputs of both nodes, the second one started first."""
         port = free_port()
         running = [self.start(node, [part.replace("{port}", str(port)) for part in arguments[node]], port, **environment)
                    for node in (1, 0)][::-1]
         try:
+            meanwhile(running)
             return [node.end(300) for node in running], running
         finally:
             for node in running:
@@ -226,20 +251,30 @@ def test_two_nodes_take_the_same_sft_step_as_two_ranks_of_one(two_nodes_sft: Pat
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_train_metis_takes_an_rl_step_on_two_nodes_with_a_tool_server_on_each(
+def test_train_metis_trains_on_two_nodes_with_a_tool_server_on_each_and_starts_both_again_when_a_rank_is_killed(
         nodes: Nodes, two_nodes_sft: Path, toy_world: World) -> None:
     folder = two_nodes_sft.parent
+    run = folder / "rl"
+
+    def kill_a_rank(running: list[Running]) -> None:
+        running[1].until(lambda: step_folders(run))
+        running[1].rank(1).kill()
+
     statuses, running = nodes.run([[METIS, "0.15", *settings(
-        rollout__engine="hf", rollout__prompts_per_step=4, rollout__group_size=2, optim__mini_batch_prompts=4, optim__steps=1,
-        eval__before="false", eval__after="false", tools__text_index=toy_world.text_index,
-        tools__image_index=toy_world.image_index)]] * 2,
+        rollout__engine="hf", rollout__prompts_per_step=4, rollout__group_size=2, optim__mini_batch_prompts=4, optim__steps=3,
+        checkpoint__every_steps=1, eval__before="false", eval__after="false", tools__text_index=toy_world.text_index,
+        tools__image_index=toy_world.image_index)]] * 2, kill_a_rank, MAX_RESTARTS="1",
         MODEL_PATH=str(step_folders(two_nodes_sft)[-1]), TRAIN_DATA=f"[{toy_world.train}]", RUN_FOLDER=str(folder), RUN_NAME="rl")
     assert statuses == [0, 0], [node.text()[-2000:] for node in running]
-    run = folder / "rl"
+    for number, node in enumerate(running):
+        (line,) = [line for line in node.lines("hdpo: ") if "all ranks start again (restart 1 of 1)" in line]
+        assert f"hdpo: rank {number} on " in line
+    assert "died, in " in running[0].lines("hdpo (rank 0)")[0]       # the other node's rank is named here
     assert len(read_rollouts(run / "rollouts" / "step_000001.parquet")) == 4 * 2     # of both nodes
     assert {file.name for file in run.glob("tool_server_*.log")} == {"tool_server_0.log", "tool_server_1.log"}
-    (row,) = [row for row in read_metrics(run / "metrics.jsonl") if "actor/grad_norm" in row]
-    assert row["mismatch/ratio_max"] < 1 + 1e-3      # the largest of both nodes: each sampled with the trainer's weights
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "actor/grad_norm" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["mismatch/ratio_max"] < 1 + 1e-3 for row in rows)    # the largest of both nodes: the trainer's weights
     assert {"config.json", "model.safetensors", "trainer"} <= {file.name for file in step_folders(run)[-1].iterdir()}
 
 

@@ -23,7 +23,7 @@ from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.config import Config
 from hdpo.config_file import dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
-from hdpo.errors import ConfigError, DataError
+from hdpo.errors import ConfigError, DataError, boundary
 from hdpo.evaluate import Evaluator
 from hdpo.memory_plan import check_tensor_parallel, here
 from hdpo.protocols import Engine, Judge, LogSink
@@ -57,6 +57,7 @@ class Stage(contextlib.ExitStack):
         self.config = config
         self.world = World(limits=Limits(config.run.hang_timeout_s, config.run.stuck_timeout_s))
         self.callback(self.world.close)
+        check_devices()
         self.chat = build_chat(config)
 
     def __exit__(self, kind: Any, exc: BaseException | None, trace: Any) -> bool | None:
@@ -113,6 +114,7 @@ class Stage(contextlib.ExitStack):
         held_out = self.held_out()
         if not held_out:
             raise ConfigError("data.val is empty: name parquet files of held-out rows (VAL_DATA)")
+        self._open_run_folder(world, {})
         background, backend = self._tools(world)
         rollouts = self._rollouts(self._engine(), backend, background)
         return Evaluator(self.config, rollouts, self._scorer(background, world), held_out, world)
@@ -139,11 +141,17 @@ class Stage(contextlib.ExitStack):
         choose_interface()
         policy = DeepSpeedPolicy(config.model, config.optim, self.chat.image_token_id, config.run.seed, self.world)
         self.callback(policy.close)
-        if policy.world.is_main:
-            config.run.path.mkdir(parents=True, exist_ok=True)
-            (config.run.path / "config.yaml").write_text(dump_config(config))
+        self._open_run_folder(policy.world, {"config.yaml": dump_config(config)})
         check_shared_folder(config.run.path, policy.world)
         return policy, self.enter_context(Checkpoints(policy, config))   # before the log, which goes on from the newest
+
+    def _open_run_folder(self, world: World, files: dict[str, str]) -> None:
+        """Rank 0 makes it, with these files. Raises ConfigError."""
+        if world.is_main:
+            with boundary(ConfigError, "run.folder can't be written", OSError):
+                self.config.run.path.mkdir(parents=True, exist_ok=True)
+                for name, text in files.items():
+                    (self.config.run.path / name).write_text(text)
 
     def _engine(self) -> Engine:
         from hdpo.adapters.engines import make_engine
@@ -216,6 +224,16 @@ class Stage(contextlib.ExitStack):
         log = RunLog(config, world, sinks, shown)
         self.callback(log.close)
         return log
+
+
+def check_devices() -> None:
+    """Each rank needs a device of its own, unless all train on the CPU. Raises ConfigError."""
+    import torch
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        nodes = int(os.environ.get("WORLD_SIZE", ranks)) // ranks
+        raise ConfigError(f"{ranks} ranks were started on this machine, GPUs are {gpus}: launch with --num_processes "
+                          f"{nodes * gpus}, or GPUS_PER_NODE={gpus} and launch/train_metis.sh")
 
 
 def build_chat(config: Config) -> ChatFormat:

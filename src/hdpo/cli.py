@@ -136,13 +136,15 @@ def judge(argv: Sequence[str]) -> int:
         "JUDGE_BASE_URL, JUDGE_API_KEY and JUDGE_MODEL say which judge; `make judge` starts one.")
     parser.add_argument("--check", action="store_true", help="ask the ten questions (what this command does)")
     parser.add_argument("--config", help="YAML file; see launch/configs")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one setting")
     options = parser.parse_args(argv)
     config = load_config(options.config, options.overrides)
     if not config.judge.base_url:
         raise UserError("judge.base_url is not set: give JUDGE_BASE_URL or --set judge.base_url=http://HOST:PORT/v1")
     from hdpo.adapters.openai_judge import open_judges
     from hdpo.background import BackgroundLoop
+    from hdpo.doctor import reach_judge
+    reach_judge(config)      # a client would try again for minutes
     from hdpo.judge_check import check_judge
     background, judges = BackgroundLoop(), open_judges(config.judge)
     checks = []

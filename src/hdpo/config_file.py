@@ -75,6 +75,8 @@ def _validate(tree: dict[str, Any], source: str) -> Config:
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{source}: unknown key {path}{_nearest(path)}") from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "list_type":
+            message = f"expected a list: {path}=[{first['input']}]"
         given = "" if not path else f" (got {first['input']!r})"
         raise ConfigError(f"{source}: {path + ': ' if path else ''}{message}{given}") from None
 
@@ -91,7 +93,10 @@ def load_config(path: str | os.PathLike[str] | None, overrides: list[str] | tupl
         try:
             tree = yaml.safe_load(Path(path).read_text()) or {}
         except FileNotFoundError:
-            raise ConfigError(f"{path}: no such configuration file") from None
+            raise ConfigError(f"{path}: no such configuration file; launch/configs has examples") from None
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"{path} is not a readable YAML file ({getattr(exc, 'strerror', None) or exc}); launch/configs has "
+                              "examples") from None
         except yaml.YAMLError as exc:
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from None
         if not isinstance(tree, dict):

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 from hdpo.data.toyworld import make_world
-from hdpo.errors import HdpoError, UserError
+from hdpo.errors import HdpoError, UserError, boundary
 from hdpo.evaluate import format_table
 from hdpo.train.checkpoint import step_folders
 
@@ -38,7 +38,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--set-rl", action="append", default=[], metavar="KEY=VALUE", help="override a setting of RL")
     parser.add_argument("--fresh", action="store_true", help="discard an earlier demo in the folder first")
     options = parser.parse_args(argv)
+    if options.ranks < 1:
+        raise UserError(f"--ranks {options.ranks}: at least 1")
     if options.fresh and options.run.exists():
+        if not (options.run / "world").is_dir():
+            raise UserError(f"--fresh: {options.run} holds no demo and stays as it is; remove it yourself or name another --run")
         shutil.rmtree(options.run)
     started = time.monotonic()
     run_demo(options)
@@ -54,7 +58,8 @@ def run_demo(options: argparse.Namespace) -> None:
     world = run / "world"
     if not (world / "done.json").is_file():
         print("world: drawing pictures, facts and demonstrations")
-        make_world(world, seed=options.seed)
+        with boundary(UserError, f"--run {run}", OSError):
+            make_world(world, seed=options.seed)
         (world / "done.json").write_text(json.dumps({"seed": options.seed}))
     sft = run / "sft"
     common = [f"run.seed={options.seed}"]

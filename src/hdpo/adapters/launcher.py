@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -75,7 +76,10 @@ def _is_rank(process: psutil.Process) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Launch; returns the exit status."""
-    arguments = launch_command_parser().parse_args(list(argv))
+    parser = launch_command_parser()
+    parser.error = lambda message: sys.exit(   # type: ignore[method-assign, assignment]
+        _say(f"{message} (python -m hdpo.adapters.launcher --help lists the options)", 2))
+    arguments = parser.parse_args(list(argv))
     # The agent's own handlers would kill ranks 30 s after a signal.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     # What the agent logs about a failed rank is said below in one line.
@@ -97,6 +101,8 @@ def main(argv: Sequence[str]) -> int:
         return _say(str(exc), 2)
     except ChildFailedError as exc:
         status = _failed(exc, signals.first)
+    except subprocess.CalledProcessError as exc:   # one process needs no agent
+        status = exc.returncode
     return 130 if signals.first == signal.SIGINT and status == 0 else status
 
 

@@ -238,8 +238,10 @@ def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatF
     from transformers import AutoImageProcessor, AutoTokenizer
 
     folder = Path(model_path)
-    if not model_path or not folder.is_dir():
-        raise ModelError(f"model.path: no such folder: {model_path or '(empty)'}")
+    if not model_path:
+        raise ModelError("model.path is not set: give --set model.path=FOLDER or MODEL_PATH=FOLDER")
+    if not folder.is_dir():
+        raise ModelError(f"model.path: no such folder: {model_path}")
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError) as exc:

@@ -159,9 +159,9 @@ def pretrain(out: Path, seed: int = 1, steps: int = 4000, minutes: float = math.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=1, help="seed of weights and data (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (%(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="wall clock that ends the run early")
     parser.add_argument("--init", type=Path, help="folder of an earlier base to start from")
     args = parser.parse_args()

@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HdpoError as exc:
         print(f"hdpo tool-server: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, UserError) else 1
-    except OSError as exc:
+    except (OSError, OverflowError) as exc:      # OverflowError: no such port
         print(f"hdpo tool-server: {exc}", file=sys.stderr)
         return 1
     return 0
