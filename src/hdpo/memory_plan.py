@@ -54,10 +54,10 @@ def read_shapes(config: ModelConfig) -> Shapes:
 
 def _read_config(path: str) -> Any:
     from transformers import AutoConfig
-    if not config.path:
+    if not path:
         raise ModelError("model.path is not set: give --set model.path=FOLDER or MODEL_PATH=FOLDER")
-    if not (Path(config.path) / "config.json").is_file():
-        raise ModelError(f"model.path: {config.path} is no model folder: it holds no config.json")
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(f"model.path: {path} is no model folder: it holds no config.json")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as exc:
