@@ -3,10 +3,10 @@
     python benchmarks/bench_sync.py [--short] [--json FILE]
 
 Random Qwen3-VL models of growing size, each in processes of its own: a ZeRO-3 policy of one rank, then of two, sends its
-weights to a transformers engine on each rank, in groups of GROUP_MIB. One rank holds whole parameters and gathers by
-reference; from two on the group is gathered, and comes on top of what sending and the engine add. Time is compared with
-copying the same bytes once, in the same process. Memory is measured apart, with an allocator that gives freed tensors back
-at once: glibc keeps them, and what it keeps is not what a sync needs.
+weights to a transformers engine on each rank, in groups of GROUP_MIB. A group is one gathered buffer, and on CPU gloo's copy
+of it; a single tensor may be larger than GROUP_MIB and is a group then. Time is compared with copying the same bytes once, in
+the same process. Memory is measured apart, with an allocator that gives freed tensors back at once: glibc keeps them, and
+what it keeps is not what a sync needs.
 """
 from __future__ import annotations
 
