@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launching import BASE, Running, command, settings
+from tool_server import containers, post, python, until
 
 from hdpo.config_file import load_config
 from hdpo.data.toyworld import World, make_world
@@ -133,3 +136,53 @@ def test_a_killed_run_loses_no_finished_rollout(tmp_path: Path) -> None:
         row = rows[trajectory.task.id, trajectory.sample_index]
         assert row.token_ids == trajectory.token_ids
         assert row.seconds == trajectory.seconds      # the very same rollout, not one that came out the same
+
+
+class Sandbox:
+    """What a run's tool server keeps on the machine, once it has been given a session that holds a process and a file."""
+
+    def __init__(self, run: Run, running: Running) -> None:
+        (self.server,) = [process for process in family(psutil.Process(running.process.pid))
+                          if "hdpo.toolserver.app" in process.cmdline()]
+        (log,) = run.path.glob("tool_server_*.log")
+        url = re.findall(r"http://\S+", log.read_text())[-1]
+        cell = "import subprocess; open('f', 'w').write('x'); subprocess.Popen(['sleep', '1000'])"
+        assert post(url, {"trajectory_ids": ["t"], "actions": [python(cell)]})[1]["valids"] == [True]
+        (container,) = containers(self.server.pid)
+        self.processes = family(psutil.Process(container.attrs["State"]["Pid"]))
+        assert len(self.processes) == 4       # template, supervisor, session, sleep
+        assert self.folders()
+
+    def folders(self) -> list[Path]:
+        return list(Path(tempfile.gettempdir()).glob(f"hdpo-sandbox-{self.server.pid}-*"))
+
+    def check_gone(self) -> None:
+        """The container and everything in it."""
+        all_gone(self.processes)
+        assert until(lambda: not containers(self.server.pid), LEFT_S)
+
+
+@pytest.mark.docker
+def test_of_a_killed_trainer_or_tool_server_no_container_process_or_session_folder_is_left(tmp_path: Path) -> None:
+    """The empty folder of a killed server's socket goes when the next server starts: nobody else is there to do it."""
+    world = make_world(tmp_path / "world", seed=5, train_rows=40, val_rows=8, demos=8)
+    run = Run(tmp_path, "run", world, 100, tools__sandbox="docker")
+    running = run.start()
+    try:
+        running.until(partial(run.has_entered, "rollout", 1), timeout=400)
+        first = Sandbox(run, running)
+        kill_as_a_lost_machine(running)
+        first.check_gone()
+        all_gone([first.server])
+        assert not first.folders()
+        running = run.start()
+        running.until(partial(run.has_entered, "rollout", 2), timeout=400)
+        second = Sandbox(run, running)
+        second.server.kill()
+        second.check_gone()
+        running.rank(0).kill()        # its launcher starts the run again by itself
+        running.until(partial(run.has_entered, "rollout", 3), timeout=400)
+        all_gone([second.server])     # until then nobody had asked how it ended
+        assert not second.folders()
+    finally:
+        running.kill()

@@ -51,6 +51,17 @@ def all_gone(processes: list[psutil.Process], seconds: float = 20.0) -> bool:
     return until(lambda: not any(process.is_running() for process in processes), seconds)
 
 
+def post(url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any], Any]:
+    """(status, JSON body, headers) of the answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/get_observation", data, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response), response.headers
+    except urllib.error.HTTPError as exc:
+        return exc.code, json.loads(exc.read()), exc.headers
+
+
 class ToolServer:
     """A server process on a free port, which can be killed and started again there."""
 
@@ -68,13 +79,7 @@ class ToolServer:
         return max(0, len(self.below()) - 1)
 
     def post(self, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any], Any]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/get_observation", data, headers or {})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.load(response), response.headers
-        except urllib.error.HTTPError as exc:
-            return exc.code, json.loads(exc.read()), exc.headers
+        return post(self.url, body, headers)
 
     def talk(self, *actions: str, images: tuple[bytes, ...] = (), trajectory: str = "t", finish: bool = True,
              ) -> list[ToolResult]:

@@ -151,7 +151,9 @@ async def serve(settings: Settings) -> None:
         with _watched(settings.parent_pid, loop, stop):
             await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            print(f"http://{host}:{runner.addresses[0][1]}", flush=True)
+            url = f"http://{host}:{runner.addresses[0][1]}"
+            log.info("%s on %s", ", ".join(app[SERVER].toolbox.tools), url)
+            print(url, flush=True)
             await stop.wait()
             await app[SERVER].drained()
     finally:
