@@ -87,7 +87,7 @@ class Interpreter:
         np.random.seed(int.from_bytes(os.urandom(4), "big"))   # forked sessions would otherwise share one stream
         self.plt, self.image_type = plt, ImageType
         plt.show = self._show_figures
-        ImageType.show = lambda image, *args, **kwargs: self.display(image)
+        ImageType.show = lambda image, *args, **kwargs: self.display(image)   # type: ignore[method-assign]
 
     # -- what a cell shows -------------------------------------------------------------------------------------------
     def display(self, *values: Any, **_: Any) -> None:
@@ -191,9 +191,11 @@ class Interpreter:
             code = _MAGIC_LINE.sub("pass", code)   # notebook magics such as %matplotlib inline
             tree = ast.parse(code, name)
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        last = tree.body[-1] if tree.body else None
+        if isinstance(last, ast.Expr):
+            tree.body.pop()
         exec(compile(tree, name, "exec"), self.names)
-        if last is not None:
+        if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), name, "eval"), self.names)
             if value is not None:
                 self.names["_"] = value
@@ -232,7 +234,7 @@ def _trim(report: Any, seen: set[int]) -> None:
 
 
 def reap() -> None:
-    """Collect children that ended; a session is the init process of its own PID namespace."""
+    """Collect children that ended: a template's sessions, and in a session, the init of its PID namespace, any orphan."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -243,7 +245,7 @@ def reap() -> None:
 def load_image(data: bytes) -> Any:
     """Encoded file -> PIL image in RGB, upright, at its own resolution. Decoded at first use where the mode allows."""
     from PIL import Image, ImageOps
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

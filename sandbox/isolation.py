@@ -152,7 +152,7 @@ _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 def seccomp_program(machine: str) -> bytes:
     """BPF that answers EPERM to the calls above and to clone with new namespaces. Raises KeyError on other machines."""
     column, audit, clone = _ARCHITECTURES[machine]
-    denied = sorted(numbers[column] for numbers in _DENIED.values() if numbers[column] is not None)
+    denied = sorted(call for numbers in _DENIED.values() if (call := numbers[column]) is not None)
     code = [(_LOAD, 0, 0, 4), (_JEQ, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     if machine == "x86_64":   # the x32 ABI would be a second door to the same calls
         code += [(_JGE, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]

@@ -30,7 +30,7 @@ import time
 
 import frames
 import isolation
-from cell import Capture, Interpreter
+from cell import Capture, Interpreter, reap
 from supervisor import Supervisor, run_in_fork
 
 
@@ -100,7 +100,7 @@ class Template:
             for fd, _ in poll.poll(1000):
                 if fd == wake_read.fileno():
                     wake_read.recv(4096)
-                    _reap()
+                    reap()
                 elif self.lifeline is not None and fd == self.lifeline.fileno():
                     return
                 else:
@@ -120,14 +120,6 @@ class Template:
                 end.close()
             run_in_fork(Supervisor(conn, self.options).run)
         conn.close()
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What many tests share: the torchvision shim and a tiny Qwen3-VL folder with a real tokenizer and image processor."""
+"""What many tests share: the torchvision shim, a tiny Qwen3-VL, an embedded world, judges, a background loop."""
 from __future__ import annotations
 
 import os
@@ -22,13 +22,10 @@ settings.register_profile("hdpo", deadline=None, max_examples=50, derandomize=Tr
 settings.load_profile("hdpo")
 
 if TYPE_CHECKING:
+    from judge_server import Judges
+
     from hdpo.agent.chat import ChatFormat
     from hdpo.data.toyworld import World
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>")
-TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
-            "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,37 +59,26 @@ def background() -> Iterator[BackgroundLoop]:
     loop.close()
 
 
+@pytest.fixture
+def judges() -> Iterator[Judges]:
+    from judge_server import Judges
+    them = Judges()
+    yield them
+    them.close()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config, byte-level tokenizer (one token a byte) and processor (patch 8, merge 2) of a Qwen3-VL; no weights."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLConfig
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    bpe = Tokenizer(models.BPE(
-        vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(list(SPECIAL))
-    bpe.add_tokens([AddedToken(t, normalized=False, special=False) for t in ("<tool_call>", "</tool_call>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = TEMPLATE
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=2,
-                          size={"shortest_edge": 256, "longest_edge": 1 << 20}).save_pretrained(folder)
-    Qwen3VLConfig().save_pretrained(folder)
-    return folder
+    """A Qwen3-VL whose tokenizer has one token a byte and whose image processor has patches of 8, merged by 2."""
+    from tiny_models import save_tiny_qwen3_vl
+    return save_tiny_qwen3_vl(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def chat(tiny_folder: Path) -> ChatFormat:
-    """Images of 16 x 16 to 64 x 64 pixels: 1 to 16 tokens each."""
+    """Images of 32 x 32 to 64 x 64 pixels: 4 to 16 tokens each."""
     from hdpo.agent.chat import load_chat_format
-    return load_chat_format(str(tiny_folder), min_pixels=256, max_pixels=4096)
+    return load_chat_format(str(tiny_folder), min_pixels=1024, max_pixels=4096)
 
 
 @pytest.fixture(scope="session")

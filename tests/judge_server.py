@@ -8,7 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
+from hdpo.adapters.openai_judge import OpenAIJudge
 from hdpo.background import BackgroundLoop
+from hdpo.config import JudgeConfig
+from hdpo.types import Judgement
 
 Action = Callable[[web.Request], Any]   # a coroutine function: request -> response
 Script = Callable[[dict[str, Any], int], Action]   # (request body, how many came before) -> action
@@ -130,6 +133,34 @@ class JudgeServer:
             return await self.script(body, len(self.bodies) - 1)(request)
         finally:
             self.running -= 1
+
+
+class Judges:
+    """Scripted servers, and judges that talk to them from a background loop."""
+
+    def __init__(self) -> None:
+        self.background = BackgroundLoop()
+        self._servers: list[JudgeServer] = []
+        self._judges: list[OpenAIJudge] = []
+
+    def serve(self, script: Script, models: list[str] | None = None) -> JudgeServer:
+        self._servers.append(JudgeServer(script, models))
+        return self._servers[-1]
+
+    def judge(self, server: JudgeServer, **settings: object) -> OpenAIJudge:
+        config = JudgeConfig.model_validate({"timeout_s": 20.0, "deadline_s": 40.0, **settings, "base_url": server.url})
+        self._judges.append(OpenAIJudge(config, api_key="sk-very-secret", backoff_s=0.01))
+        return self._judges[-1]
+
+    def ask(self, judge: OpenAIJudge, prediction: str = "a bird") -> Judgement:
+        return self.background.run(judge.judge("What flies there?", "a kite", prediction), timeout=120)
+
+    def close(self) -> None:
+        for judge in self._judges:
+            self.background.run(judge.close())
+        for server in self._servers:
+            server.close()
+        self.background.close()
 
 
 def in_order(*actions: Action) -> Script:

@@ -5,6 +5,7 @@ Both implement the protocols of hdpo.protocols; nothing of the subject is replac
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,6 +88,12 @@ class ScriptedEngine:
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def delays(seed: int, most_s: float = 0.02) -> Callable[[str], Awaitable[object]]:
+    """For `ScriptedTools.before`: calls that take up to `most_s` seconds, drawn from `seed`."""
+    draws = random.Random(seed)
+    return lambda action: asyncio.sleep(draws.random() * most_s)
 
 
 class ScriptedTools:

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SPECIAL
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import SPECIAL
 
 from hdpo.agent.builder import TrajectoryBuilder
 from hdpo.agent.chat import ChatFormat, load_chat_format
@@ -120,11 +120,11 @@ def test_images_stand_at_their_markers_if_the_counts_match_else_after_the_text(c
 
 
 def test_images_are_kept_whole_and_those_that_do_not_fit_are_named(chat: ChatFormat) -> None:
-    images = [picture(64, 64), picture(16, 16), picture(64, 64)]      # 16, 1 and 16 tokens and 2 for each frame
+    images = [picture(64, 64), picture(32, 32), picture(64, 64)]      # 16, 4 and 16 tokens and 2 for each frame
     segment = chat.observation("<image>one<image>two<image>three", images, 100, max_images=2)
-    assert [i.size for i in segment.images] == [(64, 64), (16, 16)]
+    assert [i.size for i in segment.images] == [(64, 64), (32, 32)]
     assert "1 of 3 images are not shown" in chat.decode(segment.compact_ids)
-    assert len(chat.observation("", images, 22).images) == 2          # the last one does not fit any more
+    assert len(chat.observation("", images, 25).images) == 2          # the last one does not fit any more
     long = chat.observation("x" * 1000, images[:1], 40)
     assert len(long.images) == 1 and len(wrapped(chat, long.expanded_ids)) == 40
 

@@ -11,12 +11,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from judge_server import JudgeServer, fail, in_order, say, user_message
-from test_judge_faults import World
+from judge_server import Judges, JudgeServer, fail, in_order, say, user_message
 from test_scoring import trajectory
 
 from hdpo.adapters.openai_judge import OpenAIJudge
@@ -31,17 +29,10 @@ from hdpo.types import Judgement, Verdict
 CORRECT, WRONG, UNSCORED = Verdict.CORRECT, Verdict.WRONG, Verdict.UNSCORED
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    it = World()
-    yield it
-    it.close()
-
-
-def test_the_request_shows_question_truth_and_prediction_and_nothing_else(world: World) -> None:
-    server = world.serve(in_order(say("CORRECT")), models=["first", "second"])
+def test_the_request_shows_question_truth_and_prediction_and_nothing_else(judges: Judges) -> None:
+    server = judges.serve(in_order(say("CORRECT")), models=["first", "second"])
     group = (trajectory("an orange kite"),)
-    Scorer(RewardConfig(), world.judge(server), world.background).score([group])
+    Scorer(RewardConfig(), judges.judge(server), judges.background).score([group])
     body = server.bodies[0]
     assert body["model"] == "first" and body["temperature"] == 0 and "stream" not in body
     assert [m["role"] for m in body["messages"]] == ["system", "user"]
@@ -50,16 +41,16 @@ def test_the_request_shows_question_truth_and_prediction_and_nothing_else(world:
     assert "<image>" not in text and "<reason>" not in text
 
 
-def test_a_list_of_ground_truths_takes_one_call(world: World) -> None:
-    server = world.serve(in_order(say("CORRECT")))
-    judge = world.judge(server)
-    assert world.background.run(judge.judge("Which?", ["Lenovo", "ThinkPad"], "that laptop")).verdict is CORRECT
+def test_a_list_of_ground_truths_takes_one_call(judges: Judges) -> None:
+    server = judges.serve(in_order(say("CORRECT")))
+    judge = judges.judge(server)
+    assert judges.background.run(judge.judge("Which?", ["Lenovo", "ThinkPad"], "that laptop")).verdict is CORRECT
     assert len(server.bodies) == 1
 
 
-def test_no_more_requests_are_in_flight_than_allowed(world: World) -> None:
-    server = world.serve(in_order(say("CORRECT", delay=0.05)))
-    scorer = Scorer(RewardConfig(), world.judge(server, concurrency=5), world.background)
+def test_no_more_requests_are_in_flight_than_allowed(judges: Judges) -> None:
+    server = judges.serve(in_order(say("CORRECT", delay=0.05)))
+    scorer = Scorer(RewardConfig(), judges.judge(server, concurrency=5), judges.background)
     scorer.score([tuple(trajectory(f"bird{'x' * i}", index=i) for i in range(40))])
     assert server.most_running == 5 and server.model_requests == 1
 
@@ -67,16 +58,16 @@ def test_no_more_requests_are_in_flight_than_allowed(world: World) -> None:
 @pytest.mark.parametrize(("replies", "verdict"), [
     (["CORRECT", "INCORRECT", "CORRECT"], CORRECT), (["INCORRECT", "INCORRECT", "CORRECT"], WRONG),
     (["CORRECT", "what?", "CORRECT"], CORRECT), (["CORRECT", "what?", "INCORRECT"], UNSCORED), (["what?"] * 3, UNSCORED)])
-def test_the_majority_of_all_votes_counts(world: World, replies: list[str], verdict: Verdict) -> None:
-    server = world.serve(lambda body, n: say(replies[body["seed"]]))
-    answer = world.ask(world.judge(server, votes=3))
+def test_the_majority_of_all_votes_counts(judges: Judges, replies: list[str], verdict: Verdict) -> None:
+    server = judges.serve(lambda body, n: say(replies[body["seed"]]))
+    answer = judges.ask(judges.judge(server, votes=3))
     assert answer.verdict is verdict and {body["seed"] for body in server.bodies} == {0, 1, 2}
     assert all(body["temperature"] > 0 for body in server.bodies)
 
 
-def test_tokens_and_time_are_accounted_per_call_of_stats(world: World) -> None:
-    judge = world.judge(world.serve(in_order(say("CORRECT", delay=0.05))))
-    world.ask(judge)
+def test_tokens_and_time_are_accounted_per_call_of_stats(judges: Judges) -> None:
+    judge = judges.judge(judges.serve(in_order(say("CORRECT", delay=0.05))))
+    judges.ask(judge)
     stats = judge.stats()
     assert stats["judge/prompt_tokens"] == 100 and stats["judge/completion_tokens"] == 2 and stats["judge/requests"] == 1
     assert stats["judge/request_s"] >= 0.05
@@ -90,41 +81,41 @@ def test_without_an_address_the_message_names_the_way_out() -> None:
 
 # --- cache ------------------------------------------------------------------------------------------------------------
 
-def cached(world: World, server: JudgeServer, path: Path, **settings: object) -> CachedJudge:
-    return CachedJudge(world.judge(server, **settings), path)
+def cached(judges: Judges, server: JudgeServer, path: Path, **settings: object) -> CachedJudge:
+    return CachedJudge(judges.judge(server, **settings), path)
 
 
-def test_a_verdict_is_asked_once_and_survives_the_process(world: World, tmp_path: Path) -> None:
-    server = world.serve(in_order(say("INCORRECT")))
-    first = cached(world, server, tmp_path / "deep" / "verdicts.sqlite")
-    assert [world.ask(first).by for _ in range(3)] == ["judge", "cache", "cache"]
-    world.background.run(first.close())
-    again = cached(world, server, tmp_path / "deep" / "verdicts.sqlite")
-    assert world.ask(again) == Judgement(WRONG, "cache", "INCORRECT")
+def test_a_verdict_is_asked_once_and_survives_the_process(judges: Judges, tmp_path: Path) -> None:
+    server = judges.serve(in_order(say("INCORRECT")))
+    first = cached(judges, server, tmp_path / "deep" / "verdicts.sqlite")
+    assert [judges.ask(first).by for _ in range(3)] == ["judge", "cache", "cache"]
+    judges.background.run(first.close())
+    again = cached(judges, server, tmp_path / "deep" / "verdicts.sqlite")
+    assert judges.ask(again) == Judgement(WRONG, "cache", "INCORRECT")
     assert len(server.bodies) == 1 and again.stats()["judge/cache_hits"] == 1
-    world.background.run(again.close())
+    judges.background.run(again.close())
 
 
-def test_a_cached_verdict_needs_no_server_if_the_model_is_named(world: World, tmp_path: Path) -> None:
-    server = world.serve(in_order(say("CORRECT")))
-    judge = cached(world, server, tmp_path / "v.sqlite", model="m", deadline_s=0.2)
-    world.ask(judge)
+def test_a_cached_verdict_needs_no_server_if_the_model_is_named(judges: Judges, tmp_path: Path) -> None:
+    server = judges.serve(in_order(say("CORRECT")))
+    judge = cached(judges, server, tmp_path / "v.sqlite", model="m", deadline_s=0.2)
+    judges.ask(judge)
     server.stop()
-    assert world.ask(judge).by == "cache"
-    assert world.ask(judge, "another bird").verdict is UNSCORED
-    world.background.run(judge.close())
+    assert judges.ask(judge).by == "cache"
+    assert judges.ask(judge, "another bird").verdict is UNSCORED
+    judges.background.run(judge.close())
 
 
-def test_an_outage_is_not_remembered(world: World, tmp_path: Path) -> None:
-    server = world.serve(in_order(fail(400), say("CORRECT")))
-    judge = cached(world, server, tmp_path / "v.sqlite")
-    assert [world.ask(judge).verdict for _ in range(2)] == [UNSCORED, CORRECT]
-    world.background.run(judge.close())
+def test_an_outage_is_not_remembered(judges: Judges, tmp_path: Path) -> None:
+    server = judges.serve(in_order(fail(400), say("CORRECT")))
+    judge = cached(judges, server, tmp_path / "v.sqlite")
+    assert [judges.ask(judge).verdict for _ in range(2)] == [UNSCORED, CORRECT]
+    judges.background.run(judge.close())
 
 
-def test_all_that_determines_a_verdict_is_in_its_key(world: World) -> None:
-    server = world.serve(in_order(say("CORRECT")))
-    fingerprints = [world.background.run(world.judge(server, **settings).fingerprint()) for settings in (
+def test_all_that_determines_a_verdict_is_in_its_key(judges: Judges) -> None:
+    server = judges.serve(in_order(say("CORRECT")))
+    fingerprints = [judges.background.run(judges.judge(server, **settings).fingerprint()) for settings in (
         {"model": "a"}, {"model": "b"}, {"model": "a", "votes": 3}, {"model": "a", "max_prediction_chars": 9})]
     assert len(set(fingerprints)) == 4
     keys = {verdict_key(f, *rest) for f in fingerprints for rest in (
@@ -132,28 +123,28 @@ def test_all_that_determines_a_verdict_is_in_its_key(world: World) -> None:
     assert len(keys) == 24
 
 
-def test_equal_questions_in_flight_are_asked_once(world: World, tmp_path: Path) -> None:
-    server = world.serve(in_order(say("CORRECT", delay=0.2)))
-    judge = cached(world, server, tmp_path / "v.sqlite")
-    scorer = Scorer(RewardConfig(), judge, world.background)
+def test_equal_questions_in_flight_are_asked_once(judges: Judges, tmp_path: Path) -> None:
+    server = judges.serve(in_order(say("CORRECT", delay=0.2)))
+    judge = cached(judges, server, tmp_path / "v.sqlite")
+    scorer = Scorer(RewardConfig(), judge, judges.background)
     (group,) = scorer.score([tuple(trajectory("a bird", index=i) for i in range(16))])
     assert all(j.verdict is CORRECT for j in group.judgements) and len(server.bodies) == 1
-    world.background.run(judge.close())
+    judges.background.run(judge.close())
 
 
-def test_a_cache_that_breaks_costs_questions_and_no_verdict(world: World, tmp_path: Path) -> None:
-    server = world.serve(in_order(say("CORRECT")))
-    judge = cached(world, server, tmp_path / "v.sqlite")
-    world.ask(judge)
-    world.background.run(judge.close())   # what was written is in the file now
-    judge = cached(world, server, tmp_path / "v.sqlite")
+def test_a_cache_that_breaks_costs_questions_and_no_verdict(judges: Judges, tmp_path: Path) -> None:
+    server = judges.serve(in_order(say("CORRECT")))
+    judge = cached(judges, server, tmp_path / "v.sqlite")
+    judges.ask(judge)
+    judges.background.run(judge.close())   # what was written is in the file now
+    judge = cached(judges, server, tmp_path / "v.sqlite")
     with sqlite3.connect(tmp_path / "v.sqlite") as other:
         other.execute("DROP TABLE verdicts")
-    assert world.ask(judge).by == "judge" and judge.stats()["judge/cache_errors"] >= 1
-    world.background.run(judge.close())
+    assert judges.ask(judge).by == "judge" and judge.stats()["judge/cache_errors"] >= 1
+    judges.background.run(judge.close())
     (tmp_path / "not_sqlite").write_text("hello, this is a text file and not a database" * 100)
     with pytest.raises(ConfigError, match="judge.cache"):
-        cached(world, server, tmp_path / "not_sqlite")
+        cached(judges, server, tmp_path / "not_sqlite")
 
 
 class Counting:
@@ -206,25 +197,25 @@ def test_several_processes_share_one_cache(tmp_path: Path) -> None:
 
 # --- hdpo judge --check and a real model server -----------------------------------------------------------------------
 
-def test_the_check_reports_agreement_and_failures(world: World) -> None:
+def test_the_check_reports_agreement_and_failures(judges: Judges) -> None:
     right = {prediction: good for _, _, prediction, good in KNOWN}
 
     def perfect(body, n):
         shown = user_message(body).split("is the prediction.\n")[1].splitlines()[1]
         return say("CORRECT" if right[shown] else "INCORRECT")
-    check = world.background.run(check_judge(world.judge(world.serve(perfect))))
+    check = judges.background.run(check_judge(judges.judge(judges.serve(perfect))))
     assert check.ok and check.agreed == len(KNOWN) == 10
     assert len(check.lines()) == 1 and "agreement 10/10" in check.lines()[0]
-    yes = world.background.run(check_judge(world.judge(world.serve(in_order(say("CORRECT"))))))
+    yes = judges.background.run(check_judge(judges.judge(judges.serve(in_order(say("CORRECT"))))))
     assert not yes.ok and yes.agreed == 5 and len(yes.lines()) == 6
-    mute = world.background.run(check_judge(world.judge(world.serve(in_order(say("hm"))))))
+    mute = judges.background.run(check_judge(judges.judge(judges.serve(in_order(say("hm"))))))
     assert not mute.ok and mute.failed == 10 and "without a verdict 10" in mute.lines()[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.engine
 def test_the_protocol_holds_against_a_real_vllm_server(
-        world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny random model can't judge; what counts is that its server takes our requests and its noise is unscored."""
     if not importlib.util.find_spec("vllm"):
         pytest.skip("vllm is not installed")
@@ -244,16 +235,16 @@ def test_the_protocol_holds_against_a_real_vllm_server(
         _wait_until_healthy(server, port, tmp_path / "vllm.log")
         config = JudgeConfig(base_url=f"http://127.0.0.1:{port}/v1", timeout_s=300, deadline_s=600, max_prediction_chars=500)
         judge = OpenAIJudge(config, api_key="sk-local")
-        assert world.background.run(judge.model()) == str(tiny_folder)
-        answer = world.background.run(judge.judge("What flies there?", "a kite", "a bird"))
+        assert judges.background.run(judge.model()) == str(tiny_folder)
+        answer = judges.background.run(judge.judge("What flies there?", "a kite", "a bird"))
         stats = judge.stats()
         assert answer.by == "judge" and answer.verdict in Verdict
         assert answer.verdict is not UNSCORED or answer.detail.startswith("unreadable reply"), answer
         assert stats["judge/prompt_tokens"] > 0 and stats["judge/completion_tokens"] > 0
-        world.background.run(judge.close())
+        judges.background.run(judge.close())
         stranger = OpenAIJudge(config, api_key="wrong")
-        assert "401" in world.background.run(stranger.judge("q", "t", "p")).detail
-        world.background.run(stranger.close())
+        assert "401" in judges.background.run(stranger.judge("q", "t", "p")).detail
+        judges.background.run(stranger.close())
     finally:
         server.terminate()   # the server ends its engine process itself
         try:

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from PIL import Image
-from scripted import Script, ScriptedEngine, ScriptedTools
+from scripted import Script, ScriptedEngine, ScriptedTools, delays
 
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import encode_png
@@ -209,11 +208,7 @@ def test_deterministic_mode_gives_the_same_batches_and_trajectories_however_long
         return ANSWER if request.seed % 3 == 0 or calls == 4 else CALL.replace("1 + 1", str(request.seed))
 
     def run(seed: int) -> tuple[Any, Any]:
-        delays = random.Random(seed)
-
-        async def before(action: str) -> None:
-            await asyncio.sleep(delays.random() * 0.02)
-        groups = collect(script, ScriptedTools(before=before), [task(n) for n in "abcd"], group_size=3, deterministic=True)
+        groups = collect(script, ScriptedTools(before=delays(seed)), [task(n) for n in "abcd"], group_size=3, deterministic=True)
         return [[(t.token_ids, t.mask, t.log_probs, t.end) for t in g] for g in groups], collect.engine.batches
 
     first = run(1)

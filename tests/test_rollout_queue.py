@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from launching import ROOT
-from scripted import ScriptedEngine, ScriptedTools
+from scripted import ScriptedEngine, ScriptedTools, delays
 from test_rollout import ANSWER, CALL, OBSERVATION, by_seed, task, tokens
 
 from hdpo.agent.chat import ChatFormat
@@ -54,6 +55,15 @@ def rollouts_of(chat: ChatFormat, background: BackgroundLoop, tools: Any = None,
     engine = ScriptedEngine(chat, script, max_num_seqs=config.get("max_num_seqs", 256))
     return Rollouts(engine, chat, tools or ScriptedTools(), background, RolloutConfig(**config), ToolsConfig(), 4096, seed=3,
                     deterministic=deterministic)
+
+
+def on_ranks(size: int, main: Callable[[int], object]) -> None:
+    """Every rank in a thread of its own, until all have ended."""
+    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
 
 
 def collect(rollouts: Rollouts, tasks: list[Task], group_size: int = 4, **how: Any) -> list[tuple[Trajectory, ...]]:
@@ -100,11 +110,7 @@ def test_ranks_that_share_a_queue_take_each_prompt_once_and_the_fast_one_takes_m
         if rank == 0:
             other.loop.call_soon_threadsafe(gate.set)
         rollouts.close()
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    on_ranks(2, rank_main)
     other.close()
     counts = [len(groups) for groups in results]
     assert sorted(g[0].index for groups in results for g in groups) == list(range(16))
@@ -123,14 +129,8 @@ def test_what_a_rollout_becomes_does_not_depend_on_the_rank_that_makes_it(
 
 def test_deterministic_mode_repeats_every_batch_with_a_bounded_number_live(
         chat: ChatFormat, background: BackgroundLoop) -> None:
-    import random
-
     def run(seed: int) -> tuple[Any, Any]:
-        delays = random.Random(seed)
-
-        async def before(action: str) -> None:
-            await asyncio.sleep(delays.random() * 0.02)
-        rollouts = rollouts_of(chat, background, ScriptedTools(before=before), deterministic=True, max_num_seqs=4)
+        rollouts = rollouts_of(chat, background, ScriptedTools(before=delays(seed)), deterministic=True, max_num_seqs=4)
         found = tokens(collect(rollouts, [task(n) for n in "abcdef"], 3))
         return found, rollouts._engine.batches   # type: ignore[attr-defined]
     first = run(1)
@@ -282,11 +282,7 @@ def test_ranks_agree_on_what_is_taken_and_trained_even_if_one_of_them_gets_no_pr
         collect._world = Ranks(rank)
         first_two.wait()
         results[rank] = (*collect(0), stream.position)
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    on_ranks(size, rank_main)
     assert [position for *_, position in results] == [6, 6, 6]
     assert results[2][0].groups == [] and results[2][0].advantages == []
     assert sorted(group.index for everything, *_ in results for group in everything.groups) == list(range(6))

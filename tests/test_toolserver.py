@@ -25,6 +25,7 @@ from tool_server import ToolServer, all_gone, call_text, png, python, task, unti
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
+from hdpo.toolserver.process import start_tool_server
 from hdpo.toolserver.text_search import build_text_index
 
 
@@ -318,6 +319,11 @@ def test_image_search_that_can_not_be_served_is_one_clear_line(options: tuple[st
 
 
 # -- life and death --------------------------------------------------------------------------------------------------
+def test_a_server_that_does_not_start_is_an_error_with_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(ToolServerError, match="did not start .*tool_server.log.*--image-cache FILE"):
+        start_tool_server(["--tools", "image_search"], tmp_path / "tool_server.log")
+
+
 def busy_server(*options: str, **environment: str) -> ToolServer:
     running = ToolServer(*options, environment=environment)
     running.post({"trajectory_ids": ["x"], "actions": [python("import subprocess; subprocess.Popen(['sleep', '1000'])")]})

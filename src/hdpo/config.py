@@ -87,7 +87,7 @@ class RolloutConfig(Section):
 class ToolsConfig(Section):
     url: str = Field("", description="Tool server to use (REMOTE_TOOL_SERVER_URL); empty starts one for the run.")
     allowed: list[Literal["python", "text_search", "image_search"]] = Field(
-        default_factory=lambda: ["python", "text_search", "image_search"], description="Tools the agent may call.")
+        ["python", "text_search", "image_search"], description="Tools the agent may call.")
     sandbox: Literal["process", "docker", "docker-strict"] = Field(
         "process", description="Where the run's own tool server executes Python; process is no security boundary, "
         "docker-strict gives each session a container of its own.")

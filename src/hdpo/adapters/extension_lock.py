@@ -3,7 +3,8 @@
 torch guards the compilation by the mere existence of a file. A process that is killed at that moment leaves it behind,
 and every later start on the machine waits for it for ever. Here an flock is taken first, which dies with its holder:
 whoever has it finds a leftover only of a process that is gone. Every installation compiles into a folder of its own:
-in a shared one, two of them would compile again (a minute) whenever the other was last.
+in a shared one, two of them would compile again (a minute) whenever the other was last. So would two links to one
+installation, whose paths stand in the compiler's command: hence the path as imported, not the real one.
 """
 from __future__ import annotations
 

@@ -265,7 +265,8 @@ def _load(model_path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
         if shown:
             logging.enable_progress_bar()
     processor = AutoImageProcessor.from_pretrained(model_path) if sees else None
-    return model.to(device).eval().requires_grad_(False), processor
+    model.to(device)   # type: ignore[arg-type]   # transformers' wrapper loses the signature
+    return model.eval().requires_grad_(False), processor
 
 
 def _drop(cohort: _Cohort, ids: set[str]) -> None:

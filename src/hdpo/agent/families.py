@@ -29,10 +29,10 @@ def multimodal_positions(token_ids: Tensor, grid_thw: Tensor | None, image_token
     """
     length = len(token_ids)
     text = torch.arange(length)
-    if grid_thw is None or not len(grid_thw):
+    if image_token_id is None or grid_thw is None or not len(grid_thw):
         return text.expand(4, length).clone()
     positions = torch.empty(3, length, dtype=torch.int64)
-    is_image = token_ids == image_token_id
+    is_image = token_ids.eq(image_token_id)
     cursor = start = 0
     for t, h, w in grid_thw.tolist():
         first = start + int(is_image[start:].to(torch.int8).argmax())

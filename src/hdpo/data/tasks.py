@@ -267,8 +267,10 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
 def _images(value: Any) -> tuple[bytes, ...]:
     """Encoded files of a cell: null, one, or a list; each bytes or a struct with `bytes`."""
     cells = value if isinstance(value, list) else [] if value is None else [value]
-    images = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
-    for i, data in enumerate(images):
+    images = []
+    for i, cell in enumerate(cells):
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
             raise DataError(f"image {i} has no bytes in the file")
+        images.append(data)
     return tuple(images)
