@@ -32,8 +32,9 @@ from PIL import Image
 from hdpo.adapters import torchvision_shim
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.background import freeze_heap
+from hdpo.train.costs import Budget, PromptCost, RowCost, WorkModel
 from hdpo.train.exchange import BYTES_PER_TOKEN, exchange_rows
-from hdpo.train.planning import Budget, Plan, RowCost, WorkModel, plan
+from hdpo.train.planning import Plan, plan
 from hdpo.train.samples import PixelPool
 from hdpo.train.world import World
 from hdpo.types import EndReason, Sample, Task, Trajectory, Vision
@@ -46,14 +47,15 @@ PATCH_BYTES = 3 * 2 * 16 * 16 * 4      # Qwen3-VL, float32
 
 # -- rows of a step ------------------------------------------------------------------------------------------------------
 
-def agent_rows(prompts: int, seed: int) -> list[RowCost]:
+def agent_rows(prompts: int, seed: int, share: bool = False) -> list[RowCost]:
     """Mean about 5.3k tokens, 99th percentile about 16k, 69 % of them prompt; whole groups on a rank, as ranks took them."""
     coin = random.Random(seed)
     rows = []
-    for _ in range(prompts):
+    for number in range(prompts):
         owner = coin.randrange(RANKS)
         image = coin.choice((1024, 2048, 4096))
         prompt = image + 600 + int(coin.lognormvariate(6, 1))
+        shared = PromptCost(number, prompt, 4 * image, WORK(prompt, 4 * image)) if share else None
         for _ in range(GROUP):
             tokens, image_tokens = prompt, image
             for _ in range(min(10, 1 + int(coin.paretovariate(1.1) - 1))):
@@ -62,7 +64,7 @@ def agent_rows(prompts: int, seed: int) -> list[RowCost]:
                 image_tokens += crop
             tokens = min(tokens, BUDGET.max_tokens - BUDGET.filler_tokens)
             rows.append(RowCost(tokens, 4 * image_tokens, WORK(tokens, 4 * image_tokens),
-                                4 * image_tokens * PATCH_BYTES + BYTES_PER_TOKEN * tokens, owner))
+                                4 * image_tokens * PATCH_BYTES + BYTES_PER_TOKEN * tokens, owner, shared))
     return rows
 
 
@@ -295,18 +297,20 @@ def pixels(short: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
 def attention(short: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
     """Forward and backward of one layer's attention over a pack of eight rows."""
     from hdpo.adapters import packed_attention
+    from hdpo.types import Span
 
     lengths = [256, 128, 512, 64, 128, 384, 320, 256] if short else [1024, 512, 2048, 256, 512, 1536, 1280, 1024]
     tokens, heads, module = sum(lengths), 8, torch.nn.Module()
     query, key, value = (torch.randn(1, heads, tokens, 64, requires_grad=True) for _ in range(3))
     row = torch.repeat_interleave(torch.tensor(lengths))
+    layout = packed_attention.PackLayout([Span(length) for length in lengths], torch.device("cpu"))
     mask = ((row[:, None] == row) & torch.ones(tokens, tokens, dtype=torch.bool).tril())[None, None]
 
     def masked() -> None:
         packed_attention.attend(module, query, key, value, mask)[0].sum().backward()
 
     def by_row() -> None:
-        packed_attention.attend(module, query, key, value, row_lengths=lengths)[0].sum().backward()
+        packed_attention.attend(module, query, key, value, layout=layout)[0].sum().backward()
     times = paired({"masked": masked, "by row": by_row}, "by row", 3 if short else 7)
     return {"attention of a pack, with a mask / row by row": Figure(times["masked"]["ratio"], "x", "higher", 2, 0.4)}, times
 

@@ -85,34 +85,6 @@ def test_packed_rows_give_the_logits_of_separate_forwards(model: torch.nn.Module
     torch.testing.assert_close(logits(model, ROWS), apart, atol=2e-5, rtol=0)
 
 
-def test_with_flash_attention_each_row_is_a_sequence_of_the_varlen_kernel(
-        model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of transformers' FlashAttention path runs; only the CUDA kernels, which a CPU lacks, are written out here."""
-    from transformers import modeling_flash_attention_utils as flash
-    lengths: list[list[int]] = []
-
-    def plain(q, k, v, softmax_scale=None, causal=False):   # type: ignore[no-untyped-def]  # [B, L, heads, D]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
-
-    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,   # type: ignore[no-untyped-def]
-               softmax_scale=None, causal=False):
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        sizes = cu_seqlens_q.diff().tolist()
-        lengths.append(sizes)
-        return torch.cat([plain(*(x[None] for x in row), softmax_scale, causal)[0]
-                          for row in zip(q.split(sizes), k.split(sizes), v.split(sizes))])
-
-    apart = torch.cat([logits(model, [row]) for row in ROWS])
-    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (plain, varlen, None, None, None))
-    monkeypatch.setattr(flash, "_loaded_implementation", None)
-    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
-    torch.testing.assert_close(logits(model, ROWS), apart, atol=2e-5, rtol=0)
-    layers = model.config.text_config.num_hidden_layers
-    assert lengths == [[len(row.token_ids) for row in ROWS]] * layers
-
-
 def test_row_by_row_attention_gives_the_gradients_of_separate_forwards_without_a_mask(
         model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     from hdpo.adapters import packed_attention

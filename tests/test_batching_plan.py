@@ -7,7 +7,8 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdpo.train.planning import Budget, RowCost, WorkModel, plan, work_model
+from hdpo.train.costs import Budget, PromptCost, RowCost, WorkModel, load, work_model
+from hdpo.train.planning import plan
 
 
 def cost(tokens: int, patches: int, nbytes: int, owner: int) -> RowCost:
@@ -21,15 +22,29 @@ def works(rows: list[RowCost], plan_: list[list[list[int]]]) -> list[list[int]]:
     return [[sum(rows[i].work for i in bin_) for bin_ in bins] for bins in plan_]
 
 
-def agent_rows(ranks: int, prompts: int = 64, seed: int = 0) -> list[RowCost]:
+def agent_rows(ranks: int, prompts: int = 64, seed: int = 0, share: bool = False) -> list[RowCost]:
     """Groups of 16 of a multimodal agent: a shared prompt with an image, heavy-tailed responses, groups dealt at random."""
     coin = random.Random(seed)
     rows = []
-    for _ in range(prompts):
+    for number in range(prompts):
         owner, prompt = coin.randrange(ranks), int(coin.lognormvariate(8, 0.5))
+        shared = PromptCost(number, prompt, 2 * prompt, WorkModel()(prompt, 2 * prompt)) if share else None
         for _ in range(16):
             tokens = min(24_000, prompt + int(coin.lognormvariate(7.2, 0.8)))
-            rows.append(cost(tokens, 2 * prompt, 12_288 * prompt + 13 * tokens, owner))
+            rows.append(cost(tokens, 2 * prompt, 12_288 * prompt + 13 * tokens, owner)._replace(prompt=shared))
+    return rows
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> list[RowCost]:
+    """Groups with a shared prompt, each on a rank, some of a single row, and rows that share nothing."""
+    rows = list(draw(ROWS))[:20]
+    prompts = st.tuples(st.integers(1, 60), st.integers(0, 30))
+    responses = st.lists(st.integers(1, 50), min_size=1, max_size=12)
+    some = draw(st.lists(st.tuples(prompts, responses, st.integers(0, 2)), max_size=8))
+    for number, (prompt, lengths, owner) in enumerate(some):
+        shared = PromptCost(number, *prompt, WorkModel()(*prompt)) if len(lengths) > 1 else None
+        rows += [cost(prompt[0] + more, prompt[1] + more // 10, 100, owner)._replace(prompt=shared) for more in lengths]
     return rows
 
 
@@ -43,6 +58,23 @@ def test_every_row_is_planned_once_and_no_micro_batch_exceeds_its_budget(
     for bin_ in chain(*made):
         seen = sum(rows[i].patches for i in bin_)
         assert sum(rows[i].tokens for i in bin_) + (0 if seen else filler) <= tokens and seen <= patches
+
+
+@given(groups(), st.integers(1, 3), st.integers(120, 400), st.integers(50, 200), st.sampled_from([0, 20]))
+def test_with_shared_prompts_every_row_is_planned_once_within_budgets_that_count_a_prompt_once(
+        rows: list[RowCost], ranks: int, tokens: int, patches: int, filler: int) -> None:
+    rows = [row._replace(owner=row.owner % ranks) for row in rows]
+    made = plan(rows, ranks, Budget(tokens, patches, filler))
+    assert sorted(i for bins in made for i in chain(*bins)) == list(range(len(rows)))
+    assert len({len(bins) for bins in made}) == 1 and made[0]
+    for bin_ in chain(*made):
+        prompts = {row.prompt for i in bin_ if (row := rows[i]).prompt is not None}
+        again = [row.prompt for i in bin_ if (row := rows[i]).prompt is not None]
+        sums = [sum(getattr(rows[i], what) for i in bin_) - sum(getattr(p, what) for p in again)
+                + sum(getattr(p, what) for p in prompts) for what in ("tokens", "patches", "work")]
+        counted = load(rows, bin_)
+        assert [counted.tokens, counted.patches, counted.work] == sums
+        assert sums[0] + (0 if sums[1] else filler) <= tokens and sums[1] <= patches
 
 
 @given(ROWS, st.integers(10, 100))
@@ -62,6 +94,19 @@ def test_eight_ranks_have_equal_work_at_every_micro_step_and_few_bytes_move() ->
         moved = sum(rows[i].nbytes for rank, bins in enumerate(made) for i in chain(*bins) if rows[i].owner != rank)
         surplus = sum(max(0, sum(row.work for row in rows if row.owner == rank) - sum(totals) / 8) for rank in range(8))
         assert moved / sum(row.nbytes for row in rows) <= 1.1 * surplus / sum(totals)
+
+
+def test_groups_that_share_their_prompt_stay_together_in_balanced_micro_batches() -> None:
+    for seed in range(3):
+        rows = agent_rows(8, seed=seed, share=True)
+        made = plan(rows, 8, Budget(40_960, 163_840, 70))
+        apart = works(rows, plan([row._replace(prompt=None) for row in rows], 8, Budget(40_960, 163_840, 70)))
+        loads = [[load(rows, bin_).work for bin_ in bins] for bins in made]
+        ideal = sum(map(sum, loads)) / 8
+        assert max(map(sum, loads)) / ideal <= 1.06 and ideal / sum(map(max, zip(*loads))) >= 0.94
+        encoded = sum(len(load(rows, bin_).prompts) for bin_ in chain(*made))
+        assert encoded <= 64 + 8 * len(made[0]) + 8       # a micro-batch, and a rank, each cut one group
+        assert sum(map(max, zip(*loads))) <= sum(map(max, zip(*apart))) / 1.6
 
 
 def test_rows_stay_where_they_are_when_ranks_have_equal_work() -> None:

@@ -132,7 +132,7 @@ def test_a_mini_batch_is_a_run_of_the_steps_prompts_whatever_the_order_and_numbe
 def test_a_demonstration_travels_like_a_rollout_and_an_image_travels_once(chat: ChatFormat) -> None:
     vision = chat.vision([picture(chat, 64, 48, 1), picture(chat, 32, 32, 2)])
     assert vision is not None
-    rows = [Sample([7, 8, 9], [0, 1, 1], [0.0, -0.1, -1e-9], (), (), vision), Sample([5], [0], [0.0], (), (), None),
+    rows = [Sample([7, 8, 9], [0, 1, 1], [0.0, -0.1, -1e-9], (), (), vision, 1, 12), Sample([5], [0], [0.0], (), (), None),
             Sample([6, 6], [0, 1], [0.0, -3.0], (), (), replace(vision, pixels=vision.pixels[:1], grid_thw=vision.grid_thw[:1]))]
     sent = to_tensors(rows)
     assert sum(t.numel() for t in sent[8:]) == vision.pixel_values.numel()

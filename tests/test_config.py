@@ -29,7 +29,7 @@ hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip
 hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.mask_truncated
 optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.offload
 optim.max_skipped optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
-batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens
+batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens batch.share_prompts
 sync.group_mib sync.checksum_every sync.canary_every sync.parity_tolerance checkpoint.every_steps checkpoint.keep
 checkpoint.best
 eval.every_steps eval.rows eval.before eval.after eval.label_before eval.label_after

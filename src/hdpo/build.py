@@ -33,9 +33,9 @@ from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.toolserver.process import start_tool_server
 from hdpo.train.batching import PackingSpec
 from hdpo.train.checkpoint import Checkpoints, step_folders
+from hdpo.train.costs import work_model
 from hdpo.train.metrics import JsonlSink
 from hdpo.train.nodes import choose_interface
-from hdpo.train.planning import work_model
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
@@ -258,6 +258,7 @@ def build_judge(config: Config, node: int = 0) -> Judge | None:
 
 def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
     """Budgets and the filler row: two tokens of text and, for a model that sees, one blank image of the smallest size."""
+    from hdpo.adapters.policy_model import can_share_prompts
     blank = [chat.bound(Image.new("RGB", (chat.factor, chat.factor)))] if chat.sees else []
     segment = chat.observation("", blank, max_tokens=1 << 20)
     length = len(segment.expanded_ids)
@@ -266,7 +267,8 @@ def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
         image_token_id=chat.image_token_id, merge_size=chat.merge_size, max_tokens=config.batch.tokens_per_micro_batch,
         max_patches=config.batch.patches_per_micro_batch, filler=filler, aggregation=config.hdpo.aggregation,
         response_budget=config.rollout.max_response_tokens, positions=chat.family.positions,
-        work=work_model(json.loads((Path(config.model.path) / "config.json").read_text())))
+        work=work_model(json.loads((Path(config.model.path) / "config.json").read_text())),
+        share_prompts=config.batch.share_prompts and can_share_prompts(config.model))
 
 
 def check_rl(config: Config, chat: ChatFormat) -> None:

@@ -168,6 +168,9 @@ class BatchConfig(Section):
     tokens_per_micro_batch: int = Field(40960, description="Largest packed micro-batch, tokens per rank.")
     patches_per_micro_batch: int = Field(163840, description="Largest packed micro-batch, image patches per rank.")
     head_chunk_tokens: int = Field(0, description="Tokens per chunk of the fused loss; 0 chooses by memory.")
+    share_prompts: bool = Field(
+        True, description="Compute a prompt once for all rollouts of it in a micro-batch, with the same gradients (RL only); "
+        "pays the more, the longer the prompts with their images are beside the responses; eager attention cannot.")
 
 
 class EngineSyncConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -204,14 +204,25 @@ class Sample:
     advantages: tuple[float, ...]    # [C]
     member: tuple[bool, ...]         # [C] whether the row counts in channel c's norm
     vision: Vision | None
+    prompt_length: int = 0     # tokens before the first that the policy sampled
+    group: int = -1            # of the rollouts of one prompt, the same number; -1 in no group
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of a pack: a whole row, a prompt that rows share, or what one of these rows adds to it."""
+
+    length: int
+    prompt: int = -1           # number of the span that its row begins with; -1: with this one
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows packed one after another, exact for Qwen-VL: position_ids [4, 1, N] restart per row and there is no mask.
+    """Rows packed one after another, exact for Qwen-VL: position_ids [4, 1, N] are those of each row by itself and there is
+    no mask. `spans` say which tokens attend to which: those of a span to their span up to themselves, and to the prompt.
 
     Token n of a row predicts its successor. Only the M positions whose successor is trained reach the head: they are
     listed in `trained`, on the CPU, when the batch is packed, so that the device never has to be asked how many they are.
+    The last token of a shared prompt is listed once for each row.
     """
 
     input_ids: Tensor          # [1, N] int64
@@ -225,6 +236,7 @@ class MicroBatch:
     member: Tensor             # [C, B] bool
     vision: Vision | None
     num_rows: int              # B; a filler row (it keeps ranks in step) is not counted
+    spans: tuple[Span, ...]    # their lengths add up to N
 
 
 @dataclass(frozen=True, slots=True)

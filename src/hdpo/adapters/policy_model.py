@@ -49,7 +49,13 @@ def resolve_attention(setting: str, folder: PreTrainedConfig) -> str:
     from transformers.utils import is_flash_attn_2_available
     if setting == "auto":
         setting = "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
-    return packed_attention.NAME if setting == "sdpa" and packed_attention.applies(folder) else setting
+    return packed_attention.SDPA if setting == "sdpa" and packed_attention.applies(folder) else setting
+
+
+def can_share_prompts(config: ModelConfig) -> bool:
+    """Whether the model's attention can have rows of a pack share their prompt: full causal attention, and not eager."""
+    folder = check_model_folder(config.path)
+    return packed_attention.applies(folder) and resolve_attention(config.attention, folder) in packed_attention.IMPLEMENTATIONS
 
 
 def check_model_folder(path: str) -> Any:
@@ -73,14 +79,16 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.model = model
         self.sees = hasattr(model.config, "vision_config")
-        self.row_by_row = model.config.get_text_config()._attn_implementation == packed_attention.NAME
+        self.takes_layout = model.config.get_text_config()._attn_implementation in packed_attention.IMPLEMENTATIONS
         model.lm_head.forward = types.MethodType(_head_forward, model.lm_head)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, trained: Tensor, row_lengths: list[int],
+    def forward(self, input_ids: Tensor, position_ids: Tensor, trained: Tensor, layout: packed_attention.PackLayout,
                 vision: dict[str, Tensor], job: HeadJob) -> tuple[Tensor, ...]:
-        """`position_ids` [4, 1, N]; a text-only model takes the first row alone and finds the row boundaries there too."""
+        """`position_ids` [4, 1, N]; a text-only model takes the first row alone. Other attention than ours finds the row
+        boundaries where that is 0."""
         position_ids = position_ids if self.sees else position_ids[0]
-        rows = {"row_lengths": row_lengths} if self.row_by_row else {}
+        assert self.takes_layout or not layout.shares, "rows share a prompt, which this attention cannot do"
+        rows = {"layout": layout} if self.takes_layout else {}
         out = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **vision, **rows)
         hidden = out.last_hidden_state[0].index_select(0, trained)
         return self.model.lm_head(hidden, job)
@@ -127,8 +135,7 @@ def model_inputs(micro: MicroBatch, image_token_id: int | None, device: torch.de
             "image_grid_thw": micro.vision.grid_thw.to(device, non_blocking=True),
             "mm_token_type_ids": torch.eq(micro.input_ids, image_token_id).int().to(device, non_blocking=True),
         }
-    starts = (micro.position_ids[0, 0] == 0).nonzero()[:, 0]     # on the CPU still: the device is not asked
-    row_lengths = torch.diff(starts, append=torch.tensor([micro.input_ids.shape[1]])).tolist()
-    return {"input_ids": micro.input_ids.to(device, non_blocking=True), "row_lengths": row_lengths,
+    return {"input_ids": micro.input_ids.to(device, non_blocking=True),
+            "layout": packed_attention.PackLayout(micro.spans, device),
             "position_ids": micro.position_ids.to(device, non_blocking=True),
             "trained": micro.trained.to(device, non_blocking=True), "vision": vision}

@@ -1,12 +1,13 @@
 """Samples -> packed micro-batches, an equal number on every rank, with norms that are global.
 
 Rows are packed one after another. For Qwen-VL this is exact when `position_ids` is [4, 1, N] (row 0 restarts at 0 in
-each row, rows 1 to 3 are that row's own multimodal positions) and no attention mask is given: transformers reads the row
-boundaries from row 0. With FlashAttention it builds no mask, hands row 0 to every layer, and each derives cumulative
-lengths from where it is 0 and calls the varlen kernel. With SDPA it would build a block-diagonal mask, N x N; there
-adapters/packed_attention.py goes row by row instead, so that either way a pack costs the sum of its rows' squares. An
-all-ones mask, or positions computed by the model over the whole pack, leak across rows without any error (measured: 1.6
-in the logits), so this file builds both.
+each row, rows 1 to 3 are that row's own multimodal positions) and attention is told where rows begin and end, as
+adapters/packed_attention.py is by `MicroBatch.spans`; other attention finds the boundaries in row 0 when it is given no
+mask. An all-ones mask, or positions computed by the model over the whole pack, leak across rows without any error
+(measured: 1.6 in the logits), so this file builds both.
+
+Rows of a group begin with the same prompt (see prompts). A micro-batch may hold it once: its tokens, its images, its keys
+and values. Each row's positions go on from it, and its last token predicts the first of each. Gradients are the same.
 
 Micro-batches are planned over all ranks (see planning), and rows go to the rank that computes them (see exchange).
 """
@@ -16,13 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hdpo.agent.families import Positions, multimodal_positions
 from hdpo.losses import Aggregation, aggregation_norms, aggregation_token_weights
+from hdpo.train.costs import Budget, PromptCost, RowCost, WorkModel
 from hdpo.train.exchange import collect_rows, row_cost
-from hdpo.train.planning import Budget, WorkModel, plan
+from hdpo.train.planning import plan
+from hdpo.train.prompts import prompt_images, sharing_rows
 from hdpo.train.world import World
-from hdpo.types import MicroBatch, MiniBatch, Sample, TrainBatch, Vision
+from hdpo.types import MicroBatch, MiniBatch, Sample, Span, TrainBatch, Vision
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,11 @@ class PackingSpec:
     response_budget: int = 1   # tokens; the constant of dr_grpo
     positions: Positions = multimodal_positions
     work: WorkModel = WorkModel()
+    share_prompts: bool = False
+
+    def sharing(self, rows: Sequence[Sample]) -> list[int]:
+        """For each row the first that has the same prompt, -1 where there is no other: see prompts.sharing_rows."""
+        return sharing_rows(rows, self.image_token_id, self.merge_size) if self.share_prompts else [-1] * len(rows)
 
     @property
     def budget(self) -> Budget:
@@ -51,23 +60,22 @@ class PackingSpec:
 
 
 def pack(samples: Sequence[Sample], spec: PackingSpec, channels: int = 0) -> MicroBatch:
-    """Concatenate rows into one micro-batch of C = `channels`; adds the filler when no row holds an image."""
+    """Concatenate rows into one micro-batch of C = `channels`; adds the filler when no row holds an image.
+
+    With `spec.share_prompts`, a prompt that several rows have is laid down once, before the first of them.
+    """
     rows = list(samples)
     if not rows or spec.filler.vision is not None and not any(s.vision is not None for s in rows):
         rows.append(spec.filler)
-    ids, positions, trained, targets, log_probs = [], [], [], [], []
-    offset = 0
-    for sample in rows:
-        tokens = torch.tensor(sample.token_ids)
-        grid = sample.vision.grid_thw if sample.vision is not None else None
+    trained, targets, log_probs = [], [], []
+    strip = _Strip(spec)
+    for sample, first in zip(rows, spec.sharing(rows)):
+        place = strip.lay(sample, first)
         mask = torch.tensor(sample.mask[1:], dtype=torch.bool)   # the first token of a row is never predicted
         sampled = mask.nonzero()[:, 0]
-        ids.append(tokens)
-        positions.append(spec.positions(tokens, grid, spec.image_token_id, spec.merge_size))
-        trained.append(sampled + offset)
-        targets.append(tokens[1:][sampled])
+        trained.append(place[sampled])
+        targets.append(torch.tensor(sample.token_ids[1:])[sampled])
         log_probs.append(torch.tensor(sample.rollout_log_probs[1:], dtype=torch.float32)[sampled])
-        offset += len(tokens)
     lengths = torch.tensor([len(sampled) for sampled in trained])
     row = torch.repeat_interleave(lengths)
     advantages = torch.zeros(channels, len(rows))
@@ -75,13 +83,52 @@ def pack(samples: Sequence[Sample], spec: PackingSpec, channels: int = 0) -> Mic
     for index, sample in enumerate(samples):
         advantages[:, index] = torch.tensor(sample.advantages)
         member[:, index] = torch.tensor(sample.member, dtype=torch.bool)
-    seen = [s.vision for s in rows if s.vision is not None]
-    vision = Vision(tuple(p for v in seen for p in v.pixels), torch.cat([v.grid_thw for v in seen])) if seen else None
     return MicroBatch(
-        input_ids=torch.cat(ids)[None], position_ids=torch.cat(positions, dim=1)[:, None], trained=torch.cat(trained),
-        targets=torch.cat(targets), weight=aggregation_token_weights(lengths, spec.aggregation)[row], row=row,
-        rollout_log_probs=torch.cat(log_probs), advantages=advantages, member=member, vision=vision,
-        num_rows=len(samples))
+        input_ids=torch.cat(strip.ids)[None], position_ids=torch.cat(strip.positions, dim=1)[:, None],
+        trained=torch.cat(trained), targets=torch.cat(targets),
+        weight=aggregation_token_weights(lengths, spec.aggregation)[row], row=row, rollout_log_probs=torch.cat(log_probs),
+        advantages=advantages, member=member, vision=strip.vision(), num_rows=len(samples), spans=tuple(strip.spans))
+
+
+class _Strip:
+    """The tokens of a pack, laid down span by span; images in the order in which their tokens lie."""
+
+    def __init__(self, spec: PackingSpec) -> None:
+        self.ids: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.spans: list[Span] = []
+        self._spec, self._length = spec, 0
+        self._pixels: list[Tensor] = []
+        self._grids: list[Tensor] = []
+        self._prompts: dict[int, tuple[int, Tensor]] = {}     # by first row: the prompt's span and its places
+
+    def lay(self, sample: Sample, first: int) -> Tensor:
+        """Add a row, less the prompt if another row with the same `first` has brought it. Returns its tokens' places [L]."""
+        spec, vision = self._spec, sample.vision
+        ids = torch.tensor(sample.token_ids)
+        positions = spec.positions(ids, vision.grid_thw if vision is not None else None, spec.image_token_id, spec.merge_size)
+        if first < 0:
+            return self._lay(ids, positions, vision)
+        given, shown = sample.prompt_length, prompt_images(sample, spec.image_token_id, spec.merge_size)
+        if first not in self._prompts:
+            before = Vision(vision.pixels[:shown], vision.grid_thw[:shown]) if vision is not None else None
+            self._prompts[first] = len(self.spans), self._lay(ids[:given], positions[:, :given], before)
+        number, places = self._prompts[first]
+        after = Vision(vision.pixels[shown:], vision.grid_thw[shown:]) if vision is not None else None
+        return torch.cat([places, self._lay(ids[given:], positions[:, given:], after, number)])
+
+    def _lay(self, ids: Tensor, positions: Tensor, vision: Vision | None, prompt: int = -1) -> Tensor:
+        self.ids.append(ids)
+        self.positions.append(positions)
+        self.spans.append(Span(len(ids), prompt))
+        if vision is not None:
+            self._pixels += vision.pixels
+            self._grids.append(vision.grid_thw)
+        self._length += len(ids)
+        return torch.arange(self._length - len(ids), self._length)
+
+    def vision(self) -> Vision | None:
+        return Vision(tuple(self._pixels), torch.cat(self._grids)) if self._pixels else None
 
 
 def make_train_batch(mini_batches: Sequence[Sequence[Sample]], spec: PackingSpec, world: World, channels: int) -> TrainBatch:
@@ -92,7 +139,7 @@ def make_train_batch(mini_batches: Sequence[Sequence[Sample]], spec: PackingSpec
     C, 0 for SFT.
     """
     needed = [[s for s in samples if not channels or any(s.advantages)] for samples in mini_batches]
-    ranks = world.gather([(_norms(samples, spec, channels), [row_cost(s, world.rank, spec.work) for s in rows])
+    ranks = world.gather([(_norms(samples, spec, channels), _costs(rows, spec, world))
                           for samples, rows in zip(mini_batches, needed)])
     minis = list(zip(*ranks, strict=True))     # [mini-batch][rank]
     costs = [[cost for _, some in mini for cost in some] for mini in minis]
@@ -102,6 +149,20 @@ def make_train_batch(mini_batches: Sequence[Sequence[Sample]], spec: PackingSpec
         MiniBatch([pack([rows[i] for i in bin_], spec, channels) for bin_ in plan_[world.rank]],
                   torch.tensor([sum(parts) for parts in zip(*(norms for norms, _ in mini), strict=True)], dtype=torch.float64))
         for mini, plan_, rows in zip(minis, plans, mine)])
+
+
+def _costs(rows: Sequence[Sample], spec: PackingSpec, world: World) -> list[RowCost]:
+    """What planning needs of this rank's rows. A prompt is named by the first row that has it, and its rank."""
+    prompts: dict[int, PromptCost] = {}
+    costs = []
+    for row, first in zip(rows, spec.sharing(rows)):
+        if first >= 0 and first not in prompts:
+            shown = prompt_images(row, spec.image_token_id, spec.merge_size)
+            patches = sum(map(len, row.vision.pixels[:shown])) if row.vision is not None else 0
+            prompts[first] = PromptCost(first * world.size + world.rank, row.prompt_length, patches,
+                                        spec.work(row.prompt_length, patches))
+        costs.append(row_cost(row, world.rank, spec.work, prompts.get(first)))
+    return costs
 
 
 def _norms(samples: Sequence[Sample], spec: PackingSpec, channels: int) -> list[float]:

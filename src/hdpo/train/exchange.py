@@ -10,7 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hdpo.train.planning import Plan, RowCost, WorkModel
+from hdpo.train.costs import PromptCost, RowCost, WorkModel
+from hdpo.train.planning import Plan
 from hdpo.train.world import World
 from hdpo.types import Sample, Vision
 
@@ -18,12 +19,12 @@ BYTES_PER_TOKEN = 4 + 1 + 8
 """Of a row on its way: id, mask and log-prob of a token."""
 
 
-def row_cost(sample: Sample, owner: int, work: WorkModel) -> RowCost:
-    """What planning needs of a row that rank `owner` has."""
+def row_cost(sample: Sample, owner: int, work: WorkModel, prompt: PromptCost | None = None) -> RowCost:
+    """What planning needs of a row that rank `owner` has, and that shares `prompt` with others."""
     pixels = sample.vision.pixels if sample.vision is not None else ()
     tokens, patches = len(sample.token_ids), sum(map(len, pixels))
     return RowCost(tokens, patches, work(tokens, patches),
-                   nbytes=BYTES_PER_TOKEN * tokens + sum(p.nbytes for p in pixels), owner=owner)
+                   nbytes=BYTES_PER_TOKEN * tokens + sum(p.nbytes for p in pixels), owner=owner, prompt=prompt)
 
 
 def collect_rows(rows: Sequence[Sequence[Sample]], costs: Sequence[Sequence[RowCost]], plans: Sequence[Plan],
@@ -65,7 +66,7 @@ def to_tensors(rows: Sequence[Sample]) -> list[Tensor]:
     visions = [row.vision for row in rows]
     shown = [[place[id(pixels)] for pixels in vision.pixels] if vision is not None else [] for vision in visions]
     return [
-        torch.tensor([(len(row.token_ids), len(some)) for row, some in zip(rows, shown)]),
+        torch.tensor([(len(row.token_ids), len(some), row.prompt_length, row.group) for row, some in zip(rows, shown)]),
         torch.tensor([token for row in rows for token in row.token_ids], dtype=torch.int32),
         torch.tensor([trained for row in rows for trained in row.mask], dtype=torch.int8),
         torch.tensor([value for row in rows for value in row.rollout_log_probs], dtype=torch.float64),
@@ -82,12 +83,12 @@ def to_rows(tensors: Sequence[Tensor]) -> list[Sample]:
     if not tensors:
         return []
     sizes, token_ids, mask, log_probs, advantages, member, shown, grids, *images = tensors
-    lengths, counts = sizes.T.tolist()
+    lengths, counts, prompt_lengths, groups = sizes.T.tolist()
     rows = []
     for index, (ids, trained, values, some, grid) in enumerate(zip(
             token_ids.split(lengths), mask.split(lengths), log_probs.split(lengths), shown.split(counts),
             grids.split(counts), strict=True)):
         vision = Vision(tuple(images[i] for i in some.tolist()), grid) if len(some) else None
         rows.append(Sample(ids.tolist(), trained.tolist(), values.tolist(), tuple(advantages[index].tolist()),
-                           tuple(member[index].tolist()), vision))
+                           tuple(member[index].tolist()), vision, prompt_lengths[index], groups[index]))
     return rows

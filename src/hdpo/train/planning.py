@@ -6,85 +6,30 @@ work, and what is left goes to the ranks that lack some. Then each rank deals it
 micro-batch with room, and a few swaps even these out. That is as balanced as Karmarkar-Karp, cheaper, and honours the
 budgets, which a balance of work alone does not.
 
+Rows that share a prompt are dealt one after another, and stay together until their rank or micro-batch has its part: the
+prompt is computed, and counts, once in each micro-batch that holds some of them.
+
 Under ZeRO-3 every micro-batch waits for the slowest rank, so all ranks get the same number of them, each in the order of
 falling work. Standard library only.
 """
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
 
-IMAGE_PATCHES = 2048
-"""Patches of a middling image, for what attention inside an image costs."""
+from hdpo.train.costs import Budget, Load, RowCost
+
 SLACK = 200
 """A rank may have 1/SLACK more than its part of the work before rows of it are moved to another."""
 MOST_TRIED = 16
 """Swaps of two micro-batches that are tried for room."""
+ROUNDS = 3
+"""Plans with shared prompts; each knows which prompts the ranks of the last one had to compute more than once."""
+TRIES = 7
+"""Sizes of a micro-batch that are tried, of which the smallest that gives few enough is taken."""
 
 Plan = list[list[list[int]]]
 """[rank][micro-batch] -> indices of rows."""
-
-
-class RowCost(NamedTuple):
-    """What planning needs of one row; plain integers, so that every rank computes the same."""
-
-    tokens: int
-    patches: int
-    work: int                  # see WorkModel
-    nbytes: int                # to be moved, were another rank to compute the row
-    owner: int                 # the rank that has the row
-
-
-@dataclass(frozen=True, slots=True)
-class WorkModel:
-    """How long a row takes, from its tokens and patches. The defaults lie between Qwen3-VL-2B and 8B.
-
-    They need not be exact: planned with the numbers of the 8B, the 2B has a sync efficiency of 0.97 instead of 0.995
-    (benchmarks/bench_batching.py).
-    """
-
-    attention_tokens: int = 34_000   # length at which attention costs as much as all else
-    patches_per_token: int = 7       # image patches that cost as much as a token
-
-    def __call__(self, tokens: int, patches: int) -> int:
-        """In tokens of a short text row."""
-        return tokens + tokens * tokens // self.attention_tokens + patches // self.patches_per_token
-
-
-def work_model(config: Mapping[str, Any]) -> WorkModel:
-    """From the sizes in a model folder's config.json; the defaults where it leaves one out.
-
-    A token meets a layer's parameters with 2 FLOP each; causal attention over a row of L tokens adds 2 * L * width a token
-    and layer. A patch likewise meets the vision tower's, and all other patches of its image: 4 * patches * width.
-    """
-    text, vision = config.get("text_config", config), config.get("vision_config")
-    try:
-        hidden, heads = text["hidden_size"], text["num_attention_heads"]
-        width = heads * (text.get("head_dim") or hidden // heads)
-        shared = width * (text.get("num_key_value_heads") or heads) // heads
-        experts = text.get("num_experts_per_tok")
-        inner = experts * text["moe_intermediate_size"] if experts else text["intermediate_size"]
-        layer = hidden * (2 * width + 2 * shared + 3 * inner)
-        token = text["num_hidden_layers"] * layer
-        patch = vision["depth"] * vision["hidden_size"] * (
-            4 * vision["hidden_size"] + 2 * vision["intermediate_size"] + 2 * IMAGE_PATCHES) if vision else token
-    except KeyError:     # transformers may leave out what equals its own defaults
-        return WorkModel()
-    return WorkModel(max(1, layer // width), max(1, token // patch))
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Bounds of one micro-batch. One without images holds a filler image besides its rows (see batching.pack)."""
-
-    max_tokens: int
-    max_patches: int
-    filler_tokens: int = 0     # 0 for a model that does not see
-
-    def fits(self, tokens: int, patches: int) -> bool:
-        return tokens + (0 if patches else self.filler_tokens) <= self.max_tokens and patches <= self.max_patches
 
 
 def plan(rows: Sequence[RowCost], num_ranks: int, budget: Budget) -> Plan:
@@ -92,96 +37,166 @@ def plan(rows: Sequence[RowCost], num_ranks: int, budget: Budget) -> Plan:
 
     Every row is planned once. No micro-batch exceeds the budget; only a row that does so alone gets one to itself.
     """
-    shares = share(rows, num_ranks)
-    count = max([1, *(_fewest([rows[i] for i in mine], budget) for mine in shares)])
+    best: list[list[Load]] = []
+    again, rounds = [0] * num_ranks, 1 if all(row.prompt is None for row in rows) else ROUNDS
+    for _ in range(rounds):
+        shares = share(rows, again)
+        made = _micro_batches(rows, shares, budget)
+        if not best or _time(made) < _time(best):
+            best = made
+        again = [sum(bin_.work for bin_ in bins) - mine.work for bins, mine in zip(made, shares)]
+    return [[sorted(bin_.indices) for bin_ in bins] for bins in best]
+
+
+def _micro_batches(rows: Sequence[RowCost], shares: Sequence[Load], budget: Budget) -> list[list[Load]]:
+    """As few as fit, the same number of each rank's share, each in the order of falling work."""
+    count = max([1, *(_fewest(mine, budget) for mine in shares)])
     while True:
-        dealt = []
+        made = []
         for mine in shares:
             bins = deal(rows, mine, count, budget)
             if bins is None:
                 break
-            dealt.append(bins)
+            made.append(bins)
         else:
-            return [_even(rows, bins, budget) for bins in dealt]
+            return [sorted(_even(rows, bins, budget), key=lambda bin_: -bin_.work) for bins in made]
         count += 1
 
 
-def share(rows: Sequence[RowCost], num_ranks: int) -> list[list[int]]:
-    """The rows of each rank, by falling work: about equal work, few bytes moved."""
-    limit = sum(row.work for row in rows) * (SLACK + 1) // (SLACK * num_ranks)
-    loads, ranks, moving = [0] * num_ranks, [0] * len(rows), set()
-    worth = [-row.nbytes / row.work for row in rows]
-    for index in sorted(range(len(rows)), key=worth.__getitem__):
-        _, _, work, _, owner = rows[index]
-        if loads[owner] + work <= limit:
-            loads[owner] += work
-            ranks[index] = owner
-        else:
-            moving.add(index)
-    heap = [(load, rank) for rank, load in enumerate(loads)]
-    heapq.heapify(heap)
-    work_of = [row.work for row in rows]
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    for index in sorted(range(len(rows)), key=work_of.__getitem__, reverse=True):
-        if index in moving:
-            load, ranks[index] = heap[0]
-            heapq.heapreplace(heap, (load + work_of[index], ranks[index]))
-        shares[ranks[index]].append(index)
-    return shares
+def _time(made: Sequence[Sequence[Load]]) -> int:
+    """Of ranks that wait for each other at every micro-step, in units of work."""
+    return sum(max(bin_.work for bin_ in step) for step in zip(*made))
 
 
-def deal(rows: Sequence[RowCost], mine: Sequence[int], num_bins: int, budget: Budget) -> list[list[int]] | None:
-    """`mine`, given by falling work, each onto the lightest micro-batch that has room. None when none has."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    tokens, patches = [0] * num_bins, [0] * num_bins
-    heap = [(0, b) for b in range(num_bins)]
-    for index in mine:
-        more_tokens, more_patches, work, _, _ = rows[index]
-        full = []
-        while heap:
-            load, b = heap[0]
-            if not bins[b] or budget.fits(tokens[b] + more_tokens, patches[b] + more_patches):
-                bins[b].append(index)
-                tokens[b] += more_tokens
-                patches[b] += more_patches
-                heapq.heapreplace(heap, (load + work, b))
-                break
-            full.append(heapq.heappop(heap))
-        else:
+def share(rows: Sequence[RowCost], again: Sequence[int]) -> list[Load]:
+    """The rows of each rank: about equal work, few bytes moved. `again` is work that each rank has besides."""
+    groups = _groups(rows, range(len(rows)))
+    total = sum(group.work for group in groups) + sum(again)
+    limit = total * (SLACK + 1) // (SLACK * len(again))
+    worth = [sum(rows[i].nbytes for i in group.indices) / group.work for group in groups]
+    loads, moving = [Load() for _ in again], []
+    for _, group in sorted(zip(worth, groups), key=lambda pair: -pair[0]):
+        for index in group.indices:
+            owner = rows[index].owner
+            if loads[owner].work + loads[owner].more(rows[index]) + again[owner] <= limit:
+                loads[owner].add(index, rows[index])
+            else:
+                moving.append(index)
+    ranks = range(len(again))
+    for group in _groups(rows, moving):
+        left = group.indices
+        while left:
+            rank = min(ranks, key=lambda rank: loads[rank].work + again[rank])
+            left = _pour(rows, left, loads[rank], max(limit - again[rank], loads[rank].work + rows[left[0]].work), None)
+    return loads
+
+
+def deal(rows: Sequence[RowCost], mine: Load, num_bins: int, budget: Budget) -> list[Load] | None:
+    """A rank's rows in micro-batches of about equal work. None when the budget asks for more of them.
+
+    Groups are laid end to end and cut where a micro-batch has its part, so that no more than `num_bins` - 1 prompts are
+    computed once more. Rows that share nothing go, longest first, onto the lightest micro-batch that has room.
+    """
+    groups = _groups(rows, mine.indices)
+    shared, alone = [g for g in groups if len(g.indices) > 1], [g.indices[0] for g in groups if len(g.indices) == 1]
+    found, low, high = None, mine.work // num_bins, 2 * mine.work
+    for _ in range(TRIES):
+        bins = _cut(rows, shared, high if found is None else (low + high) // 2, budget)
+        bins += [Load() for _ in range(num_bins - len(bins))]
+        if len(bins) == num_bins and _spread(rows, alone, bins, budget):
+            found, high = bins, max(bin_.work for bin_ in bins)
+        elif found is None:
             return None
-        for entry in full:
-            heapq.heappush(heap, entry)
+        else:
+            low = (low + high) // 2
+        if not shared:
+            break
+    return found
+
+
+def _groups(rows: Sequence[RowCost], indices: Iterable[int]) -> list[Load]:
+    """Rows with the same prompt together, any other by itself; by falling work, as are the rows of each."""
+    groups: dict[int, Load] = {}
+    for index in sorted(indices, key=lambda i: rows[i].work, reverse=True):
+        prompt = rows[index].prompt
+        groups.setdefault(prompt.key if prompt is not None else ~index, Load()).add(index, rows[index])
+    return sorted(groups.values(), key=lambda group: group.work, reverse=True)
+
+
+def _pour(rows: Sequence[RowCost], indices: Sequence[int], into: Load, limit: int, budget: Budget | None) -> list[int]:
+    """Add rows to a load while its work stays within the limit, at least one to an empty load. Returns those left over."""
+    left = []
+    for index in indices:
+        row = rows[index]
+        if into.indices and (into.work + into.more(row) > limit or budget is not None and not into.fits(row, budget)):
+            left.append(index)
+        else:
+            into.add(index, row)
+    return left
+
+
+def _cut(rows: Sequence[RowCost], groups: Sequence[Load], limit: int, budget: Budget) -> list[Load]:
+    bins: list[Load] = []
+    for group in groups:
+        left = group.indices
+        if bins:
+            left = _pour(rows, left, bins[-1], limit, budget)
+        while left:
+            bins.append(Load())
+            left = _pour(rows, left, bins[-1], limit, budget)
     return bins
 
 
-def _even(rows: Sequence[RowCost], bins: list[list[int]], budget: Budget) -> list[list[int]]:
-    """Swap a row of the heaviest micro-batch with one of the lightest, while that brings the two closer to each other.
+def _spread(rows: Sequence[RowCost], indices: Sequence[int], bins: Sequence[Load], budget: Budget) -> bool:
+    """Add rows, given by falling work, each to the lightest micro-batch that has room. False when none has."""
+    heap = [(bin_.work, place) for place, bin_ in enumerate(bins)]
+    heapq.heapify(heap)
+    for index in indices:
+        row, full = rows[index], []
+        while heap:
+            place = heap[0][1]
+            if not bins[place].indices or bins[place].fits(row, budget):
+                bins[place].add(index, row)
+                heapq.heapreplace(heap, (bins[place].work, place))
+                break
+            full.append(heapq.heappop(heap))
+        else:
+            return False
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return True
 
-    Returns them by falling work, so that a micro-step is alike on all ranks.
-    """
-    def fits(bin_: Sequence[int], gets: int, gives: int) -> bool:
-        kept = [rows[i] for i in bin_ if i != gives] + [rows[gets]]
-        return budget.fits(sum(row.tokens for row in kept), sum(row.patches for row in kept))
 
-    loads = [sum(rows[i].work for i in bin_) for bin_ in bins]
-    close = sum(loads) // (len(bins) * SLACK)
+def _even(rows: Sequence[RowCost], bins: list[Load], budget: Budget) -> list[Load]:
+    """Swap a row of the heaviest micro-batch with one of the lightest, while that makes the heavier of the two lighter."""
+    close = sum(bin_.work for bin_ in bins) // (len(bins) * SLACK)
     for _ in bins:
-        gap = max(loads) - min(loads)
-        heavy, light = loads.index(max(loads)), loads.index(min(loads))
-        lighter = [(rows[b].work, b) for b in bins[light]]
-        pairs = [(abs(gap - 2 * (rows[a].work - work)), a, b) for a in bins[heavy] for work, b in lighter]
-        left, a, b = next((pair for pair in sorted(pairs)[:MOST_TRIED]
-                           if fits(bins[heavy], pair[2], pair[1]) and fits(bins[light], pair[1], pair[2])), (gap, 0, 0))
-        if gap <= close or left >= gap:
+        heavy, light = max(bins, key=lambda bin_: bin_.work), min(bins, key=lambda bin_: bin_.work)
+        if heavy.work - light.work <= close:
             break
-        for bin_, gives, gets in ((heavy, a, b), (light, b, a)):
-            bins[bin_].remove(gives)
-            bins[bin_].append(gets)
-            loads[bin_] += rows[gets].work - rows[gives].work
-    return [sorted(bins[b]) for b in sorted(range(len(bins)), key=lambda b: -loads[b])]
+        lighter = [(light.less(rows[b]), heavy.more(rows[b]), b) for b in light.indices]
+        pairs = []
+        for a in heavy.indices:
+            less, more = heavy.work - heavy.less(rows[a]), light.work + light.more(rows[a])
+            pairs += [(max(less + gets, more - gives), a, b) for gives, gets, b in lighter]
+        before = heavy.work
+        for _, a, b in sorted(pairs)[:MOST_TRIED]:
+            _swap(rows, heavy, light, a, b)
+            if max(heavy.work, light.work) < before and all(budget.fits(bin_.tokens, bin_.patches) for bin_ in (heavy, light)):
+                break
+            _swap(rows, heavy, light, b, a)
+        else:
+            break
+    return bins
 
 
-def _fewest(rows: Sequence[RowCost], budget: Budget) -> int:
+def _swap(rows: Sequence[RowCost], one: Load, other: Load, a: int, b: int) -> None:
+    one.remove(a, rows[a])
+    other.remove(b, rows[b])
+    one.add(b, rows[b])
+    other.add(a, rows[a])
+
+
+def _fewest(mine: Load, budget: Budget) -> int:
     """A lower bound on the micro-batches of a rank."""
-    tokens, patches = sum(row.tokens for row in rows), sum(row.patches for row in rows)
-    return max(-(-tokens // budget.max_tokens), -(-patches // budget.max_patches))
+    return max(-(-mine.tokens // budget.max_tokens), -(-mine.patches // budget.max_patches))

@@ -102,19 +102,19 @@ def to_samples(groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[fl
 
     Only rows that carry a gradient get images.
     """
-    trajectories = [t for group in groups for t in group.trajectories]
+    trajectories = [(t, group.index) for group in groups for t in group.trajectories]
     rewards = [r for group in groups for r in group.rewards]
-    rows = [(trajectory, advantage, member) for trajectory, reward, advantage, member
+    rows = [(trajectory, index, advantage, member) for (trajectory, index), reward, advantage, member
             in zip(trajectories, rewards, advantages, members, strict=True)
             if is_trained(trajectory, reward, config) and any(member)]
-    for trajectory, advantage, _ in rows:
+    for trajectory, _, advantage, _ in rows:
         if any(advantage):
             pixels.start(trajectory)     # all of them, before the first is waited for
     return [_sample(*row, pixels) for row in rows]
 
 
-def _sample(trajectory: Trajectory, advantage: Sequence[float], member: Sequence[bool], pixels: PixelPool) -> Sample:
+def _sample(trajectory: Trajectory, index: int, advantage: Sequence[float], member: Sequence[bool], pixels: PixelPool) -> Sample:
     return Sample(
         token_ids=trajectory.token_ids, mask=trajectory.mask, rollout_log_probs=trajectory.log_probs,
-        advantages=tuple(advantage), member=tuple(member),
+        advantages=tuple(advantage), member=tuple(member), prompt_length=trajectory.prompt_length, group=index,
         vision=pixels.vision(trajectory) if any(advantage) else None)
