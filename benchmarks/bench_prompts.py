@@ -4,7 +4,7 @@
 
 Planned: the step of bench_batching.py (128 prompts x 16 rollouts, 8 ranks, 40,960 tokens a micro-batch), as counts and as
 the time that ranks in step take by the planner's own model of work. Measured: forward, loss and backward of one mini-batch
-of the toy base, the same rows with and without sharing in turn, for the demo's lengths, for long prompts with a picture,
+of the toy base, the same rows with and without sharing in turn, for the demo's lengths, for prompts as long as twice a response,
 and for short prompts before long responses, where there is nothing to gain.
 """
 from __future__ import annotations
@@ -36,9 +36,9 @@ from hdpo.train.world import World
 from hdpo.types import MiniBatch, Sample
 
 TOY = Path(hdpo.__file__).parent / "assets" / "toy-base"
-SHAPES = {"the demo's lengths": (8, 40, (8, 80), 1024), "long prompts": (4, 700, (30, 300), 4096),
-          "short prompts, long responses": (4, 40, (400, 1200), 4096)}
-"""prompts, words of a prompt beside its picture, range of response lengths, tokens of a micro-batch"""
+SHAPES = {"the demo's lengths": (8, 32, (8, 80), 1024), "long prompts": (4, 700, (100, 600), 4096),
+          "short prompts, long responses": (4, 32, (400, 1200), 4096)}
+"""prompts, words of a prompt beside its picture's 16 tokens, range of response lengths, tokens of a micro-batch"""
 GROUP = 8
 
 
@@ -84,7 +84,7 @@ def groups(chat: Any, prompts: int, words: int, lengths: tuple[int, int]) -> lis
     rows = []
     for group in range(prompts):
         picture = chat.bound(Image.effect_noise((64, 64), 40 + group).convert("RGB"))
-        prompt = chat.prompt([{"role": "user", "content": "<image>" + "so " * words}], [picture])
+        prompt = chat.prompt([{"role": "user", "content": "<image>" + "the " * words}], [picture])
         vision, given = chat.vision(prompt.images), len(prompt.expanded_ids)
         for number in range(GROUP):
             length = int(torch.randint(*lengths, (), generator=coin))

@@ -14,7 +14,7 @@ from launching import accelerate
 from tiny_models import MAX_PIXELS, MIN_PIXELS, save_tiny
 from torch import Tensor
 
-from hdpo.adapters.packed_attention import PackLayout
+from hdpo.adapters.packed_attention import PackLayout, attend_row, causal_lower_right, sdpa_attention_forward
 from hdpo.adapters.policy_model import PolicyModel, load_policy_model, model_inputs
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.build import build_packing
@@ -216,6 +216,18 @@ def test_gradients_of_a_shared_prompts_keys_are_added_up_in_fp32() -> None:
     torch.cat(layout.rows(states)[1:], dim=2).backward(grad := torch.rand(1, 2, 64 * 4, 4, dtype=torch.bfloat16))
     exact = grad.double().reshape(1, 2, 64, 4, 4)[..., :3, :].sum(dim=2)
     assert states.grad is not None and torch.equal(states.grad[:, :, :3], exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("before", "length"), [(5, 1), (3, 40), (300, 700)])
+def test_the_masks_written_out_on_a_cpu_are_the_bias_that_a_device_is_given(before: int, length: int) -> None:
+    """Aligned at the bottom right, whichever way it is said, with grouped keys, more than one block, a single token."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2   # type: ignore[assignment]
+    query = torch.randn(1, 4, length, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, before + length, 8, dtype=torch.float64)
+    bias = causal_lower_right(length, before + length)
+    expected, _ = sdpa_attention_forward(module, query, key, value, bias, scaling=0.3)
+    torch.testing.assert_close(attend_row(module, query, key, value, {"scaling": 0.3}), expected)
 
 
 @pytest.mark.parametrize(("change", "shares"), [

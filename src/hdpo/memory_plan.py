@@ -186,6 +186,10 @@ def _update(config: Config, shapes: Shapes, trained: int, size: int) -> dict[str
         attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
     if attention != "flash_attention_2":   # the mask of packed rows, or the scores themselves
         activations += tokens**2 * (1 if attention == "sdpa" else 3 * size * shapes.heads)
+    if config.batch.share_prompts:   # a layer's keys and values of a prompt, and their gradients, once more for each rollout
+        heads = shapes.kv_heads if attention == "flash_attention_2" else shapes.heads
+        longest = min(tokens, config.data.max_prompt_tokens)
+        activations += 4 * size * (config.rollout.group_size - 1) * longest * heads * shapes.head_dim
     chunk = config.batch.head_chunk_tokens or default_chunk_tokens(shapes.vocabulary, 4, True)
     loss = min(chunk, tokens) * shapes.vocabulary * (4 + size) + text
     loss += 4 * shapes.vocabulary * shapes.hidden if shapes.head_trained else 0

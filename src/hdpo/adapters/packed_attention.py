@@ -60,10 +60,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     if layout is None or kwargs.get("is_causal") is False:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows = zip(query.split(layout.lengths, dim=2), layout.rows(key), layout.rows(value))
-    return torch.cat([_attend_row(module, q, k, v, kwargs) for q, k, v in rows], dim=1), None
+    return torch.cat([attend_row(module, q, k, v, kwargs) for q, k, v in rows], dim=1), None
 
 
-def _attend_row(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def attend_row(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The last tokens of a row [1, heads, Q, D] causally to all of it [1, heads, K, D] -> [1, Q, heads, D]."""
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     if not before:

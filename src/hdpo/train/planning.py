@@ -6,8 +6,8 @@ work, and what is left goes to the ranks that lack some. Then each rank deals it
 micro-batch with room, and a few swaps even these out. That is as balanced as Karmarkar-Karp, cheaper, and honours the
 budgets, which a balance of work alone does not.
 
-Rows that share a prompt are dealt one after another, and stay together until their rank or micro-batch has its part: the
-prompt is computed, and counts, once in each micro-batch that holds some of them.
+A prompt that rows share is computed, and counts, once in each micro-batch that holds some of them. So they are dealt one
+after another, and go on to another rank or micro-batch only where one has its part.
 
 Under ZeRO-3 every micro-batch waits for the slowest rank, so all ranks get the same number of them, each in the order of
 falling work. Standard library only.
@@ -94,8 +94,8 @@ def share(rows: Sequence[RowCost], again: Sequence[int]) -> list[Load]:
 def deal(rows: Sequence[RowCost], mine: Load, num_bins: int, budget: Budget) -> list[Load] | None:
     """A rank's rows in micro-batches of about equal work. None when the budget asks for more of them.
 
-    Groups are laid end to end and cut where a micro-batch has its part, so that no more than `num_bins` - 1 prompts are
-    computed once more. Rows that share nothing go, longest first, onto the lightest micro-batch that has room.
+    Groups are laid end to end and cut where a micro-batch has its part: each cut computes one prompt once more. Rows that
+    share nothing go, longest first, onto the lightest micro-batch that has room.
     """
     groups = _groups(rows, mine.indices)
     shared, alone = [g for g in groups if len(g.indices) > 1], [g.indices[0] for g in groups if len(g.indices) == 1]
@@ -136,6 +136,7 @@ def _pour(rows: Sequence[RowCost], indices: Sequence[int], into: Load, limit: in
 
 
 def _cut(rows: Sequence[RowCost], groups: Sequence[Load], limit: int, budget: Budget) -> list[Load]:
+    """Groups end to end in micro-batches of at most `limit` work."""
     bins: list[Load] = []
     for group in groups:
         left = group.indices
