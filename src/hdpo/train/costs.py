@@ -104,24 +104,31 @@ class Load:
         return budget.fits(tokens, patches)
 
     def add(self, index: int, row: RowCost) -> None:
+        tokens, patches, work, _, _, prompt = row
         self.indices.append(index)
-        self._count(row, 1)
+        self.tokens += tokens
+        self.patches += patches
+        self.work += work
+        if prompt is not None:
+            rows = self.prompts.get(prompt.key, 0)
+            self.prompts[prompt.key] = rows + 1
+            if rows:
+                self._count(prompt, -1)
 
     def remove(self, index: int, row: RowCost) -> None:
         self.indices.remove(index)
         self._count(row, -1)
+        if row.prompt is not None:
+            rows = self.prompts[row.prompt.key] = self.prompts[row.prompt.key] - 1
+            if rows:
+                self._count(row.prompt, 1)
+            else:
+                del self.prompts[row.prompt.key]
 
-    def _count(self, row: RowCost, sign: int) -> None:
-        tokens, patches, work, _, _, prompt = row
-        if prompt is not None:
-            others = self.prompts.pop(prompt.key, 0) - (sign < 0)
-            if others:
-                tokens, patches, work = tokens - prompt.tokens, patches - prompt.patches, work - prompt.work
-            if others + (sign > 0):
-                self.prompts[prompt.key] = others + (sign > 0)
-        self.tokens += sign * tokens
-        self.patches += sign * patches
-        self.work += sign * work
+    def _count(self, cost: RowCost | PromptCost, sign: int) -> None:
+        self.tokens += sign * cost.tokens
+        self.patches += sign * cost.patches
+        self.work += sign * cost.work
 
 
 def load(rows: Sequence[RowCost], indices: Iterable[int]) -> Load:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
-from hdpo.train.costs import Budget, Load, RowCost
+from hdpo.train.costs import Budget, Load, PromptCost, RowCost
 
 SLACK = 200
 """A rank may have 1/SLACK more than its part of the work before rows of it are moved to another."""
@@ -28,8 +29,11 @@ ROUNDS = 3
 TRIES = 7
 """Sizes of a micro-batch that are tried, of which the smallest that gives few enough is taken."""
 
+WORK = attrgetter("work")
 Plan = list[list[list[int]]]
 """[rank][micro-batch] -> indices of rows."""
+Groups = list[tuple[int, list[int]]]
+"""(work, rows): those with the same prompt together, any other by itself; by falling work, as are the rows of each."""
 
 
 def plan(rows: Sequence[RowCost], num_ranks: int, budget: Budget) -> Plan:
@@ -51,15 +55,16 @@ def plan(rows: Sequence[RowCost], num_ranks: int, budget: Budget) -> Plan:
 def _micro_batches(rows: Sequence[RowCost], shares: Sequence[Load], budget: Budget) -> list[list[Load]]:
     """As few as fit, the same number of each rank's share, each in the order of falling work."""
     count = max([1, *(_fewest(mine, budget) for mine in shares)])
+    ranks = [_groups(rows, mine.indices) for mine in shares]
     while True:
         made = []
-        for mine in shares:
+        for mine in ranks:
             bins = deal(rows, mine, count, budget)
             if bins is None:
                 break
             made.append(bins)
         else:
-            return [sorted(_even(rows, bins, budget), key=lambda bin_: -bin_.work) for bins in made]
+            return [sorted(_even(rows, bins, budget), key=WORK, reverse=True) for bins in made]
         count += 1
 
 
@@ -71,35 +76,33 @@ def _time(made: Sequence[Sequence[Load]]) -> int:
 def share(rows: Sequence[RowCost], again: Sequence[int]) -> list[Load]:
     """The rows of each rank: about equal work, few bytes moved. `again` is work that each rank has besides."""
     groups = _groups(rows, range(len(rows)))
-    total = sum(group.work for group in groups) + sum(again)
-    limit = total * (SLACK + 1) // (SLACK * len(again))
-    worth = [sum(rows[i].nbytes for i in group.indices) / group.work for group in groups]
+    limit = (sum(work for work, _ in groups) + sum(again)) * (SLACK + 1) // (SLACK * len(again))
     loads, moving = [Load() for _ in again], []
-    for _, group in sorted(zip(worth, groups), key=lambda pair: -pair[0]):
-        for index in group.indices:
-            owner = rows[index].owner
-            if loads[owner].work + loads[owner].more(rows[index]) + again[owner] <= limit:
-                loads[owner].add(index, rows[index])
+    for _, group in sorted(groups, key=lambda group: -sum([rows[i].nbytes for i in group[1]]) / group[0]):
+        for index in group:
+            row = rows[index]
+            mine = loads[row.owner]
+            if mine.work + mine.more(row) + again[row.owner] <= limit:
+                mine.add(index, row)
             else:
                 moving.append(index)
     ranks = range(len(again))
-    for group in _groups(rows, moving):
-        left = group.indices
+    for _, left in _groups(rows, moving):
         while left:
             rank = min(ranks, key=lambda rank: loads[rank].work + again[rank])
             left = _pour(rows, left, loads[rank], max(limit - again[rank], loads[rank].work + rows[left[0]].work), None)
     return loads
 
 
-def deal(rows: Sequence[RowCost], mine: Load, num_bins: int, budget: Budget) -> list[Load] | None:
+def deal(rows: Sequence[RowCost], groups: Groups, num_bins: int, budget: Budget) -> list[Load] | None:
     """A rank's rows in micro-batches of about equal work. None when the budget asks for more of them.
 
     Groups are laid end to end and cut where a micro-batch has its part: each cut computes one prompt once more. Rows that
     share nothing go, longest first, onto the lightest micro-batch that has room.
     """
-    groups = _groups(rows, mine.indices)
-    shared, alone = [g for g in groups if len(g.indices) > 1], [g.indices[0] for g in groups if len(g.indices) == 1]
-    found, low, high = None, mine.work // num_bins, 2 * mine.work
+    shared, alone = [group for _, group in groups if len(group) > 1], [group[0] for _, group in groups if len(group) == 1]
+    work = sum(work for work, _ in groups)
+    found, low, high = None, work // num_bins, 2 * work
     for _ in range(TRIES):
         bins = _cut(rows, shared, high if found is None else (low + high) // 2, budget)
         bins += [Load() for _ in range(num_bins - len(bins))]
@@ -114,13 +117,19 @@ def deal(rows: Sequence[RowCost], mine: Load, num_bins: int, budget: Budget) -> 
     return found
 
 
-def _groups(rows: Sequence[RowCost], indices: Iterable[int]) -> list[Load]:
-    """Rows with the same prompt together, any other by itself; by falling work, as are the rows of each."""
-    groups: dict[int, Load] = {}
+def _groups(rows: Sequence[RowCost], indices: Iterable[int]) -> Groups:
+    groups: list[tuple[int, list[int]]] = []
+    shared: dict[PromptCost, list[int]] = {}
     for index in sorted(indices, key=lambda i: rows[i].work, reverse=True):
         prompt = rows[index].prompt
-        groups.setdefault(prompt.key if prompt is not None else ~index, Load()).add(index, rows[index])
-    return sorted(groups.values(), key=lambda group: group.work, reverse=True)
+        if prompt is None:
+            groups.append((rows[index].work, [index]))
+        else:
+            shared.setdefault(prompt, []).append(index)
+    if shared:
+        groups += [(sum(rows[i].work for i in some) - (len(some) - 1) * prompt.work, some) for prompt, some in shared.items()]
+        groups.sort(key=lambda group: group[0], reverse=True)
+    return groups
 
 
 def _pour(rows: Sequence[RowCost], indices: Sequence[int], into: Load, limit: int, budget: Budget | None) -> list[int]:
@@ -135,11 +144,10 @@ def _pour(rows: Sequence[RowCost], indices: Sequence[int], into: Load, limit: in
     return left
 
 
-def _cut(rows: Sequence[RowCost], groups: Sequence[Load], limit: int, budget: Budget) -> list[Load]:
+def _cut(rows: Sequence[RowCost], groups: Iterable[list[int]], limit: int, budget: Budget) -> list[Load]:
     """Groups end to end in micro-batches of at most `limit` work."""
     bins: list[Load] = []
-    for group in groups:
-        left = group.indices
+    for left in groups:
         if bins:
             left = _pour(rows, left, bins[-1], limit, budget)
         while left:
@@ -172,7 +180,7 @@ def _even(rows: Sequence[RowCost], bins: list[Load], budget: Budget) -> list[Loa
     """Swap a row of the heaviest micro-batch with one of the lightest, while that makes the heavier of the two lighter."""
     close = sum(bin_.work for bin_ in bins) // (len(bins) * SLACK)
     for _ in bins:
-        heavy, light = max(bins, key=lambda bin_: bin_.work), min(bins, key=lambda bin_: bin_.work)
+        heavy, light = max(bins, key=WORK), min(bins, key=WORK)
         if heavy.work - light.work <= close:
             break
         lighter = [(light.less(rows[b]), heavy.more(rows[b]), b) for b in light.indices]
@@ -181,7 +189,8 @@ def _even(rows: Sequence[RowCost], bins: list[Load], budget: Budget) -> list[Loa
             less, more = heavy.work - heavy.less(rows[a]), light.work + light.more(rows[a])
             pairs += [(max(less + gets, more - gives), a, b) for gives, gets, b in lighter]
         before = heavy.work
-        for _, a, b in sorted(pairs)[:MOST_TRIED]:
+        pairs.sort()
+        for _, a, b in pairs[:MOST_TRIED]:
             _swap(rows, heavy, light, a, b)
             if max(heavy.work, light.work) < before and all(budget.fits(bin_.tokens, bin_.patches) for bin_ in (heavy, light)):
                 break
