@@ -183,14 +183,12 @@ def _even(rows: Sequence[RowCost], bins: list[Load], budget: Budget) -> list[Loa
         heavy, light = max(bins, key=WORK), min(bins, key=WORK)
         if heavy.work - light.work <= close:
             break
-        lighter = [(light.less(rows[b]), heavy.more(rows[b]), b) for b in light.indices]
-        pairs = []
-        for a in heavy.indices:
-            less, more = heavy.work - heavy.less(rows[a]), light.work + light.more(rows[a])
-            pairs += [(max(less + gets, more - gives), a, b) for gives, gets, b in lighter]
         before = heavy.work
-        pairs.sort()
-        for _, a, b in pairs[:MOST_TRIED]:
+        lighter = [(heavy.more(rows[b]), light.less(rows[b]), b) for b in light.indices]
+        heavier = [(before - heavy.less(rows[a]), light.work + light.more(rows[a]), a) for a in heavy.indices]
+        pairs = [(one if (one := kept + gets) > (other := grown - gives) else other, a, b)
+                 for kept, grown, a in heavier for gets, gives, b in lighter]
+        for _, a, b in sorted(pairs)[:MOST_TRIED]:
             _swap(rows, heavy, light, a, b)
             if max(heavy.work, light.work) < before and all(budget.fits(bin_.tokens, bin_.patches) for bin_ in (heavy, light)):
                 break
