@@ -5,6 +5,7 @@
 Runs the real RL loop on the toy world (tool server, sandbox, ZeRO-3 ranks, engine) and reads its metrics: seconds and GiB
 of each phase, median over the steps after the first. On CPU the model is the shipped toy base, on CUDA random weights of
 Qwen3-VL-8B's shapes (`8b`), which never answer and so sample up to the budget of every turn; `tiny` does the same on CPU.
+The rate of weight sync, its checks included, stands beside that of one copy on the same device.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, arguments, report
+from common import Figure, arguments, paired, report
 
 import hdpo
 
@@ -86,6 +87,15 @@ def run(folder: Path, model: str, ranks: int, steps: int, cuda: bool, load: dict
     return read_metrics(folder / "bench" / "metrics.jsonl")
 
 
+def copy_rate(cuda: bool) -> float:
+    """GiB per second of copying 1 GiB (CPU: 128 MiB) from one place of the device's memory to another."""
+    import torch
+
+    source = torch.ones((1 << 30) if cuda else (1 << 27), dtype=torch.uint8, device="cuda" if cuda else "cpu")
+    target = torch.empty_like(source)
+    return source.numel() / 2**30 / paired({"copy": lambda: target.copy_(source)}, "copy", 5, cuda)["copy"]["seconds"]
+
+
 def main() -> int:
     import torch
 
@@ -102,6 +112,9 @@ def main() -> int:
     figures = {"step": Figure(step, "s", "lower", tolerance=0.5)}
     for phase, value in sorted(seconds.items(), key=lambda item: -item[1]):
         figures[f"{phase}, share of the step"] = Figure(value / step, "", "lower", tolerance=1.0)
+    rate = statistics.median(row["sync/gb"] for row in rows) / seconds["sync"]
+    figures |= {"sync": Figure(rate, "GiB/s", "higher", tolerance=1.0),
+                "copy / sync, per byte": Figure(copy_rate(cuda) / rate, "x", "lower", tolerance=1.0)}
     figures |= {f"{phase}, memory at its end": Figure(value, "GiB", "lower") for phase, value in memory.items()}
     details = {"model": args.model, "ranks": args.ranks, "rows": rows}
     return 0 if report("step", figures, details, args.json, args.short) else 1

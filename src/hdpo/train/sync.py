@@ -6,7 +6,7 @@ trainer's: before the first step, after sleep and wake, and every so often. A ru
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +29,23 @@ LONGEST = 8192
 """Tokens of the canary's long prompt, where the context allows: rotary frequencies that are off show at length."""
 
 
-def sync_weights(policy: Policy, engine: Engine, version: int, group_mib: int, watch: Watch | None = None) -> None:
-    """Send every parameter, tied ones under each name, in gathered groups of bounded size. Collective.
+def sync_weights(policy: Policy, engine: Engine, version: int, group_mib: int, watch: Watch | None = None) -> int:
+    """Send every parameter, tied ones under each name, in gathered groups of bounded size; returns bytes. Collective.
 
     The optimizer's state leaves the device before the engine's weights come back to it; the KV cache comes last.
     """
     policy.park()
     engine.wake()
-    weights = policy.iter_weights(group_mib << 20)
+    sizes: list[int] = []
+    weights = _counted(policy.iter_weights(group_mib << 20), sizes)
     engine.load_weights(watch.passing(weights) if watch else weights, version)
+    return sum(sizes)
+
+
+def _counted(weights: Iterator[tuple[str, Tensor]], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        sizes.append(tensor.nbytes)
+        yield name, tensor
 
 
 class WeightSync:
@@ -59,7 +67,8 @@ class WeightSync:
         first, self._sent = self._sent == 0, self._sent + 1
         summed = self.config.checksum_every > 0 and (first or due(self._sent, self.config.checksum_every))
         watch = Watch() if summed else None
-        sync_weights(policy, engine, version, self.config.group_mib, watch)
+        sent = sync_weights(policy, engine, version, self.config.group_mib, watch)
+        self.log.maximum("sync/gb", sent / 2**30)
         if watch is None:
             return
         found = engine.compare_weights(watch.sums())
