@@ -26,6 +26,7 @@ from hdpo.train.update import update
 from hdpo.types import Sample
 
 GROUP_BYTES = 50_000
+SHARED = ("qwen3_vl_moe", "qwen2_5_vl")
 SHARD_BYTES = 60_000
 
 
@@ -53,7 +54,8 @@ def cycle(folder: Path) -> dict:
     policy = DeepSpeedPolicy(ModelConfig(path=str(folder), dtype="float32"), OptimConfig(lr=1e-2), chat.image_token_id, seed=0)
     rank = policy.world.rank
     engine = make_engine(
-        "vllm", str(folder), config=RolloutConfig(max_num_seqs=8, max_batched_tokens=512, kv_cache_gib=0.25), max_model_len=1024,
+        "vllm", str(folder), max_model_len=1024, config=RolloutConfig(
+            max_num_seqs=8, max_batched_tokens=512, kv_cache_gib=0.25, tensor_parallel=2 if folder.name in SHARED else 1),
         stop_token_ids=chat.stop_ids, tool_call_end_id=chat.tool_call_end_id, banned_token_ids=chat.banned_ids, image_limit=4,
         min_pixels=chat.min_pixels, max_pixels=chat.max_pixels, dtype="float32")
     before = check_parity(policy, engine, chat, spec, stage="before the first step")
