@@ -38,7 +38,7 @@ class PackLayout:
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.lengths = [span.length for span in spans]
         self.prompts = [span.prompt for span in spans]
-        self.shares = any(prompt >= 0 for prompt in self.prompts)
+        self.shared = sorted({prompt for prompt in self.prompts if prompt >= 0})
         keys = [length + (self.lengths[prompt] if prompt >= 0 else 0) for length, prompt in spans]
         self.varlen: dict[str, Any] = {
             "cu_seq_lens_q": _bounds(self.lengths, device), "max_length_q": max(self.lengths),
@@ -48,7 +48,7 @@ class PackLayout:
         """Keys or values [1, heads, N, D] -> for each span those of its row up to its end, [1, heads, K, D] each."""
         parts = states.split(self.lengths, dim=2)
         exact = torch.promote_types(states.dtype, torch.float32)
-        shared = {prompt: parts[prompt].to(exact) for prompt in self.prompts if prompt >= 0}   # so gradients add up exactly
+        shared = {prompt: parts[prompt].to(exact) for prompt in self.shared}   # so its gradients add up exactly
         return [torch.cat([shared[prompt].to(states.dtype), part], dim=2) if prompt >= 0 else part
                 for part, prompt in zip(parts, self.prompts)]
 
@@ -89,7 +89,7 @@ def attend_flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     """With FlashAttention's varlen kernel, whose causal mask is aligned at the last query and key of each row."""
     if layout is None or kwargs.get("is_causal") is False:
         return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if layout.shares:
+    if layout.shared:
         key, value = (torch.cat(layout.rows(states), dim=2) for states in (key, value))
     return flash_attention_forward(module, query, key, value, None, **layout.varlen, **kwargs)
 

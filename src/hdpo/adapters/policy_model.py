@@ -87,7 +87,7 @@ class PolicyModel(nn.Module):
         """`position_ids` [4, 1, N]; a text-only model takes the first row alone. Other attention than ours finds the row
         boundaries where that is 0."""
         position_ids = position_ids if self.sees else position_ids[0]
-        assert self.takes_layout or not layout.shares, "rows share a prompt, which this attention cannot do"
+        assert self.takes_layout or not layout.shared, "rows share a prompt, which this attention cannot do"
         rows = {"layout": layout} if self.takes_layout else {}
         out = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **vision, **rows)
         hidden = out.last_hidden_state[0].index_select(0, trained)
