@@ -232,9 +232,10 @@ def test_the_masks_written_out_on_a_cpu_are_the_bias_that_a_device_is_given(befo
 
 @pytest.mark.parametrize(("change", "shares"), [
     ({}, True), ({"group": 3}, False), ({"prompt_length": 3}, False), ({"token_ids": [9, 261, 260, 4, 5, 6]}, False),
-    ({"token_ids": [259, 261, 260, 4]}, False), ({"vision": None}, False)])
+    ({"token_ids": [259, 261, 260, 4]}, False), ({"vision": None}, False), ({"token_ids": [259, 261, 260, 4, *[5] * 32]}, True),
+    ({"token_ids": [259, 261, 260, 4, *[5] * 33]}, False)])
 def test_rows_share_only_what_is_identical(change: dict[str, Any], shares: bool) -> None:
-    """Of one group, the same ids, the very same pictures, and something after it."""
+    """Of one group, the same ids, the very same pictures, something after it, but not so much that it does not pay."""
     picture = Vision((torch.zeros(4, 8),), torch.tensor([[1, 2, 2]]))
     row = Sample([259, 261, 260, 4, 5, 6], [0] * 4 + [1] * 2, [0.0] * 6, (), (), picture, 4, 0)
     other = replace(row, token_ids=[259, 261, 260, 4, 7, 8], **change) if "token_ids" not in change else replace(row, **change)

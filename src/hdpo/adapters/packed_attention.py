@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,8 +27,6 @@ IMPLEMENTATIONS = SDPA, FLASH = "sdpa_per_row", "flash_attention_2"
 """As `attn_implementation`; transformers builds no mask for an implementation that has registered none."""
 QUERY_BLOCK = 256
 """Queries whose mask is written out at once on a CPU, where no kernel knows a causal mask that isn't square."""
-SHORT = 8
-"""A prompt that is so many times shorter than what follows is cheaper filled up with queries than masked."""
 
 
 class PackLayout:
@@ -73,8 +70,6 @@ def attend_row(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwa
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
     if query.is_cuda:
         return sdpa_attention_forward(module, query, key, value, causal_lower_right(length, before + length), **kwargs)[0]
-    if before < length // SHORT:
-        return sdpa_attention_forward(module, pad(query, (0, 0, before, 0)), key, value, None, **kwargs)[0][:, before:]
     found = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 
 from hdpo.types import Sample
 
+SHORT = 8
+"""A prompt so many times shorter than what follows it is computed with it: less is saved than attention in two spans costs."""
+
 
 def sharing_rows(samples: Sequence[Sample], image_token_id: int | None, merge_size: int) -> list[int]:
-    """For each row the first one with the same prompt, by index; -1 where no other row has it."""
+    """For each row the first one with the same prompt, by index; -1 where no other row has it, or where it does not pay."""
     distinct: dict[int, list[int]] = {}      # group -> a row for each of its prompts, of which there should be one
     first = []
     for index, sample in enumerate(samples):
-        if sample.group < 0 or not 0 < sample.prompt_length < len(sample.token_ids):
+        following = len(sample.token_ids) - sample.prompt_length
+        if sample.group < 0 or not 0 < following <= SHORT * sample.prompt_length:
             first.append(index)
             continue
         known = distinct.setdefault(sample.group, [])
