@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hdpo.types import Sample
 
 SHORT = 8
-"""A prompt so many times shorter than what follows it is computed with it: less is saved than attention in two spans costs."""
+"""A prompt so many times shorter than what follows it is computed with it: there is next to nothing to save."""
 
 
 def sharing_rows(samples: Sequence[Sample], image_token_id: int | None, merge_size: int) -> list[int]:
