@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tool_server import ToolServer, all_gone, call_text, containers, png, python, task, until
 
@@ -13,6 +14,7 @@ from hdpo.background import BackgroundLoop
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.client import ToolClient
+from hdpo.toolserver.process import KeptToolServer
 from hdpo.toolserver.text_search import build_text_index
 
 LOST = "the session of this trajectory was lost: "
@@ -100,6 +102,30 @@ def test_a_first_call_cut_by_a_restart_is_executed_again_and_a_later_one_is_not(
     assert "executed" in first.result(60).text
     with pytest.raises(ToolServerError, match=LOST):
         second.result(60)
+
+
+def test_a_trainers_own_server_that_dies_comes_back_at_its_address_until_it_is_stopped(
+        tmp_path: Path, background: BackgroundLoop) -> None:
+    server = KeptToolServer(["--tools", "python"], tmp_path / "log")
+    policy = Agent(server.url, background)
+    try:
+        for _ in range(2):
+            policy.call(python("v = 1"), "used")
+            before = psutil.Process(server.pid)
+            below = before.children(recursive=True)
+            before.kill()
+            assert "True" in policy.call(python("print(True)"), "new").text     # waited for it
+            assert server.pid != before.pid
+            policy.refused("used")
+            policy.finish("used")
+            policy.finish("new")
+            assert all_gone(below)
+        last = psutil.Process(server.pid)
+        below = [last, *last.children(recursive=True)]
+    finally:
+        background.run(policy.client.close())
+        server.stop()
+    assert all_gone(below) and server.pid == last.pid
 
 
 def test_an_idle_trajectory_that_was_closed_is_not_continued_in_a_fresh_session(

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import time
 import uuid
 from pathlib import Path
@@ -30,7 +29,7 @@ from hdpo.protocols import Engine, Judge, LogSink
 from hdpo.reward.audit import AuditLog
 from hdpo.reward.scoring import Scorer
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
-from hdpo.toolserver.process import start_tool_server
+from hdpo.toolserver.process import KeptToolServer
 from hdpo.train.batching import PackingSpec
 from hdpo.train.checkpoint import Checkpoints, step_folders
 from hdpo.train.costs import work_model
@@ -190,9 +189,9 @@ class Stage(contextlib.ExitStack):
                             ("--image-cache", config.image_cache)):
             options += [flag, value] if value else []
         self.config.run.path.mkdir(parents=True, exist_ok=True)
-        server, url = start_tool_server(options, self.config.run.path / f"tool_server_{world.node}.log")
-        self.callback(_stop_process, server)
-        return url
+        server = KeptToolServer(options, self.config.run.path / f"tool_server_{world.node}.log")
+        self.callback(server.stop)
+        return server.url
 
     def _rollouts(self, engine: Engine, backend: ToolClient, background: BackgroundLoop) -> Rollouts:
         config = self.config
@@ -306,12 +305,3 @@ def _reads(file: Path, text: str) -> bool:
         return file.read_text() == text
     except OSError:
         return False
-
-
-def _stop_process(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
