@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hdpo.build import Stage
 from hdpo.cli import main
+from hdpo.config import Config
+from hdpo.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 RL = "launch/configs/metis_8b_rl.yaml"
@@ -74,6 +77,15 @@ def test_a_mistake_is_one_line_that_names_it(
     assert main(arguments.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hdpo: error: ") and message in line
+
+
+def test_a_full_disk_anywhere_in_a_run_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hdpo.errors._said", set())
+    base = str(ROOT / "src" / "hdpo" / "assets" / "toy-base")
+    with pytest.raises(DataError, match="^runs/run: No space left on device; checkpoints are intact, and the same"):
+        with Stage(Config.model_validate({"model": {"path": base}})):
+            Path("/dev/full").write_text("a metric")
+    assert capsys.readouterr().err.count("No space left") == 1
 
 
 def test_doctor_shows_what_there_is() -> None:

@@ -6,6 +6,7 @@ Order matters. The policy opens the process group, the engine is built on all ra
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -60,13 +61,17 @@ class Stage(contextlib.ExitStack):
         self.chat = build_chat(config)
 
     def __exit__(self, kind: Any, exc: BaseException | None, trace: Any) -> bool | None:
-        """Close all parts. An error that another rank caused is replaced by one that names that rank."""
-        other = None if exc is None else self.world.failed(exc)
+        """Close all parts. A full disk becomes a UserError, and what another rank caused an error that names that rank."""
+        known = exc
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            known = DataError(f"{exc.filename or self.config.run.path}: {exc.strerror}; checkpoints are intact, and the same "
+                              "command goes on from the newest when there is space")
+        known = (self.world.failed(known) or known) if known is not None else None
         try:
             return super().__exit__(kind, exc, trace)
         finally:
-            if other is not None:
-                raise other from None
+            if known is not None and known is not exc:
+                raise known from None
 
     def sft(self) -> SftParts:
         config = self.config
