@@ -138,7 +138,6 @@ def test_a_killed_rank_is_named_and_the_launcher_ends_in_one_line_for_each(run: 
         seconds = time.monotonic() - started
     finally:
         running.kill()
-    assert len(running.lines("hdpo (rank 0)")) == 1, running.text()[-3000:]
     (line,) = running.lines("hdpo (rank 0)")
     assert f"rank 1 on {socket.gethostname()} (pid {rank1.pid}) died, in " in line
     assert f"(pid {rank1.pid}) was ended by SIGKILL" in running.lines("hdpo: error")[-1]

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import socket
 import time
 import uuid
@@ -66,11 +67,16 @@ class Stage(contextlib.ExitStack):
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
             known = DataError(f"{exc.filename or self.config.run.path}: {exc.strerror}; checkpoints are intact, and the same "
                               "command goes on from the newest when there is space")
-        known = (self.world.failed(known) or known) if known is not None else None
+        if known is None:
+            return super().__exit__(kind, exc, trace)
+        # When one rank has failed the launcher ends all others at once; this one has to find out and say why first.
+        told_to_end = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        known = self.world.failed(known) or known
         try:
             return super().__exit__(kind, exc, trace)
         finally:
-            if known is not None and known is not exc:
+            signal.signal(signal.SIGTERM, told_to_end)
+            if known is not exc:
                 raise known from None
 
     def sft(self) -> SftParts:
