@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_serve_gives_one_clear_line(tiny_folder: Path, tmp_
         if config:
             (folder / "config.json").write_text(json.dumps(config))
         return str(folder)
-    for path, text in (("/no/such/folder", "no such folder"), ("", "empty"), (broken("a"), "config.json"),
+    for path, text in (("/no/such/folder", "no such folder"), ("", "model.path is not set"), (broken("a"), "config.json"),
                        (broken("b", model_type="llama"), "llama"), (broken("c", model_type="qwen3_vl"), "can't be loaded")):
         with pytest.raises(ModelError, match=text) as caught:
             load_chat_format(path, 256, 4096)
