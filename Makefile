@@ -73,7 +73,11 @@ judge: install ## serve a model folder as the judge with vLLM: make judge ARGS="
 doctor: install ## versions, devices, space and services of this machine
 	$(BIN)/hdpo doctor
 
-bench: install ## short benchmarks as tables and JSON in benchmarks/results, compared with benchmarks/baselines
+$(STAMP)-bench: $(STAMP)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[bench]"
+	@touch $@
+
+bench: $(STAMP)-bench ## short benchmarks, peers beside, as tables and JSON in benchmarks/results, compared with benchmarks/baselines
 	rm -rf benchmarks/results && mkdir -p benchmarks/results
 	@failed=0; for script in benchmarks/bench_*.py; do name=$${script#benchmarks/bench_}; name=$${name%.py}; \
 	    $(BIN)/python $$script --short --json benchmarks/results/$$name.json || { echo "$$name: goals missed, or not run"; failed=1; }; done; \
