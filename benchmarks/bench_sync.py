@@ -128,7 +128,7 @@ def main() -> int:
         per_byte = [run["times"]["sync"]["seconds"] / run["bytes"] for run in (first, last)]
         at = "one rank" if ranks == 1 else f"{ranks} ranks"
         figures |= {
-            f"Y1 seconds per byte, largest / smallest model, {at}": Figure(per_byte[1] / per_byte[0], "x", "lower", 1.5, 0.3),
+            f"Y1 seconds per byte, largest / smallest model, {at}": Figure(per_byte[1] / per_byte[0], "x", "lower", 1.5, 2.0),
             f"Y2 peak memory above resident / one group, {at}": Figure(peak / group, "x", "lower", 2.5, 0.3),
             f"sync / copying the same bytes, {at}": Figure(last["times"]["sync"]["ratio"], "x", "lower", None, 0.5),
             f"the same with checksums, {at}": Figure(last["times"]["with checksums"]["ratio"], "x", "lower", None, 0.5),
