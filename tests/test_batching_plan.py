@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import chain
 
 from hypothesis import given
@@ -48,14 +49,20 @@ def groups(draw: st.DrawFn) -> list[RowCost]:
     return rows
 
 
+def planned_once(rows: list[RowCost], ranks: int, budget: Budget) -> tuple[list[RowCost], list[Sequence[int]]]:
+    """The rows with owners among `ranks`, and all micro-batches, which hold each row once and are equally many on every rank."""
+    rows = [row._replace(owner=row.owner % ranks) for row in rows]
+    made = plan(rows, ranks, budget)
+    assert sorted(i for bins in made for i in chain(*bins)) == list(range(len(rows)))
+    assert len({len(bins) for bins in made}) == 1 and made[0]
+    return rows, list(chain(*made))
+
+
 @given(ROWS, st.integers(1, 3), st.integers(120, 400), st.integers(50, 200), st.sampled_from([0, 20]))
 def test_every_row_is_planned_once_and_no_micro_batch_exceeds_its_budget(
         rows: list[RowCost], ranks: int, tokens: int, patches: int, filler: int) -> None:
-    rows = [row._replace(owner=row.owner % ranks) for row in rows]
-    made = plan(rows, ranks, Budget(tokens, patches, filler))
-    assert sorted(i for bins in made for i in chain(*bins)) == list(range(len(rows)))
-    assert len({len(bins) for bins in made}) == 1 and made[0]
-    for bin_ in chain(*made):
+    rows, bins = planned_once(rows, ranks, Budget(tokens, patches, filler))
+    for bin_ in bins:
         seen = sum(rows[i].patches for i in bin_)
         assert sum(rows[i].tokens for i in bin_) + (0 if seen else filler) <= tokens and seen <= patches
 
@@ -63,11 +70,8 @@ def test_every_row_is_planned_once_and_no_micro_batch_exceeds_its_budget(
 @given(groups(), st.integers(1, 3), st.integers(120, 400), st.integers(50, 200), st.sampled_from([0, 20]))
 def test_with_shared_prompts_every_row_is_planned_once_within_budgets_that_count_a_prompt_once(
         rows: list[RowCost], ranks: int, tokens: int, patches: int, filler: int) -> None:
-    rows = [row._replace(owner=row.owner % ranks) for row in rows]
-    made = plan(rows, ranks, Budget(tokens, patches, filler))
-    assert sorted(i for bins in made for i in chain(*bins)) == list(range(len(rows)))
-    assert len({len(bins) for bins in made}) == 1 and made[0]
-    for bin_ in chain(*made):
+    rows, bins = planned_once(rows, ranks, Budget(tokens, patches, filler))
+    for bin_ in bins:
         prompts = {row.prompt for i in bin_ if (row := rows[i]).prompt is not None}
         again = [row.prompt for i in bin_ if (row := rows[i]).prompt is not None]
         sums = [sum(getattr(rows[i], what) for i in bin_) - sum(getattr(p, what) for p in again)
