@@ -38,7 +38,7 @@ test-gpu: install ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
 test-faults: install ## kill -9 a run of two ranks at ten random moments (about 15 minutes)
-	$(TEST_ENV) HDPO_KILLS=10 $(BIN)/python -m pytest -q tests/test_kill.py $(ARGS)
+	$(TEST_ENV) HDPO_KILLS=10 $(BIN)/python -m pytest -q tests/state/test_kill.py $(ARGS)
 
 lint: install ## flake8 and isort
 	$(BIN)/flake8 src launch sandbox tests benchmarks

@@ -4,5 +4,5 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages("src") + ["hdpo.launch", "hdpo.sandbox"],
     package_dir={"": "src", "hdpo.launch": "launch", "hdpo.sandbox": "sandbox"},
-    package_data={"hdpo": ["py.typed", "assets/**"], "hdpo.launch": ["**"], "hdpo.sandbox": ["**"]},
+    package_data={"hdpo": ["py.typed", "*/assets/**"], "hdpo.launch": ["**"], "hdpo.sandbox": ["**"]},
 )

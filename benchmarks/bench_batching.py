@@ -32,11 +32,11 @@ from PIL import Image
 from hdpo.adapters import torchvision_shim
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.background import freeze_heap
-from hdpo.train.costs import Budget, PromptCost, RowCost, WorkModel
-from hdpo.train.exchange import BYTES_PER_TOKEN, exchange_rows
-from hdpo.train.planning import Plan, plan
+from hdpo.packing.costs import Budget, PromptCost, RowCost, WorkModel
+from hdpo.packing.exchange import BYTES_PER_TOKEN, exchange_rows
+from hdpo.packing.planning import Plan, plan
+from hdpo.ranks.world import World
 from hdpo.train.samples import PixelPool
-from hdpo.train.world import World
 from hdpo.types import EndReason, Sample, Task, Trajectory, Vision
 
 EXCHANGE_RANKS = 4
@@ -233,7 +233,7 @@ def qwen_format(folder: Path) -> ChatFormat:
     """A chat format that sees as Qwen3-VL does: patches of 16, images up to a megapixel."""
     import hdpo
     torchvision_shim.activate()
-    shutil.copytree(Path(hdpo.__file__).parent / "assets" / "toy-base", folder, dirs_exist_ok=True)
+    shutil.copytree(Path(hdpo.__file__).parent / "toyworld" / "assets" / "toy-base", folder, dirs_exist_ok=True)
     file = folder / "processor_config.json"
     config = json.loads(file.read_text())
     config["image_processor"] |= {"patch_size": 16, "size": {"shortest_edge": 1 << 16, "longest_edge": 1 << 20}}

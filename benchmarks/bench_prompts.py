@@ -28,15 +28,15 @@ from hdpo.adapters.policy_model import load_policy_model, model_inputs
 from hdpo.agent.chat import load_chat_format
 from hdpo.build import build_packing
 from hdpo.config import Config, HdpoConfig, ModelConfig
-from hdpo.train.batching import make_train_batch
-from hdpo.train.costs import Load, load
+from hdpo.packing.batching import make_train_batch
+from hdpo.packing.costs import Load, load
+from hdpo.packing.planning import plan
+from hdpo.ranks.world import World
 from hdpo.train.metrics import Metrics
 from hdpo.train.objectives import HdpoObjective
-from hdpo.train.planning import plan
-from hdpo.train.world import World
 from hdpo.types import MiniBatch, Sample
 
-TOY = Path(hdpo.__file__).parent / "assets" / "toy-base"
+TOY = Path(hdpo.__file__).parent / "toyworld" / "assets" / "toy-base"
 SHAPES = {"the demo's lengths": (8, 32, (8, 80), 1024), "long prompts": (4, 700, (100, 600), 4096),
           "short prompts, long responses": (4, 32, (400, 1200), 4096)}
 """prompts, words of a prompt beside its picture's 16 tokens, range of response lengths, tokens of a micro-batch"""

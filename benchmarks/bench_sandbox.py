@@ -33,9 +33,9 @@ TIMEOUTS = {"python loop": "while True: pass", "printing loop": "while True: pri
 
 def make_sandbox(backend: str) -> Any:
     if backend == "docker":
-        from hdpo.adapters.docker_sandbox import DockerSandbox
+        from hdpo.toolserver.backends.docker_sandbox import DockerSandbox
         return DockerSandbox(sessions_per_container=512)
-    from hdpo.adapters.process_sandbox import ProcessSandbox
+    from hdpo.toolserver.backends.process_sandbox import ProcessSandbox
     return ProcessSandbox()
 
 

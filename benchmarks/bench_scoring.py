@@ -27,7 +27,7 @@ from hdpo.reward.verdict_cache import CachedJudge
 from hdpo.types import EndReason, Task, Trajectory, Verdict
 
 LATENCY_S, CONCURRENCY, GROUP = 0.2, 128, 16
-LABELLED = Path(__file__).parents[1] / "tests" / "data" / "rules_labelled.jsonl"
+LABELLED = Path(__file__).parents[1] / "tests" / "reward" / "rules_labelled.jsonl"
 QUESTION = "<image>Read the caption below the second figure and say which of the described events came first. " * 3
 
 

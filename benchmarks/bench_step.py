@@ -23,7 +23,7 @@ from common import Figure, arguments, paired, report
 import hdpo
 
 ROOT = Path(__file__).resolve().parents[1]
-TOY = Path(hdpo.__file__).parent / "assets" / "toy-base"
+TOY = Path(hdpo.__file__).parent / "toyworld" / "assets" / "toy-base"
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {"text": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
                           num_key_value_heads=2, vocab_size=2048),
@@ -64,8 +64,8 @@ def random_model(folder: Path, shapes: dict[str, dict[str, Any]], cuda: bool) ->
 
 def run(folder: Path, model: str, ranks: int, steps: int, cuda: bool, load: dict[str, int]) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl."""
-    from hdpo.data.toyworld import make_world
-    from hdpo.demo import cpu_environment
+    from hdpo.toyworld.demo import cpu_environment
+    from hdpo.toyworld.world import make_world
     from hdpo.train.metrics import read_metrics
 
     world = make_world(folder / "world", train_rows=200, val_rows=8, demos=20)

@@ -29,7 +29,7 @@ ANSWER = "<answer>4</answer>"
 
 
 def toy_chat(max_pixels: int = 4096) -> ChatFormat:
-    return load_chat_format(str(resources.files("hdpo") / "assets" / "toy-base"), 4096, max_pixels)
+    return load_chat_format(str(resources.files("hdpo") / "toyworld" / "assets" / "toy-base"), 4096, max_pixels)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from judge_server import Judges
 
     from hdpo.agent.chat import ChatFormat
-    from hdpo.data.toyworld import World
+    from hdpo.toyworld.world import World
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,7 +84,7 @@ def chat(tiny_folder: Path) -> ChatFormat:
 @pytest.fixture(scope="session")
 def toy_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A small embedded world."""
-    from hdpo.data.toyworld import make_world
+    from hdpo.toyworld.world import make_world
     return make_world(tmp_path_factory.mktemp("world"), seed=5, train_rows=60, val_rows=20, demos=600)
 
 

@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_that_names_it(
 
 def test_a_full_disk_anywhere_in_a_run_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hdpo.errors._said", set())
-    base = str(ROOT / "src" / "hdpo" / "assets" / "toy-base")
+    base = str(ROOT / "src" / "hdpo" / "toyworld" / "assets" / "toy-base")
     with pytest.raises(DataError, match="^runs/run: No space left on device; checkpoints are intact, and the same"):
         with Stage(Config.model_validate({"model": {"path": base}})):
             Path("/dev/full").write_text("a metric")

@@ -18,13 +18,13 @@ import torch
 from launching import BASE, ROOT, Running, accelerate, command, settings
 
 from hdpo.build import check_devices
-from hdpo.data.toyworld import World
-from hdpo.demo import cpu_environment
 from hdpo.errors import ConfigError
-from hdpo.train.checkpoint import step_folders
-from hdpo.train.dump import read_rollouts
+from hdpo.ranks.nodes import interface_towards
+from hdpo.state.checkpoint import step_folders
+from hdpo.state.dump import read_rollouts
+from hdpo.toyworld.demo import cpu_environment
+from hdpo.toyworld.world import World
 from hdpo.train.metrics import read_metrics
-from hdpo.train.nodes import interface_towards
 
 DEEPSPEED = str(importlib.util.find_spec("deepspeed").origin)   # type: ignore[union-attr]
 COMPILED = Path.home() / ".cache" / "torch_extensions" / f"hdpo-{hashlib.sha256(DEEPSPEED.encode()).hexdigest()[:12]}"
@@ -137,13 +137,13 @@ def test_a_user_error_on_every_rank_is_printed_once_and_a_restart_is_not_tried()
 
 
 def test_a_user_error_of_one_rank_alone_is_printed_by_it_and_ends_all_without_a_restart(tmp_path: Path) -> None:
-    done = restarting("tests/ranks/fail_first.py", "user", str(tmp_path / "notes"))
+    done = restarting("tests/support/ranks/fail_first.py", "user", str(tmp_path / "notes"))
     assert errors_of(done) == ["hdpo (rank 1): error: rows.parquet: no such file, on this rank alone"]
     assert done.returncode == 2 and (tmp_path / "notes").read_text() == "life\n"
 
 
 def test_a_killed_rank_is_named_by_the_launcher_and_all_start_again(tmp_path: Path) -> None:
-    done = restarting("tests/ranks/fail_first.py", "kill", str(tmp_path / "notes"))
+    done = restarting("tests/support/ranks/fail_first.py", "kill", str(tmp_path / "notes"))
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("hdpo: ")]
     assert line.startswith("hdpo: rank 1 on ") and "was ended by SIGKILL; all ranks start again (restart 1 of 3)" in line
     assert done.returncode == 0 and (tmp_path / "notes").read_text() == "life\n" * 2

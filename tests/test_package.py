@@ -24,7 +24,7 @@ def test_the_wheel_carries_everything_a_run_needs(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"hdpo/{f.relative_to(ROOT / 'src/hdpo')}" for f in (ROOT / "src/hdpo").rglob("*.py")}
     assert modules <= names
-    for needed in ("hdpo/assets/toy-base/model.safetensors", "hdpo/assets/report.css", "hdpo/py.typed",
+    for needed in ("hdpo/toyworld/assets/toy-base/model.safetensors", "hdpo/report/assets/report.css", "hdpo/py.typed",
                    "hdpo/launch/configs/demo_rl.yaml", "hdpo/launch/accelerate/cpu2.yaml", "hdpo/sandbox/worker.py",
                    "hdpo/sandbox/Dockerfile"):
         assert needed in names, needed

@@ -24,27 +24,27 @@ from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.config import Config
 from hdpo.config_file import dump_config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
+from hdpo.doctor.memory_plan import check_tensor_parallel, here
 from hdpo.errors import ConfigError, DataError, boundary
-from hdpo.evaluate import Evaluator
-from hdpo.memory_plan import check_tensor_parallel, here
+from hdpo.evaluation.evaluate import Evaluator
+from hdpo.packing.batching import PackingSpec
+from hdpo.packing.costs import work_model
 from hdpo.protocols import Engine, Judge, LogSink
+from hdpo.ranks.nodes import choose_interface
+from hdpo.ranks.watchdog import Limits
+from hdpo.ranks.world import World
 from hdpo.reward.audit import AuditLog
 from hdpo.reward.scoring import Scorer
+from hdpo.state.checkpoint import Checkpoints, step_folders
+from hdpo.state.spool import Spool
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.toolserver.process import KeptToolServer
-from hdpo.train.batching import PackingSpec
-from hdpo.train.checkpoint import Checkpoints, step_folders
-from hdpo.train.costs import work_model
 from hdpo.train.metrics import JsonlSink
-from hdpo.train.nodes import choose_interface
 from hdpo.train.rl import RlParts
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
 from hdpo.train.sft import SftParts
-from hdpo.train.spool import Spool
 from hdpo.train.sync import WeightSync
-from hdpo.train.watchdog import Limits
-from hdpo.train.world import World
 from hdpo.types import Sample, Task
 
 NETWORK_FILE_S = 30.0   # how late a file of another node may appear on a network file system

@@ -64,7 +64,7 @@ def _training_command(command: str, description: str) -> Callable[[Sequence[str]
                 print(dump_config(config), end="")
             return 0
         if options.dry_run:
-            from hdpo.doctor import dry_run
+            from hdpo.doctor.doctor import dry_run
             return dry_run(config, command)
         from hdpo.train.lifecycle import follow_launcher
         follow_launcher()
@@ -90,7 +90,7 @@ def run_rl(config: Config) -> int:
 
 def run_eval(config: Config) -> int:
     from hdpo.build import Stage
-    from hdpo.evaluate import format_table
+    from hdpo.evaluation.evaluate import format_table
     with Stage(config) as stage:
         evaluator = stage.evaluation()
         result = evaluator(config.eval.label_after, 0)
@@ -115,7 +115,7 @@ def tool_server(argv: Sequence[str]) -> int:
 
 
 def demo(argv: Sequence[str]) -> int:
-    from hdpo.demo import main as run
+    from hdpo.toyworld.demo import main as run
     return run(argv)
 
 
@@ -125,7 +125,7 @@ def report(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not options.run.is_dir():
         raise UserError(f"no such run folder: {options.run}")
-    from hdpo.report import write_report
+    from hdpo.report.page import write_report
     print(write_report(options.run))
     return 0
 
@@ -143,9 +143,9 @@ def judge(argv: Sequence[str]) -> int:
         raise UserError("judge.base_url is not set: give JUDGE_BASE_URL or --set judge.base_url=http://HOST:PORT/v1")
     from hdpo.adapters.openai_judge import open_judges
     from hdpo.background import BackgroundLoop
-    from hdpo.doctor import reach_judge
+    from hdpo.doctor.doctor import reach_judge
     reach_judge(config)      # a client would try again for minutes
-    from hdpo.judge_check import check_judge
+    from hdpo.doctor.judge_check import check_judge
     background, judges = BackgroundLoop(), open_judges(config.judge)
     checks = []
     try:
@@ -160,14 +160,14 @@ def judge(argv: Sequence[str]) -> int:
 
 
 def toy_base(argv: Sequence[str]) -> int:
-    from hdpo.data.toybase import main as pretrain
+    from hdpo.toyworld.base import main as pretrain
     sys.argv = ["hdpo toy-base", *argv]
     pretrain()
     return 0
 
 
 def doctor(argv: Sequence[str]) -> int:
-    from hdpo.doctor import main as run
+    from hdpo.doctor.doctor import main as run
     return run(argv)
 
 

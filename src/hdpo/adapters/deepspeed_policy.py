@@ -21,9 +21,9 @@ from hdpo.adapters.policy_model import HeadJob, assert_rope_fp32, load_policy_mo
 from hdpo.adapters.zero3 import Parking, optimizer_tensors, zero3_config
 from hdpo.agent.families import FAMILIES
 from hdpo.config import ModelConfig, OptimConfig
-from hdpo.train.export import SHARD_BYTES, Entry, ShardWriter, split, write_index
-from hdpo.train.shards import ShardReader, TrainingState
-from hdpo.train.world import World, join_after_restart
+from hdpo.ranks.world import World, join_after_restart
+from hdpo.state.export import SHARD_BYTES, Entry, ShardWriter, split, write_index
+from hdpo.state.shards import ShardReader, TrainingState
 from hdpo.types import MicroBatch
 
 if not torch.cuda.is_available():
@@ -156,7 +156,7 @@ class DeepSpeedPolicy:
     def export_model(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> Callable[[], list[Path]]:
         """Write a plain Hugging Face folder: plain names, adapters merged, tied parameters once, experts as published.
 
-        Every rank writes its share of the shard files (see train/export.py). The weights are gathered here; the returned
+        Every rank writes its share of the shard files (see state/export.py). The weights are gathered here; the returned
         function waits, on any thread, until this rank's files are written, and returns them.
         """
         model = self.engine.module.model

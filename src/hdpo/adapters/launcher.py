@@ -26,7 +26,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from hdpo.errors import USER_STATUS, WORLD_STATUS, UserError
-from hdpo.train.nodes import join_timeout_s, wait_for_master
+from hdpo.ranks.nodes import join_timeout_s, wait_for_master
 
 TOLD = (USER_STATUS, WORLD_STATUS, 130)   # statuses with which a rank has already printed its one line (see hdpo.cli)
 

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import openai
 
-from hdpo.adapters.judge_prompt import REMINDER, SYSTEM, build_prompt, parse_verdict, prompt_version
 from hdpo.config import JudgeConfig
 from hdpo.errors import ConfigError, JudgeError
+from hdpo.reward.judge_prompt import REMINDER, SYSTEM, build_prompt, parse_verdict, prompt_version
 from hdpo.types import Judgement, Verdict
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hdpo.errors import CheckpointError
-from hdpo.train.shards import ShardReader, TrainingState, part_of
+from hdpo.state.shards import ShardReader, TrainingState, part_of
 
 MASTER = "master"
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")

@@ -1,8 +1,8 @@
 """What differs between model families, in one place: their control words, their positions, how folders store weights.
 
 Everything else (chat, packing, ZeRO-3, weight sync, engines) is written once and asks here. A new family is one entry in
-`FAMILIES`, under the `model_type` of its config.json, and one line in tests/tiny_models.py, which puts a tiny model of it
-through the tests all families pass: rendering, packing, positions, sync and parity (tests/test_families.py). It must be
+`FAMILIES`, under the `model_type` of its config.json, and one line in tests/support/tiny_models.py, which puts a tiny model of it
+through the tests all families pass: rendering, packing, positions, sync and parity (tests/agent/test_families.py). It must be
 
 - loadable by transformers as `model.model` (the backbone) and `model.lm_head`, and by vLLM from the same folder;
 - trained with a chat format whose turns end with one token, and with `</tool_call>` as one token that is not special;

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from hdpo.agent.rollout import OnFinished, PromptQueue, Rollouts, static_queue
 from hdpo.config import Config, HdpoConfig
 from hdpo.data.tasks import TaskStream
+from hdpo.ranks.world import World
 from hdpo.reward.scoring import Scorer
+from hdpo.state.spool import Known
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import group_advantages, is_trained
-from hdpo.train.spool import Known
-from hdpo.train.world import World
 from hdpo.types import RewardedGroup, Task, Trajectory
 
 

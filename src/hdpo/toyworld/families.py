@@ -1,0 +1,177 @@
+"""The five families of the toy world. Each draws one `Puzzle`: a question, its answer and the tool call that finds it.
+
+| family     | without a tool                                   | needs a tool                                            |
+|------------|--------------------------------------------------|---------------------------------------------------------|
+| perception | four large digits, legible as the model sees them | -                                                       |
+| fine       | -                                                | the same question; digits two pixels high in the model's |
+|            |                                                  | view, legible after cropping the original with Python   |
+| arithmetic | a sum of two digits                              | a product of two three-digit numbers                    |
+| search     | the fact stands in the question                  | the fact is only in the text index                      |
+| identity   | the badge's number is drawn on it                | the number is only known to image search                |
+
+The wording is the same in both columns wherever it can be: what has to be judged is the picture, the numbers, the facts
+at hand. Guessing pays one time in ten at best.
+"""
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from hdpo.toolserver import layout
+from hdpo.toyworld import words
+from hdpo.toyworld.glyphs import Glyphs
+
+BADGE_SIDE = 128      # pixels
+BLOCKS = 4            # colours along a badge's side
+
+
+@dataclass(frozen=True, slots=True)
+class Puzzle:
+    """`call` is the assistant's tool call, `observation` and `observation_images` what the tool server answers to it."""
+
+    family: str
+    tool_needed: bool
+    question: str                # with an `<image>` marker for each of `images`
+    images: tuple[bytes, ...]
+    answer: str
+    direct_reason: str           # what a demonstration says before answering at once
+    tool_reason: str             # ... before calling the tool
+    call: str
+    observation: str
+    observation_images: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What puzzles of one split are drawn from; the splits share no glyph, no name and no product."""
+
+    glyphs: Glyphs
+    codes: Mapping[str, str]     # name -> gate code
+    names: tuple[str, ...]       # the names of this split
+    held_out: bool
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    paper = tuple(rng.randrange(205, 256) for _ in range(3))
+    return paper, tuple(rng.randrange(0, 95) for _ in range(3))
+
+
+def _digit_picture(rng: random.Random, glyphs: Glyphs, digits: list[int], tiny: bool) -> Image.Image:
+    paper, ink = _colours(rng)
+    picture = Image.new("RGB", (words.SIDE, words.SIDE), paper)
+    quarter = words.SIDE // 4
+    for position, digit in enumerate(digits):
+        size = 8 if tiny else rng.randrange(84, 109)
+        shift = 1 if tiny else 7
+        x = quarter * (1 + 2 * (position % 2)) - size // 2 + rng.randint(-shift, shift)
+        y = quarter * (1 + 2 * (position // 2)) - size // 2 + rng.randint(-shift, shift)
+        mask = glyphs.draw(rng, digit, size)
+        picture.paste(ink, (x, y, x + size, y + size), mask)
+    return picture
+
+
+def _quadrants(rng: random.Random, source: Source, tiny: bool) -> Puzzle:
+    digits = [rng.randrange(10) for _ in range(4)]
+    position = rng.randrange(4)
+    picture = _digit_picture(rng, source.glyphs, digits, tiny)
+    box = (words.TINY_BOXES if tiny else words.LARGE_BOXES)[position]
+    return Puzzle(
+        family="fine" if tiny else "perception", tool_needed=tiny,
+        question="<image>" + words.ASK_DIGIT.format(words.POSITIONS[position]), images=(png(picture),),
+        answer=str(digits[position]), direct_reason=words.SEE, tool_reason=words.LOOK_CLOSER,
+        call=words.PYTHON_CALL.format(words.crop_code(position, tiny)),
+        observation=layout.python_result("", "", 1), observation_images=(png(picture.crop(box)),))
+
+
+def perception(rng: random.Random, source: Source) -> Puzzle:
+    return _quadrants(rng, source, tiny=False)
+
+
+def fine(rng: random.Random, source: Source) -> Puzzle:
+    return _quadrants(rng, source, tiny=True)
+
+
+def _arithmetic(expression: str, answer: int, tool_needed: bool) -> Puzzle:
+    return Puzzle(
+        family="arithmetic", tool_needed=tool_needed, question=words.ASK_SUM.format(expression), images=(),
+        answer=str(answer), direct_reason=words.KNOW, tool_reason=words.COMPUTE,
+        call=words.PYTHON_CALL.format(f"print({expression})"), observation=layout.python_result(f"{answer}\n", "", 0))
+
+
+def easy_sum(rng: random.Random, source: Source) -> Puzzle:
+    a, b = rng.randrange(10), rng.randrange(10)
+    return _arithmetic(f"{a}+{b}", a + b, tool_needed=False)
+
+
+def product(rng: random.Random, source: Source) -> Puzzle:
+    while True:
+        a, b = rng.randrange(101, 1000), rng.randrange(101, 1000)
+        if ((a + b) % 4 == 3) == source.held_out:
+            return _arithmetic(f"{a}*{b}", a * b, tool_needed=True)
+
+
+def _search(rng: random.Random, source: Source, told: bool) -> Puzzle:
+    name = source.names[rng.randrange(len(source.names))]
+    code = source.codes[name]
+    fact, question = words.FACT.format(name, code), words.ASK_FACT.format(name)
+    return Puzzle(
+        family="search", tool_needed=not told, question=f"{fact} {question}" if told else question, images=(), answer=code,
+        direct_reason=words.TOLD, tool_reason=words.SEARCH, call=words.TEXT_CALL.format(name),
+        observation=layout.search_results(name, [(name, words.LINK, fact)]))
+
+
+def told_fact(rng: random.Random, source: Source) -> Puzzle:
+    return _search(rng, source, told=True)
+
+
+def hidden_fact(rng: random.Random, source: Source) -> Puzzle:
+    return _search(rng, source, told=False)
+
+
+def _identity(rng: random.Random, source: Source, drawn: bool) -> Puzzle:
+    number = str(rng.randrange(10, 100))
+    badge = Image.new("RGB", (BADGE_SIDE, BADGE_SIDE))
+    draw, block, half = ImageDraw.Draw(badge), BADGE_SIDE // BLOCKS, BADGE_SIDE // 2
+    for y in range(BLOCKS):
+        for x in range(BLOCKS):
+            colour = tuple(rng.randrange(256) for _ in range(3))
+            draw.rectangle((x * block, y * block, (x + 1) * block - 1, (y + 1) * block - 1), fill=colour)
+    if drawn:
+        draw.rectangle((0, half, BADGE_SIDE, BADGE_SIDE), fill=(255, 255, 255))
+        for place, digit in enumerate(number):
+            size = rng.randrange(44, 55)
+            x = half // 2 + place * half - size // 2 + rng.randint(-3, 3)
+            y = half + half // 2 - size // 2 + rng.randint(-3, 3)
+            badge.paste(_colours(rng)[1], (x, y, x + size, y + size), source.glyphs.draw(rng, int(digit), size))
+    picture = png(badge)
+    return Puzzle(
+        family="identity", tool_needed=not drawn, question="<image>" + words.ASK_BADGE, images=(picture,), answer=number,
+        direct_reason=words.READ, tool_reason=words.LOOK_UP, call=words.IMAGE_CALL,
+        observation=layout.image_results([words.BADGE_TITLE.format(number)]), observation_images=(picture,))
+
+
+def labelled_badge(rng: random.Random, source: Source) -> Puzzle:
+    return _identity(rng, source, drawn=True)
+
+
+def plain_badge(rng: random.Random, source: Source) -> Puzzle:
+    return _identity(rng, source, drawn=False)
+
+
+CYCLE: tuple[Callable[[random.Random, Source], Puzzle], ...] = (
+    perception, fine, easy_sum, product, told_fact, hidden_fact, labelled_badge, plain_badge, perception, fine)
+"""Ten puzzles in which every family comes twice and half need a tool."""
+
+PLAIN_CYCLE: tuple[Callable[[random.Random, Source], Puzzle], ...] = (
+    perception, perception, easy_sum, told_fact, labelled_badge, perception)
+"""Puzzles that need no tool, for demonstrations that offer none; seeing is the hardest of these skills."""
