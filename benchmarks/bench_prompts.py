@@ -26,7 +26,7 @@ from PIL import Image
 import hdpo
 from hdpo.adapters.policy_model import load_policy_model, model_inputs
 from hdpo.agent.chat import load_chat_format
-from hdpo.build import build_packing
+from hdpo.compose.policy import build_packing
 from hdpo.config import Config, HdpoConfig, ModelConfig
 from hdpo.packing.batching import make_train_batch
 from hdpo.packing.costs import Load, load

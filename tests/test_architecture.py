@@ -3,20 +3,23 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import hdpo
+
 SRC = Path(__file__).resolve().parents[1] / "src" / "hdpo"
 FILES = sorted(SRC.rglob("*.py"))
 
-# Lowest first; a room imports itself and rooms before it.
-ROOMS = ["maths", "words", "ranks", "agent", "reward", "packing", "data", "state", "toolserver", "adapters", "train",
-         "evaluation", "report", "doctor", "build", "toyworld", "cli"]
-MATHS = {"losses", "advantages", "fused_loss", "checksums"}
-WORDS = {"types", "errors", "protocols", "config", "config_file", "background"}
+MAP = [line.split("   " if line.count("   ") else "  ")[0].split() for line in (hdpo.__doc__ or "").partition("The map.")[2]
+       .split("\n\n")[1].strip().splitlines()]
+"""The rooms as hdpo's docstring lists them, lowest first: [[a module or room, ...], ...]."""
+ROOMS = ["maths", "words", *(names[0] for names in MAP[2:])]
+MATHS, WORDS = set(MAP[0]), set(MAP[1])
 VENDORS = {"vllm", "deepspeed", "accelerate", "openai", "wandb", "tensorboard", "peft"}
 
 
@@ -68,8 +71,22 @@ def test_arrows_point_one_way(file: Path) -> None:
             assert there in ("words", "toolserver") or imported == "agent.parse", imported
 
 
+def test_the_map_lists_every_room_and_nothing_else() -> None:
+    here = {path.stem for path in SRC.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert sorted(name for names in MAP for name in names) == sorted(here - {"__init__", "__main__"})
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS[2:] if room != "cli"])
+def test_each_room_says_what_it_holds_and_where_to_start(room: str) -> None:
+    text = ast.get_docstring(ast.parse((SRC / room / "__init__.py").read_text())) or ""
+    assert "Start with" in text
+    named = re.findall(r"`([a-z_]+\.py)`", text)
+    assert named and all((SRC / room / name).exists() or (SRC / name).exists() for name in named)
+
+
 ADAPTERS_USE = {"maths", "words", "ranks", "packing", "state", "adapters"}
 ADAPTER_EXTRAS = {
+    "agent.chat",              # one adapter opens the chat format of a model folder
     "agent.families",          # what differs between model families: parameter names, positions
     "reward.verdict_cache",    # what a judge's verdict depends on, as a fingerprint
     "reward.judge_prompt",     # the words a judge is asked with

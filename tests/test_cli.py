@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hdpo.build import Stage
 from hdpo.cli import main
+from hdpo.compose.stage import Stage
 from hdpo.config import Config
 from hdpo.errors import DataError
 

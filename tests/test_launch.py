@@ -17,7 +17,7 @@ import pytest
 import torch
 from launching import BASE, ROOT, Running, accelerate, command, settings
 
-from hdpo.build import check_devices
+from hdpo.compose.checks import check_devices
 from hdpo.errors import ConfigError
 from hdpo.ranks.nodes import interface_towards
 from hdpo.state.checkpoint import step_folders

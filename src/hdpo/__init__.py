@@ -2,6 +2,26 @@
 
 The public names below are loaded on first use (PEP 562). They need torch and nothing else, so that another trainer can
 use the algorithm alone: `from hdpo import hdpo_advantages, hdpo_loss, fused_linear_hdpo_loss`.
+
+The map. A room imports rooms above it in this list, never below; tests/test_architecture.py holds both to the tree.
+
+losses advantages fused_loss checksums   the algorithm and exact sums; torch alone
+types errors protocols config config_file background   words: records, failures, what the core needs of the world, settings
+ranks        collectives, the watchdog, nodes: who is there, who is alive
+agent        one trajectory, thousands at once: chat, images, calls, turns
+reward       trajectories -> three-valued verdicts -> rewards
+packing      rows of all ranks -> micro-batches of equal work with global norms
+data         rows of users' files: tasks, demonstrations
+state        checkpoints, exported weights, spooled and dumped rollouts
+toolserver   `hdpo tool-server` and its client; backends/ run the model's code
+adapters     one vendor, one file
+train        the two loops and their verbs
+evaluation   held-out rows, and what they say
+report       a run's folder -> a page
+doctor       what is missing before a device is touched
+compose      the composition root: configuration -> parts, in order
+toyworld     the embedded world, its base model, the demo
+cli          one entry a command
 """
 from __future__ import annotations
 

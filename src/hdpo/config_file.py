@@ -1,8 +1,10 @@
 """Where settings come from and go to: YAML files, the reference's environment variables, and `--set a.b=c`."""
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,29 @@ def describe_fields(section: type[BaseModel] = Config, prefix: str = "") -> list
         else:
             rows.append((prefix + name, info.get_default(call_default_factory=True), info.description or ""))
     return rows
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """--config and --set, as every command takes them that needs a run's settings."""
+    parser.add_argument("--config", help="YAML file; see launch/configs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override one setting, for example --set hdpo.w_tool=0.1 (repeatable)")
+
+
+def parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """The configuration of `hdpo COMMAND`, and its options print_config and dry_run. Raises ConfigError."""
+    parser = argparse.ArgumentParser(prog=f"hdpo {command}", description=description,
+                                     epilog="`hdpo settings` lists every setting with its default and meaning.")
+    add_config_options(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resulting configuration as YAML and end")
+    parser.add_argument("--dry-run", action="store_true", help="check data, model folder, tools and judge, then end")
+    options = parser.parse_args(argv)
+    return load_config(options.config, options.overrides), options
+
+
+def main(argv: Sequence[str]) -> int:
+    """`hdpo settings`."""
+    argparse.ArgumentParser(prog="hdpo settings", description="Every setting, its default and its meaning.").parse_args(argv)
+    for path, default, description in describe_fields():
+        print(f"{path:34} {default!r:28} {description}")
+    return 0

@@ -13,7 +13,7 @@ from tiny_models import MAX_PIXELS, MIN_PIXELS, save_tiny
 from hdpo.adapters.lora import choose_trainable, merged_parameters
 from hdpo.adapters.policy_model import load_policy_model, model_inputs
 from hdpo.agent.chat import load_chat_format
-from hdpo.build import build_packing
+from hdpo.compose.policy import build_packing
 from hdpo.config import Config, ModelConfig
 from hdpo.errors import ConfigError
 from hdpo.packing.batching import pack

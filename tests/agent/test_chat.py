@@ -12,6 +12,7 @@ from tiny_models import SPECIAL
 
 from hdpo.agent.builder import TrajectoryBuilder
 from hdpo.agent.chat import ChatFormat, load_chat_format
+from hdpo.agent.demonstration import demonstration_length, encode_demonstration
 from hdpo.errors import ConfigError, DataError, ModelError
 from hdpo.types import Completion, StopReason
 
@@ -162,7 +163,7 @@ RECORDED = [{"role": "system", "content": "Be brief."}, *USER, {"role": "assista
 
 def test_a_demonstration_is_token_for_token_the_rollout_it_could_have_been(chat: ChatFormat) -> None:
     images = [picture(64, 64), picture(32, 32)]
-    token_ids, mask, shown = chat.encode_demonstration(RECORDED, images)
+    token_ids, mask, shown = encode_demonstration(chat, RECORDED, images)
     final = [*chat.encode_turn("<answer>4</answer>"), chat.end_of_turn_id]
     rollout = TrajectoryBuilder()
     rollout.append_given(chat.prompt(RECORDED[:2], images[:1]))
@@ -173,7 +174,7 @@ def test_a_demonstration_is_token_for_token_the_rollout_it_could_have_been(chat:
     trained = [t for t, m in zip(token_ids, mask) if m]
     assert raw(chat, trained) == CALL + "<answer>4</answer><|im_end|>"
     assert trained.count(chat.tool_call_end_id) == 1
-    assert chat.demonstration_length(RECORDED, [i.size for i in images]) == len(token_ids)
+    assert demonstration_length(chat, RECORDED, [i.size for i in images]) == len(token_ids)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -186,7 +187,7 @@ def test_a_demonstration_is_token_for_token_the_rollout_it_could_have_been(chat:
 ])
 def test_a_recording_of_another_shape_is_refused(chat: ChatFormat, change, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        chat.encode_demonstration(change(RECORDED), [picture(), picture()])
+        encode_demonstration(chat, change(RECORDED), [picture(), picture()])
 
 
 def test_stop_and_banned_ids(chat: ChatFormat) -> None:

@@ -14,7 +14,7 @@ from tiny_models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, TINY, save_tiny
 from hdpo.adapters.policy_model import PolicyModel, load_policy_model, model_inputs
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.agent.families import FAMILIES
-from hdpo.build import build_packing
+from hdpo.compose.policy import build_packing
 from hdpo.config import Config, ModelConfig, RolloutConfig
 from hdpo.errors import DataError
 from hdpo.packing.batching import PackingSpec, pack

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from hdpo.agent.chat import ChatFormat
+from hdpo.agent.demonstration import encode_demonstration
 from hdpo.agent.images import encode_png
 from hdpo.config import DataConfig
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
@@ -121,7 +122,7 @@ def test_demonstrations_are_checked_counted_and_encodable(tmp_path: Path, chat: 
     rows = [{"messages": talk, "images": [{"bytes": PNG}]}, {"messages": talk[:1], "images": [{"bytes": PNG}]}]
     demos = DemonstrationStream([write(tmp_path / "d.parquet", rows)], chat, DataConfig(), seed=1)
     demo = demos.take(2)[0]
-    token_ids, mask, images = chat.encode_demonstration(demo.messages, demo.images)
+    token_ids, mask, images = encode_demonstration(chat, demo.messages, demo.images)
     assert len(token_ids) == len(mask) == demo.num_tokens and len(images) == 1
     assert list(demos.skipped) == ["d.parquet row 1"]
     short = DemonstrationStream([write(tmp_path / "e.parquet", rows)], chat, DataConfig(), seed=1, max_tokens=20)

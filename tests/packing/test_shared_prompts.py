@@ -17,7 +17,7 @@ from torch import Tensor
 from hdpo.adapters.packed_attention import PackLayout, attend_row, causal_lower_right, sdpa_attention_forward
 from hdpo.adapters.policy_model import PolicyModel, load_policy_model, model_inputs
 from hdpo.agent.chat import ChatFormat, load_chat_format
-from hdpo.build import build_packing
+from hdpo.compose.policy import build_packing
 from hdpo.config import Config, HdpoConfig, ModelConfig
 from hdpo.packing.batching import PackingSpec, make_train_batch, pack
 from hdpo.packing.exchange import to_rows, to_tensors

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageChops
 
 from hdpo.agent.chat import ChatFormat, load_chat_format
+from hdpo.agent.demonstration import encode_demonstration
 from hdpo.agent.images import bound_image, decode_image
 from hdpo.errors import DataError
 from hdpo.toyworld import base as toybase
@@ -154,7 +155,7 @@ def test_demonstrations_are_short_and_observations_need_no_added_token(chat: Cha
     lengths = []
     for puzzle in draw_puzzles(7, "demos", 60):
         messages, images = demonstrate(puzzle, calls=True)
-        ids, mask, _ = chat.encode_demonstration(messages, [decode_image(i, "") for i in images])
+        ids, mask, _ = encode_demonstration(chat, messages, [decode_image(i, "") for i in images])
         lengths.append(len(ids))
         assert sum(mask) <= 40
         assert chat._encode(chat._control, puzzle.observation) == chat._encode(chat._plain, puzzle.observation)

@@ -14,7 +14,6 @@ from PIL.Image import Image
 from tokenizers import Tokenizer
 
 from hdpo.agent.builder import Segment
-from hdpo.agent.demonstration import plan_demonstration
 from hdpo.agent.families import FAMILIES, Family
 from hdpo.agent.images import bound_image, bounded_size, content_key, num_image_tokens
 from hdpo.agent.observation import cut_middle, images_that_fit
@@ -124,7 +123,7 @@ class ChatFormat:
             raise ModelError(f"the image processor makes {counts} tokens of images that hold {expected} placeholders")
         return Vision(output["pixel_values"].split(grid.prod(-1).tolist()), grid)
 
-    def _segment(self, compact_ids: list[int], images: Sequence[Image]) -> Segment:
+    def segment(self, compact_ids: list[int], images: Sequence[Image]) -> Segment:
         """Expand the k-th placeholder to the k-th image's token count."""
         counts = iter([num_image_tokens(image.size, self.factor) for image in images])
         pad, expanded = self.image_token_id, []
@@ -139,7 +138,7 @@ class ChatFormat:
 
         Raises DataError if markers and images differ in number or a message holds control tokens.
         """
-        return self._segment(self.prompt_ids(messages, len(images)), [self.bound(image) for image in images])
+        return self.segment(self.prompt_ids(messages, len(images)), [self.bound(image) for image in images])
 
     def prompt_length(self, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of `prompt` with images expanded, from the original (width, height) of each image alone."""
@@ -180,7 +179,7 @@ class ChatFormat:
         """
         bounded = [self.bound(image) for image in images] if self.sees else list(images)
         compact, kept = self.observation_ids(text, [image.size for image in bounded], max_tokens, max_images)
-        return self._segment(compact, [image for image, keep in zip(bounded, kept) if keep])
+        return self.segment(compact, [image for image, keep in zip(bounded, kept) if keep])
 
     def observation_ids(self, text: str, sizes: Sequence[tuple[int, int]], max_tokens: int,
                         max_images: int | None = None) -> tuple[list[int], list[bool]]:
@@ -204,30 +203,6 @@ class ChatFormat:
         for piece, keep in zip(ids, [*kept, False]):
             compact += piece + (self._image_block if keep else [])
         return compact + self._close, kept
-
-    # -- demonstrations ---------------------------------------------------------------------------------------------
-
-    def encode_demonstration(
-            self, messages: Sequence[dict[str, str]], images: Sequence[Image], *,
-            max_observation_tokens: int = 8192, max_images: int | None = None,
-    ) -> tuple[list[int], list[int], tuple[Image, ...]]:
-        """(token_ids [L], mask [L], bounded images): a recorded conversation as the rollout it could have been.
-
-        See `hdpo.agent.demonstration` for the shape of `messages`. Raises DataError for any other shape.
-        """
-        plan = plan_demonstration(self, messages, [i.size for i in images], max_observation_tokens, max_images)
-        segment = self._segment(plan.compact_ids, [self.bound(images[k]) for k in plan.images])
-        counts = iter([num_image_tokens(image.size, self.factor) for image in segment.images])
-        mask: list[int] = []
-        for token, trained in zip(plan.compact_ids, plan.mask):
-            mask += [trained] * (next(counts) if token == self.image_token_id else 1)
-        return segment.expanded_ids, mask, segment.images
-
-    def demonstration_length(self, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]], *,
-                             max_observation_tokens: int = 8192, max_images: int | None = None) -> int:
-        """Tokens of `encode_demonstration`, from the original (width, height) of each image alone."""
-        plan = plan_demonstration(self, messages, sizes, max_observation_tokens, max_images)
-        return len(plan.compact_ids) + sum(self.image_tokens(sizes[k]) - 1 for k in plan.images)
 
 
 def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatFormat:

@@ -8,17 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from PIL.Image import Image
+
+from hdpo.agent.chat import ChatFormat
+from hdpo.agent.images import num_image_tokens
 from hdpo.agent.parse import TOOL_CALL_CLOSE
 from hdpo.errors import DataError
 
-if TYPE_CHECKING:
-    from hdpo.agent.chat import ChatFormat
+
+def encode_demonstration(
+        chat: ChatFormat, messages: Sequence[dict[str, str]], images: Sequence[Image], *,
+        max_observation_tokens: int = 8192, max_images: int | None = None,
+) -> tuple[list[int], list[int], tuple[Image, ...]]:
+    """(token_ids [L], mask [L], bounded images): a recorded conversation as the rollout it could have been.
+
+    Raises DataError for a conversation of any other shape.
+    """
+    plan = _plan(chat, messages, [i.size for i in images], max_observation_tokens, max_images)
+    segment = chat.segment(plan.compact_ids, [chat.bound(images[k]) for k in plan.images])
+    counts = iter([num_image_tokens(image.size, chat.factor) for image in segment.images])
+    mask: list[int] = []
+    for token, trained in zip(plan.compact_ids, plan.mask):
+        mask += [trained] * (next(counts) if token == chat.image_token_id else 1)
+    return segment.expanded_ids, mask, segment.images
+
+
+def demonstration_length(chat: ChatFormat, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]], *,
+                         max_observation_tokens: int = 8192, max_images: int | None = None) -> int:
+    """Tokens of `encode_demonstration`, from the original (width, height) of each image alone."""
+    plan = _plan(chat, messages, sizes, max_observation_tokens, max_images)
+    return len(plan.compact_ids) + sum(chat.image_tokens(sizes[k]) - 1 for k in plan.images)
 
 
 @dataclass(slots=True)
-class DemonstrationPlan:
+class _Plan:
     """compact_ids and mask have equal length; `images` are the indices of the images that are shown."""
 
     compact_ids: list[int] = field(default_factory=list)
@@ -30,8 +54,8 @@ class DemonstrationPlan:
         self.mask += [trained] * len(ids)
 
 
-def plan_demonstration(chat: ChatFormat, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]],
-                       max_observation_tokens: int, max_images: int | None) -> DemonstrationPlan:
+def _plan(chat: ChatFormat, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]],
+          max_observation_tokens: int, max_images: int | None) -> _Plan:
     """From image sizes (width, height) alone, so that lengths can be checked without pixels. Raises DataError."""
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     turns, replies = messages[first::2], messages[first + 1::2]
@@ -44,7 +68,7 @@ def plan_demonstration(chat: ChatFormat, messages: Sequence[dict[str, str]], siz
         raise DataError(f"the messages hold {sum(markers)} <image> markers for {len(sizes)} images")
 
     seen = sum(markers[:first])
-    plan = DemonstrationPlan(images=list(range(seen)))
+    plan = _Plan(images=list(range(seen)))
     plan.append(chat.prompt_ids(messages[:first], seen), trained=0)
     for position, turn in enumerate(turns):
         last = position == len(replies)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL.Image import Image
 
 from hdpo.agent.chat import ChatFormat
+from hdpo.agent.demonstration import demonstration_length
 from hdpo.agent.images import check_image, decode_image
 from hdpo.config import DataConfig
 from hdpo.errors import DataError
@@ -233,7 +234,7 @@ class DemonstrationStream(RowStream[Demonstration]):
     def _demonstration(self, row: Row, name: str) -> Demonstration:
         messages, images = _messages(row["messages"], "messages"), _images(row["images"])
         sizes = [check_image(data, f"image {i}") for i, data in enumerate(images)]
-        length = self._chat.demonstration_length(messages, sizes)
+        length = demonstration_length(self._chat, messages, sizes)
         if self._max_tokens and length > self._max_tokens:
             raise DataError(f"the demonstration has {length} tokens, the limit is {self._max_tokens}")
         return Demonstration(name, messages, images, length)

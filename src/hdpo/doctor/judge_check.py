@@ -1,10 +1,16 @@
 """`hdpo judge --check`: ask a judge ten questions whose verdict is beyond doubt; report agreement, latency and failures."""
 from __future__ import annotations
 
+import argparse
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hdpo.background import BackgroundLoop
+from hdpo.config_file import add_config_options, load_config
+from hdpo.doctor.doctor import reach_judge
+from hdpo.errors import UserError
 from hdpo.protocols import Judge
 from hdpo.types import Judgement, Verdict
 
@@ -70,3 +76,29 @@ async def check_judge(judge: Judge) -> JudgeCheck:
 
 def _expected(right: bool) -> Verdict:
     return Verdict.CORRECT if right else Verdict.WRONG
+
+
+def main(argv: Sequence[str]) -> int:
+    """`hdpo judge`: 0 when every configured judge agrees and can be read, 1 otherwise. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="hdpo judge", description="Ask the configured judge ten known questions: agreement, latency, parse failures. "
+        "JUDGE_BASE_URL, JUDGE_API_KEY and JUDGE_MODEL say which judge; `make judge` starts one.")
+    parser.add_argument("--check", action="store_true", help="ask the ten questions (what this command does)")
+    add_config_options(parser)
+    options = parser.parse_args(argv)
+    config = load_config(options.config, options.overrides)
+    if not config.judge.base_url:
+        raise UserError("judge.base_url is not set: give JUDGE_BASE_URL or --set judge.base_url=http://HOST:PORT/v1")
+    reach_judge(config)      # a client would try again for minutes
+    from hdpo.adapters.openai_judge import open_judges
+    background, judges = BackgroundLoop(), open_judges(config.judge)
+    checks = []
+    try:
+        for client in judges:
+            checks.append(background.run(check_judge(client)))
+            print(*[f"{client.config.base_url}:"] * (len(judges) > 1), *checks[-1].lines(), sep="\n")
+    finally:
+        for client in judges:
+            background.run(client.close())
+        background.close()
+    return 0 if all(check.ok for check in checks) else 1

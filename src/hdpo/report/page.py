@@ -4,6 +4,7 @@ Reads what the run's folder holds and leaves out what it lacks, so that a run th
 """
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hdpo.errors import DataError
+from hdpo.errors import DataError, UserError
 from hdpo.evaluation.evaluate import COLUMNS, Summary, format_value, table_rows
 from hdpo.report.charts import Series, legend, line_chart, short, stack_chart
 from hdpo.report.rollouts import SCAN_COLUMNS, choose, task_card
@@ -226,3 +227,14 @@ def _configuration(path: Path) -> str:
         return ""
     text = escape(path.read_text())
     return f'<section><details><summary>Configuration</summary><pre class="text">{text}</pre></details></section>'
+
+
+def main(argv: Sequence[str]) -> int:
+    """`hdpo report`. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="hdpo report", description="Write RUN/report.html from what a run has logged.")
+    parser.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
+    options = parser.parse_args(argv)
+    if not options.run.is_dir():
+        raise UserError(f"no such run folder: {options.run}")
+    print(write_report(options.run))
+    return 0

@@ -1,4 +1,4 @@
-"""Pretrains the toy base: `python -m hdpo.toyworld.base --out DIR --seed S --steps N`.
+"""Pretrains the toy base: `hdpo toy-base --out DIR --seed S --steps N`.
 
 A plain single-process loop over `toy_primitives`. Batch k of seed s is drawn from (s, k) alone, so a resumed run sees the
 batches an uninterrupted one would have seen. Writes DIR (an ordinary Hugging Face folder) and DIR/state.pt while running.
@@ -10,6 +10,7 @@ import math
 import os
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +158,16 @@ def pretrain(out: Path, seed: int = 1, steps: int = 4000, minutes: float = math.
     return model, tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    """`hdpo toy-base`."""
+    parser = argparse.ArgumentParser(
+        prog="hdpo toy-base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and data (%(default)s)")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (%(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="wall clock that ends the run early")
     parser.add_argument("--init", type=Path, help="folder of an earlier base to start from")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     result = accuracy(*pretrain(args.out, args.seed, args.steps, args.minutes, args.init), lessons=1024)
     print("held-out accuracy: " + ", ".join(f"{kind} {value:.3f}" for kind, value in result.items()))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from hdpo.agent.chat import ChatFormat
+from hdpo.agent.demonstration import encode_demonstration
 from hdpo.config import Config
-from hdpo.data.tasks import DemonstrationStream
+from hdpo.data.tasks import Demonstration, DemonstrationStream
 from hdpo.packing.batching import PackingSpec, make_train_batch
 from hdpo.state.checkpoint import Checkpoints
 from hdpo.train.lifecycle import StopSignal, due, learning_rate
@@ -66,7 +67,7 @@ def train(config: Config, parts: SftParts) -> bool:
     return True
 
 
-def encode(chat: ChatFormat, row: object) -> Sample:
+def encode(chat: ChatFormat, row: Demonstration) -> Sample:
     """A demonstration as a training row: the same tokens, masks and images as a rollout, with C = 0."""
-    token_ids, mask, images = chat.encode_demonstration(row.messages, row.images)   # type: ignore[attr-defined]
+    token_ids, mask, images = encode_demonstration(chat, row.messages, row.images)
     return Sample(token_ids, mask, [0.0] * len(token_ids), (), (), chat.vision(images))

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hdpo.build import Stage
 from hdpo.cli import COMMANDS, main
+from hdpo.compose.stage import Stage
 from hdpo.config import Config
 from hdpo.errors import DataError
 
@@ -33,5 +33,5 @@ def fail_first(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    COMMANDS["fail"] = fail_first
+    COMMANDS["fail"] = (f"{__name__}:fail_first", "")
     sys.exit(main(["fail", *sys.argv[1:]]))

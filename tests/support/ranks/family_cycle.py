@@ -16,7 +16,7 @@ from PIL import Image
 from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 from hdpo.adapters.engines import make_engine
 from hdpo.agent.chat import ChatFormat, load_chat_format
-from hdpo.build import build_packing
+from hdpo.compose.policy import build_packing
 from hdpo.config import Config, ModelConfig, OptimConfig, RolloutConfig
 from hdpo.packing.batching import make_train_batch
 from hdpo.train.metrics import Metrics

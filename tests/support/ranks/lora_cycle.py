@@ -16,7 +16,7 @@ from family_cycle import GROUP_BYTES, one_more_policy, rows
 from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 from hdpo.adapters.engines import make_engine
 from hdpo.agent.chat import load_chat_format
-from hdpo.build import build_packing
+from hdpo.compose.policy import build_packing
 from hdpo.config import Config, HdpoConfig, ModelConfig, OptimConfig, RolloutConfig
 from hdpo.packing.batching import make_train_batch, pack
 from hdpo.state.shards import ShardReader, shard_path, write_state

@@ -1,0 +1,12 @@
+"""The chat format of a model folder. transformers' image processors can't be imported before torchvision is made to load."""
+from __future__ import annotations
+
+from hdpo.adapters import torchvision_shim
+from hdpo.agent.chat import ChatFormat, load_chat_format
+from hdpo.config import ModelConfig
+
+
+def open_chat(model: ModelConfig) -> ChatFormat:
+    """Raises ModelError, see `load_chat_format`."""
+    torchvision_shim.activate()
+    return load_chat_format(model.path, model.min_pixels, model.max_pixels)

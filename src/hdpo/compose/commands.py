@@ -1,0 +1,59 @@
+"""`hdpo sft`, `hdpo rl`, `hdpo eval`: settings from the command line, then a stage from start to end."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from hdpo.config import Config
+from hdpo.config_file import dump_config, parse_run
+
+
+def sft(argv: Sequence[str]) -> int:
+    return _command("sft", "Supervised fine-tuning on recorded tool trajectories (columns messages, images).", argv, _train_sft)
+
+
+def rl(argv: Sequence[str]) -> int:
+    return _command("rl", "HDPO reinforcement learning on rows in the Metis-RL schema.", argv, _train_rl)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    return _command("eval", "Greedy rollouts on held-out rows: accuracy and tool use, by family and by need.", argv, _evaluate)
+
+
+def _command(name: str, description: str, argv: Sequence[str], run: Callable[[Config], None]) -> int:
+    config, options = parse_run(name, description, argv)
+    if options.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(dump_config(config), end="")
+        return 0
+    if options.dry_run:
+        from hdpo.doctor.doctor import dry_run
+        return dry_run(config, name)
+    from hdpo.train.lifecycle import follow_launcher
+    follow_launcher()
+    run(config)
+    return 0
+
+
+def _train_sft(config: Config) -> None:
+    from hdpo.compose.stage import Stage
+    from hdpo.train import sft
+    with Stage(config) as stage:
+        sft.train(config, stage.sft())
+
+
+def _train_rl(config: Config) -> None:
+    from hdpo.compose.stage import Stage
+    from hdpo.train import rl
+    with Stage(config) as stage:
+        rl.train(config, stage.rl())
+
+
+def _evaluate(config: Config) -> None:
+    from hdpo.compose.stage import Stage
+    from hdpo.evaluation.evaluate import format_table
+    with Stage(config) as stage:
+        evaluator = stage.evaluation()
+        result = evaluator(config.eval.label_after, 0)
+        if evaluator.world.is_main and result is not None:
+            print(format_table(result.summary))

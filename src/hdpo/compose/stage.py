@@ -1,0 +1,122 @@
+"""What a run consists of, in the order in which its parts must be opened.
+
+The policy opens the process group, the engine is built on all ranks together beside it, and what waits (tools, judge) lives
+on one background loop per rank. `Stage` closes everything in reverse, also after an error.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+from typing import Any
+
+from hdpo.adapters.chat_format import open_chat
+from hdpo.background import freeze_heap
+from hdpo.compose.checks import check_devices, check_rl
+from hdpo.compose.logs import open_log, open_run_folder
+from hdpo.compose.policy import build_packing, open_policy, plan_memory
+from hdpo.compose.rollouts import open_engine, open_rollouts
+from hdpo.compose.scoring import open_scorer
+from hdpo.compose.tools import open_tools
+from hdpo.config import Config
+from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
+from hdpo.doctor.memory_plan import check_tensor_parallel
+from hdpo.errors import ConfigError, DataError
+from hdpo.evaluation.evaluate import Evaluator
+from hdpo.ranks.nodes import choose_interface
+from hdpo.ranks.watchdog import Limits
+from hdpo.ranks.world import World
+from hdpo.state.spool import Spool
+from hdpo.train.rl import RlParts
+from hdpo.train.samples import PixelPool
+from hdpo.train.sft import SftParts
+from hdpo.train.sync import WeightSync
+from hdpo.types import Task
+
+SFT_SHOWN = [("loss", "sft/loss"), ("grad", "actor/grad_norm")]
+RL_SHOWN = [("acc", "reward/accuracy/mean"), ("tools", "tool/rate"), ("needed", "tool/rate_needed"),
+            ("blind", "tool/rate_not_needed"), ("|Q|", "hdpo/q_size_mean"), ("k3", "mismatch/k3"), ("s", "time/step")]
+
+
+class Stage(contextlib.ExitStack):
+    """Everything one command holds open. Parts register how they are closed as they are opened."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.world = World(limits=Limits(config.run.hang_timeout_s, config.run.stuck_timeout_s))
+        self.callback(self.world.close)
+        check_devices()
+        self.chat = open_chat(config.model)
+
+    def __exit__(self, kind: Any, exc: BaseException | None, trace: Any) -> bool | None:
+        """Close all parts. A full disk becomes a UserError, and what another rank caused an error that names that rank."""
+        known = exc
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            known = DataError(f"{exc.filename or self.config.run.path}: {exc.strerror}; checkpoints are intact, and the same "
+                              "command goes on from the newest when there is space")
+        if known is None:
+            return super().__exit__(kind, exc, trace)
+        # When one rank has failed the launcher ends all others at once; this one has to find out and say why first.
+        told_to_end = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        known = self.world.failed(known) or known
+        try:
+            return super().__exit__(kind, exc, trace)
+        finally:
+            signal.signal(signal.SIGTERM, told_to_end)
+            if known is not exc:
+                raise known from None
+
+    def sft(self) -> SftParts:
+        config, chat = self.config, self.chat
+        demonstrations = DemonstrationStream(
+            config.data.train, chat, config.data, seed=config.run.seed,
+            max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
+        policy, checkpoints = open_policy(config, chat, self.world, self)
+        log = open_log(config, policy.world, SFT_SHOWN, self)
+        return SftParts(policy, chat, build_packing(config, chat), demonstrations, log, checkpoints)
+
+    def rl(self) -> RlParts:
+        config, chat = self.config, self.chat
+        tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed)
+        held_out = self.held_out()
+        check_rl(config, chat)
+        check_tensor_parallel(config, self.world.size)
+        plan_memory(config)
+        policy, checkpoints = open_policy(config, chat, self.world, self)
+        world = policy.world
+        background, backend = open_tools(config, world, self)
+        policy.park()      # the engine measures what device memory is left
+        engine = open_engine(config, chat, self)
+        engine.sleep()     # until the first sync: a checkpoint may have to be loaded
+        rollouts = open_rollouts(config, chat, engine, backend, background, self)
+        scorer = open_scorer(config, background, world, self)
+        log = open_log(config, world, RL_SHOWN, self)
+        evaluator = Evaluator(config, rollouts, scorer, held_out, world)
+        pixels = PixelPool(chat)
+        self.callback(pixels.close)
+        freeze_heap()
+        spec = build_packing(config, chat)
+        sync = WeightSync(policy, engine, chat, spec, config, log)
+        return RlParts(policy, engine, chat, rollouts, scorer, tasks, evaluator, spec, sync, pixels, log, checkpoints,
+                       self.enter_context(Spool(config, world)))
+
+    def evaluation(self) -> Evaluator:
+        """Engine, tools and scorer without a policy, for `hdpo eval`."""
+        config, chat = self.config, self.chat
+        check_tensor_parallel(config, self.world.size)
+        choose_interface()
+        world = self.world.connect()
+        held_out = self.held_out()
+        if not held_out:
+            raise ConfigError("data.val is empty: name parquet files of held-out rows (VAL_DATA)")
+        open_run_folder(config, world, {})
+        background, backend = open_tools(config, world, self)
+        engine = open_engine(config, chat, self)
+        rollouts = open_rollouts(config, chat, engine, backend, background, self)
+        return Evaluator(config, rollouts, open_scorer(config, background, world, self), held_out, world)
+
+    def held_out(self) -> list[Task]:
+        config = self.config
+        tasks = read_tasks(config.data.val, self.chat, config.data) if config.data.val else []
+        return tasks[:config.eval.rows] if config.eval.rows else tasks

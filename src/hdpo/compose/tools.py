@@ -1,0 +1,42 @@
+"""The tool server's client, and the server of this node when the configuration names none."""
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from hdpo.background import BackgroundLoop
+from hdpo.config import Config
+from hdpo.ranks.world import World
+from hdpo.toolserver.client import ToolClient, wait_until_healthy
+from hdpo.toolserver.process import KeptToolServer
+
+
+def open_tools(config: Config, world: World, closing: ExitStack) -> tuple[BackgroundLoop, ToolClient]:
+    """The background loop and a client of the configured tool server, or of one started for this node. Collective."""
+    tools = config.tools
+    background = BackgroundLoop()
+    closing.callback(background.close)
+    url = tools.url
+    if not url:
+        mine = _start_tool_server(config, world, closing) if world.local_rank == 0 else ""
+        url = next(u for node, u in world.gather((world.node, mine)) if node == world.node and u)
+    wait_until_healthy(url, timeout=30.0)
+    client = ToolClient(url, timeout=tools.call_timeout_s, retries=tools.retries,
+                        token=os.environ.get("HDPO_TOOL_SERVER_TOKEN"))
+    closing.callback(lambda: background.run(client.close(), timeout=10))
+    return background, client
+
+
+def _start_tool_server(config: Config, world: World, closing: ExitStack) -> str:
+    tools = config.tools
+    options = [
+        "--tools", ",".join(tools.allowed), "--sandbox", tools.sandbox, "--python-timeout", str(tools.python_timeout_s),
+        "--call-timeout", str(tools.call_timeout_s), "--search-provider", tools.search_provider,
+        "--search-results", str(tools.search_results), "--max-image-searches", str(tools.max_image_searches)]
+    for flag, value in (("--text-index", tools.text_index), ("--image-index", tools.image_index),
+                        ("--image-cache", tools.image_cache)):
+        options += [flag, value] if value else []
+    config.run.path.mkdir(parents=True, exist_ok=True)
+    server = KeptToolServer(options, config.run.path / f"tool_server_{world.node}.log")
+    closing.callback(server.stop)
+    return server.url
