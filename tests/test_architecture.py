@@ -101,6 +101,7 @@ def test_a_vendor_is_imported_in_adapters_only(file: Path) -> None:
     assert room(where) == "adapters" or not names & VENDORS
     assert where.startswith("toolserver.backends") or "docker" not in names
     assert "aiohttp" not in names or room(where) == "toolserver"
+    assert "datasets" not in names or room(where) == "data"
     assert not names & {"verl", "ray"}
 
 
@@ -129,7 +130,7 @@ def test_there_are_no_import_cycles() -> None:
     ("import hdpo.losses, hdpo.advantages; from hdpo import hdpo_loss",
      ["transformers", "deepspeed", "vllm", "accelerate", "pydantic"]),
     ("import hdpo.toolserver.app, hdpo.toolserver.backends.process_sandbox", ["torch", "transformers", "vllm"]),
-    ("import hdpo.config, hdpo.cli", ["torch", "transformers", "vllm"]),
+    ("import hdpo.config, hdpo.cli", ["torch", "transformers", "vllm", "datasets", "pyarrow"]),
 ])
 def test_a_fresh_import_stays_light(statement: str, absent: list[str]) -> None:
     program = f"import sys; {statement}; print([m for m in {absent!r} if m in sys.modules])"
