@@ -74,6 +74,18 @@ class Task:
         text = next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
         return text.replace("<image>", "").strip()
 
+    @property
+    def row_index(self) -> str:
+        """extra_info.index as text, the key of recorded searches; empty where there is none. 0 is one."""
+        index = self.extra.get("index")
+        return "" if index is None else str(index)
+
+    @property
+    def tool_needed(self) -> bool | None:
+        """Whether the row is known to need a tool; None where it doesn't say so in so many words."""
+        needed = self.extra.get("tool_needed")
+        return bool(needed) if needed in (0, 1) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

@@ -13,53 +13,31 @@ from functools import lru_cache
 
 from PIL import Image
 
+from hdpo import pictures
 from hdpo.errors import DataError
 
 MAX_ASPECT_RATIO = 200
 """Qwen's processors refuse anything longer."""
 
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no image, truncated, damaged or absurdly large."""
+TOOL_PIXELS = 64 << 20
+"""Largest picture of a tool that is decoded."""
 
 
-def decode_image(data: bytes, what: str) -> Image.Image:
-    """Encoded file -> RGB image at its original size; transparency is laid on white. Raises DataError naming `what`."""
+def decode_image(data: bytes, what: str, max_pixels: int = pictures.MAX_PIXELS) -> Image.Image:
+    """Encoded file -> RGB image, upright, at its original size; transparency is laid on white. Raises DataError naming `what`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return _as_rgb(image)
-    except _BROKEN as exc:
-        raise DataError(f"{what}: not a readable image ({_reason(exc)})") from exc
+        return pictures.decode(data, max_pixels)
+    except pictures.PictureError as exc:
+        raise DataError(f"{what}: not a readable image ({exc})") from exc
 
 
 def check_image(data: bytes, what: str) -> tuple[int, int]:
-    """(width, height) of an encoded file, having read all of it; JPEGs are decoded at an eighth of their size, which
-    still finds truncation. Raises DataError naming `what`."""
+    """(width, height) that `decode_image` gives, having read all of the file; JPEGs are decoded at an eighth of their size,
+    which still finds truncation. Raises DataError naming `what`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
-            image.load()
-            return width, height
-    except _BROKEN as exc:
-        raise DataError(f"{what}: not a readable image ({_reason(exc)})") from exc
-
-
-def _reason(exc: BaseException) -> str:
-    if isinstance(exc, Image.UnidentifiedImageError):
-        return "unknown format"   # Pillow's own message shows a memory address
-    return str(exc) or type(exc).__name__
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image.copy()
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(layered, mask=layered.getchannel("A"))
-        return white
-    return image.convert("RGB")
+        return pictures.size_of(data)
+    except pictures.PictureError as exc:
+        raise DataError(f"{what}: not a readable image ({exc})") from exc
 
 
 @lru_cache(maxsize=4096)

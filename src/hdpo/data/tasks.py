@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL.Image import Image
 
+from hdpo import oddities
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.demonstration import demonstration_length
 from hdpo.agent.images import check_image, decode_image
 from hdpo.config import DataConfig
+from hdpo.data.rows import checked_extra, checked_images, checked_messages, checked_truth, row_text
 from hdpo.errors import DataError
 from hdpo.types import Task
 
@@ -83,19 +85,25 @@ class ParquetRows:
             low, high = (middle, high) if self._starts[middle] <= index else (low, middle)
         return low
 
-    def read(self, indices: Sequence[int]) -> list[Row]:
-        """Rows in the order of `indices`; each row group is read once."""
+    def read(self, indices: Sequence[int]) -> list[Row | DataError]:
+        """Rows in the order of `indices`, an error for one that can't be read; each row group is read once."""
         wanted: dict[int, list[int]] = {}
         for index in indices:
             wanted.setdefault(self._group_of(index), []).append(index)
-        rows: dict[int, Row] = {}
+        rows: dict[int, Row | DataError] = {}
         for group, members in wanted.items():
             file, number, _ = self._groups[group]
             with pq.ParquetFile(file) as parquet:
                 table = parquet.read_row_group(number, columns=self._columns[file])
-            taken = table.take(pa.array([i - self._starts[group] for i in members])).to_pylist()
-            rows.update(zip(members, taken))
+            rows.update((i, _row(table, i - self._starts[group])) for i in members)
         return [rows[index] for index in indices]
+
+
+def _row(table: pa.Table, index: int) -> Row | DataError:
+    try:
+        return table.slice(index, 1).to_pylist()[0]     # not take: it knows no string_view
+    except (UnicodeDecodeError, OverflowError) as exc:   # text that is no UTF-8, a date beyond Python's
+        return DataError(f"a value can't be read ({exc})")
 
 
 class RowStream(Generic[T]):
@@ -168,10 +176,13 @@ class RowStream(Generic[T]):
                 raise DataError(f"{name}: {outcome} (data.bad_row = skip leaves such rows out)") from outcome
             if name not in self.skipped:
                 log.warning("skipped %s: %s", name, outcome)
+                oddities.count("row/skipped")
                 self.skipped[name] = str(outcome)
         return records
 
-    def _try(self, row: Row, name: str) -> T | DataError:
+    def _try(self, row: Row | DataError, name: str) -> T | DataError:
+        if isinstance(row, DataError):
+            return row
         try:
             return self._parse(row, name)
         except DataError as exc:
@@ -181,9 +192,8 @@ class RowStream(Generic[T]):
 class TaskStream(RowStream[Task]):
     """RL rows: data_source, prompt [{role, content}], images [{bytes}], reward_model {ground_truth}, extra_info.
 
-    The task's id is extra_info.index, or file and row. extra_info.answer repeats the ground truth and is left out, so that
-    `extra` may leave the trainer. A row is bad if an image is broken, a field has another shape, or the prompt is longer
-    than config.max_prompt_tokens.
+    The task's id is extra_info.index, or file and row. A row is bad if an image is broken, a field has a shape that
+    `hdpo.data.rows` can't read, or the prompt is longer than config.max_prompt_tokens.
     """
 
     def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int) -> None:
@@ -191,20 +201,14 @@ class TaskStream(RowStream[Task]):
         super().__init__(ParquetRows(files, TASK_COLUMNS, ("extra_info",)), self._task, config, seed)
 
     def _task(self, row: Row, name: str) -> Task:
-        extra = {k: v for k, v in (row.get("extra_info") or {}).items() if v is not None and k != "answer"}
-        messages, images = _messages(row["prompt"], "prompt"), _images(row["images"])
+        extra, truth = checked_extra(row.get("extra_info")), checked_truth(row["reward_model"])
+        messages, images = checked_messages(row["prompt"], "prompt"), checked_images(row["images"])
         sizes = [check_image(data, f"image {i}") for i, data in enumerate(images)]
         length = self._chat.prompt_length(messages, sizes)
         if length > self._config.max_prompt_tokens:
             raise DataError(f"the prompt has {length} tokens, data.max_prompt_tokens is {self._config.max_prompt_tokens}")
-        truth = (row["reward_model"] or {}).get("ground_truth")
-        if isinstance(truth, (list, tuple)) and truth:
-            truth = [str(item) for item in truth]
-        elif truth is None or isinstance(truth, (list, tuple, dict)):
-            raise DataError("reward_model.ground_truth must be a string or a list of strings")
-        else:
-            truth = str(truth)
-        return Task(str(extra.get("index") or name), str(row["data_source"]), messages, images, truth, extra)
+        task = Task(name, row_text(str(row["data_source"] or "unknown")), messages, images, truth, extra)
+        return replace(task, id=task.row_index or name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +236,7 @@ class DemonstrationStream(RowStream[Demonstration]):
         super().__init__(ParquetRows(files, DEMONSTRATION_COLUMNS), self._demonstration, config, seed)
 
     def _demonstration(self, row: Row, name: str) -> Demonstration:
-        messages, images = _messages(row["messages"], "messages"), _images(row["images"])
+        messages, images = checked_messages(row["messages"], "messages"), checked_images(row["images"])
         sizes = [check_image(data, f"image {i}") for i, data in enumerate(images)]
         length = demonstration_length(self._chat, messages, sizes)
         if self._max_tokens and length > self._max_tokens:
@@ -249,29 +253,3 @@ def read_tasks(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows:
 def check_columns(files: Sequence[str], *, demonstrations: bool) -> int:
     """Rows in files of RL rows or demonstrations, without reading them. Raises DataError for a missing file or column."""
     return ParquetRows(files, DEMONSTRATION_COLUMNS if demonstrations else TASK_COLUMNS).num_rows
-
-
-def _messages(value: Any, column: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{column} must be a list of messages")
-    messages = []
-    for message in value:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{column}: every message needs role and content, both strings")
-        messages.append({"role": role, "content": content})
-    if not any(m["role"] == "user" for m in messages):
-        raise DataError(f"{column} holds no user message")
-    return messages
-
-
-def _images(value: Any) -> tuple[bytes, ...]:
-    """Encoded files of a cell: null, one, or a list; each bytes or a struct with `bytes`."""
-    cells = value if isinstance(value, list) else [] if value is None else [value]
-    images = []
-    for i, cell in enumerate(cells):
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            raise DataError(f"image {i} has no bytes in the file")
-        images.append(data)
-    return tuple(images)

@@ -104,7 +104,7 @@ def _dumped(step: int, trajectory: Trajectory, judgement: Judgement, reward: Rew
     task, truth = trajectory.task, trajectory.task.ground_truth
     answer = extract_answer(trajectory.final_turn)
     return DumpedRollout(
-        step=step, task_id=task.id, data_source=task.data_source, tool_needed=task.extra.get("tool_needed"),
+        step=step, task_id=task.id, data_source=task.data_source, tool_needed=task.tool_needed,
         sample_index=trajectory.sample_index, prompt=_prompt_text(task), question=_storable(task.question),
         turns=[_storable(turn) for turn in trajectory.turns], calls=[_call_fields(call) for call in trajectory.calls],
         observations=[_storable(call.observation) for call in trajectory.calls],

@@ -60,10 +60,9 @@ class ToolClient:
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         """Execute one action. Raises ToolServerError when no answer could be had or the server blames itself."""
         request_id = uuid.uuid4().hex
-        index = str(task.extra.get("index") or "")
         sent, session = trajectory_id in self._known, self._known.get(trajectory_id, False)
         call = Call(trajectory_id, action, request_id, images=None if sent else task.images, images_sent=sent,
-                    expects_session=session, index=index)
+                    expects_session=session, index=task.row_index)
         started = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout):

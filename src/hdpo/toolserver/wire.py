@@ -128,7 +128,7 @@ def _call(where: str, trajectory_id: str, action: str, request_id: str, finish: 
         trajectory_id, action, request_id, finish, last,
         images=None if images is None else tuple(decode_image(url, f"{name}[{i}]") for i, url in enumerate(images)),
         images_sent=extra.get("images_sent") is True, expects_session=extra.get("expects_session") is True,
-        index=str(extra.get("index") or ""))
+        index="" if extra.get("index") is None else str(extra["index"]))
 
 
 def request_json(call: Call) -> dict[str, Any]:

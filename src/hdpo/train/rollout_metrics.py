@@ -65,7 +65,7 @@ def _row(group: str, trajectory: Trajectory, judgement: Judgement, reward: Rewar
     ours = [call for call in trajectory.calls if call.infrastructure]
     policys = [call for call in trajectory.calls if not call.infrastructure]
     return RolloutRow(
-        group=group, data_source=trajectory.task.data_source, tool_needed=trajectory.task.extra.get("tool_needed"),
+        group=group, data_source=trajectory.task.data_source, tool_needed=trajectory.task.tool_needed,
         end=trajectory.end, calls=tuple(call.name for call in policys), failed_calls=sum(not call.ok for call in policys),
         infrastructure_calls=len(ours), num_turns=len(trajectory.turns), prompt_length=trajectory.prompt_length,
         response_length=len(trajectory.token_ids) - trajectory.prompt_length, sampled_length=trajectory.num_sampled,
