@@ -90,6 +90,8 @@ ADAPTER_EXTRAS = {
     "agent.families",          # what differs between model families: parameter names, positions
     "reward.verdict_cache",    # what a judge's verdict depends on, as a fingerprint
     "reward.judge_prompt",     # the words a judge is asked with
+    "reward.judge_reply",      # how what comes back is read
+    "reward.outage",           # when a judge counts as down
 }
 """Rooms and, each with its reason, the few other modules that an adapter may know."""
 

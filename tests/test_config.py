@@ -24,7 +24,7 @@ tools.url tools.allowed tools.sandbox tools.call_timeout_s tools.python_timeout_
 tools.search_provider tools.text_index tools.image_index tools.image_cache tools.search_results
 reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross_check reward.max_unscored
 judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache
-judge.max_prediction_chars
+judge.max_prediction_chars judge.max_tokens judge.extra_body
 hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip_low hdpo.clip_high hdpo.dual_clip
 hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.mask_truncated
 optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.offload

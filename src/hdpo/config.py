@@ -7,9 +7,9 @@ server can read settings without torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -125,7 +125,20 @@ class JudgeConfig(Section):
     deadline_s: float = Field(300.0, description="Deadline of one verdict with all retries, seconds.")
     votes: int = Field(1, description="Verdicts asked per question; the majority counts.")
     cache: str = Field("", description="SQLite file of verdicts; empty puts it into the run's folder.")
-    max_prediction_chars: int = Field(4000, description="Longest prediction shown to the judge, characters.")
+    max_prediction_chars: int = Field(
+        4000, ge=1, description="Longest prediction shown to the judge, characters; less where its context is shorter.")
+    max_tokens: int = Field(2048, ge=1, description="Longest reply of the judge with its thinking, tokens.")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}.")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _leaves_the_question_alone(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(set(extra) & {"model", "messages", "stream", "n", "seed"})
+        if taken:
+            raise ValueError(f"{', '.join(taken)} can't be set here")
+        return extra
 
 
 class HdpoConfig(Section):

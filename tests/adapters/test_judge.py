@@ -116,11 +116,12 @@ def test_an_outage_is_not_remembered(judges: Judges, tmp_path: Path) -> None:
 def test_all_that_determines_a_verdict_is_in_its_key(judges: Judges) -> None:
     server = judges.serve(in_order(say("CORRECT")))
     fingerprints = [judges.background.run(judges.judge(server, **settings).fingerprint()) for settings in (
-        {"model": "a"}, {"model": "b"}, {"model": "a", "votes": 3}, {"model": "a", "max_prediction_chars": 9})]
-    assert len(set(fingerprints)) == 4
+        {"model": "a"}, {"model": "b"}, {"model": "a", "votes": 3}, {"model": "a", "max_prediction_chars": 9},
+        {"model": "a", "max_tokens": 9}, {"model": "a", "extra_body": {"top_p": 0.5}})]
+    assert len(set(fingerprints)) == 6
     keys = {verdict_key(f, *rest) for f in fingerprints for rest in (
         ("q", "t", "p"), ("q", ["t"], "p"), ("q", "t", "p "), ("q ", "t", "p"), ("q", ["t", "u"], "p"), ("qt", "", "p"))}
-    assert len(keys) == 24
+    assert len(keys) == 36
 
 
 def test_equal_questions_in_flight_are_asked_once(judges: Judges, tmp_path: Path) -> None:
@@ -215,12 +216,11 @@ def test_the_check_reports_agreement_and_failures(judges: Judges) -> None:
 @pytest.mark.slow
 @pytest.mark.engine
 def test_the_protocol_holds_against_a_real_vllm_server(
-        judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        judges: Judges, tmp_path: Path) -> None:
     """A tiny random model can't judge; what counts is that its server takes our requests and its noise is unscored."""
     if not importlib.util.find_spec("vllm"):
         pytest.skip("vllm is not installed")
     from tiny_models import save_tiny_qwen3_vl
-    monkeypatch.setattr("hdpo.adapters.openai_judge.MAX_REPLY_TOKENS", 16)   # a random model never stops by itself
     tiny_folder = save_tiny_qwen3_vl(tmp_path / "tiny")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -233,7 +233,8 @@ def test_the_protocol_holds_against_a_real_vllm_server(
                               env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait_until_healthy(server, port, tmp_path / "vllm.log")
-        config = JudgeConfig(base_url=f"http://127.0.0.1:{port}/v1", timeout_s=300, deadline_s=600, max_prediction_chars=500)
+        config = JudgeConfig(base_url=f"http://127.0.0.1:{port}/v1", timeout_s=300, deadline_s=600, max_prediction_chars=500,
+                             max_tokens=16)   # a random model never stops by itself
         judge = OpenAIJudge(config, api_key="sk-local")
         assert judges.background.run(judge.model()) == str(tiny_folder)
         answer = judges.background.run(judge.judge("What flies there?", "a kite", "a bird"))

@@ -17,16 +17,16 @@ Action = Callable[[web.Request], Any]   # a coroutine function: request -> respo
 Script = Callable[[dict[str, Any], int], Action]   # (request body, how many came before) -> action
 
 
-def say(text: str | None, delay: float = 0.0, **message: Any) -> Action:
+def say(text: Any, delay: float = 0.0, **message: Any) -> Action:
     async def action(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(delay)
         return web.json_response(completion(text, **message))
     return action
 
 
-def completion(text: str | None, **message: Any) -> dict[str, Any]:
+def completion(text: Any, finish_reason: str | None = "stop", **message: Any) -> dict[str, Any]:
     return {"id": "c", "object": "chat.completion", "created": 1, "model": "scripted", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text, **message}}],
+        {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}}
 
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import functools
+import json
 import os
 import random
+import re
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -23,14 +26,18 @@ import openai
 from hdpo.config import JudgeConfig
 from hdpo.errors import ConfigError, JudgeError
 from hdpo.reward.judge_prompt import REMINDER, SYSTEM, build_prompt, parse_verdict, prompt_version
+from hdpo.reward.judge_reply import ProviderError, is_too_long, one_line, read_reply, refused_options, words_of
+from hdpo.reward.outage import Deadline, Outage, WentDownError
 from hdpo.types import Judgement, Verdict
 
 T = TypeVar("T")
 
-MAX_REPLY_TOKENS = 2048     # room for a reasoning model to think
 MAX_READINGS = 3            # replies asked for until one can be read
 BACKOFF_CAP_S = 30.0
+MIN_PREDICTION_CHARS = 100  # a prediction is never cut below this to make a request fit
 _RETRIED = (408, 409, 425, 429)   # and every 5xx
+_REFUSALS = (400, 413, 422)       # of a request as it stands: an option, its length
+_NO_KEY = "EMPTY"
 _NO_TELEMETRY: Any = {f"X-Stainless-{name}": openai.Omit() for name in (
     "Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout")}
 """What the client tells about this machine is nobody's business, and each header costs as much as a look-up in a cache."""
@@ -49,21 +56,23 @@ class OpenAIJudge:
         if config.votes < 1 or config.concurrency < 1:
             raise ConfigError("judge.votes and judge.concurrency must be at least 1")
         self.config = config
-        self._key = api_key or os.environ.get("JUDGE_API_KEY") or "EMPTY"
+        self._key = api_key or os.environ.get("JUDGE_API_KEY") or _NO_KEY
         self._backoff_s = backoff_s
-        self._options: dict[str, Any] = {"temperature": 0.0 if config.votes == 1 else 0.7, "max_tokens": MAX_REPLY_TOKENS}
+        self._options: dict[str, Any] = {   # an endpoint that refuses one of them does without it from then on
+            "temperature": 0.0 if config.votes == 1 else 0.7, "max_tokens": config.max_tokens, "seed": 0, **config.extra_body}
         self._slots = asyncio.Semaphore(config.concurrency)
         self._client: openai.AsyncOpenAI | None = None
         self._model: asyncio.Task[str] | None = None
         self._fingerprint = ""
-        self._outage = _Outage(config.deadline_s, config.base_url)
+        self._outage = Outage(config.deadline_s, config.base_url)
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
 
     async def judge(self, question: str, ground_truth: str | list[str], prediction: str) -> Judgement:
         """The verdict of the majority of `config.votes`; UNSCORED, with the reason, if there is none."""
-        prompt = build_prompt(question, ground_truth, prediction, self.config.max_prediction_chars)
-        asked = [self._vote(prompt, seed) for seed in range(self.config.votes)]
+        prompt = functools.partial(build_prompt, question, ground_truth, prediction)
+        longest = min(len(prediction), self.config.max_prediction_chars)
+        asked = [self._vote(prompt, longest, seed) for seed in range(self.config.votes)]
         votes = await asyncio.gather(*asked) if len(asked) > 1 else [await asked[0]]
         counts = Counter(vote.verdict for vote in votes)
         majority = next((v for v in (Verdict.CORRECT, Verdict.WRONG) if 2 * counts[v] > len(votes)), Verdict.UNSCORED)
@@ -75,7 +84,7 @@ class OpenAIJudge:
         if self.config.model:
             return self.config.model
         if self._model is None or (self._model.done() and (self._model.cancelled() or self._model.exception())):
-            self._model = asyncio.create_task(self._retry(self._first_model, _Deadline(self.config.deadline_s)))
+            self._model = asyncio.create_task(self._retry(self._first_model, Deadline(self.config.deadline_s)))
         return await asyncio.shield(self._model)
 
     async def fingerprint(self) -> str:
@@ -86,7 +95,8 @@ class OpenAIJudge:
         config = self.config
         if not self._fingerprint:
             self._fingerprint = "\0".join(map(str, (
-                await self.model(), prompt_version(), config.votes, config.max_prediction_chars, MAX_REPLY_TOKENS, MAX_READINGS)))
+                await self.model(), prompt_version(), config.votes, config.max_prediction_chars, config.max_tokens, MAX_READINGS,
+                json.dumps(config.extra_body, sort_keys=True, default=str))))
         return self._fingerprint
 
     def stats(self) -> dict[str, float]:
@@ -104,44 +114,53 @@ class OpenAIJudge:
 
     # --- one vote -----------------------------------------------------------------------------------------------------
 
-    async def _vote(self, prompt: str, seed: int) -> Judgement:
-        deadline = _Deadline(self.config.deadline_s)
-        reply = ""
+    async def _vote(self, prompt: Callable[[int], str], longest: int, seed: int) -> Judgement:
+        """`prompt(n)` shows at most n characters of the prediction; `longest` is the n to begin with."""
+        deadline = Deadline(self.config.deadline_s)
+        reminder = cut = text = ""
+        readings = 0
         try:
             model = await self.model()
-            for reading in range(MAX_READINGS):
-                text = prompt if reading == 0 else f"{prompt}\n\n{REMINDER}"
-                reply = await self._retry(functools.partial(self._complete, model, text, seed, deadline), deadline)
-                verdict = parse_verdict(reply)
+            while readings < MAX_READINGS:
+                send = functools.partial(self._complete, model, prompt(longest) + reminder, seed, deadline)
+                try:
+                    text, cut = await self._retry(send, deadline)
+                except _TooLongError as exc:
+                    # how many tokens a text has only the judge knows: what it can't read is halved until it fits
+                    if longest <= MIN_PREDICTION_CHARS:
+                        raise JudgeError(str(exc)) from None
+                    longest = max(longest // 2, MIN_PREDICTION_CHARS)
+                    self._counts["shortened"] += 1
+                    continue
+                verdict = Verdict.UNSCORED if cut else parse_verdict(text)
                 if verdict is not Verdict.UNSCORED:
-                    return Judgement(verdict, "judge", reply)
-                self._counts["unreadable"] += 1
+                    return Judgement(verdict, "judge", text)
+                self._counts["cut" if cut else "unreadable"] += 1
+                readings, reminder = readings + 1, f"\n\n{REMINDER}"
         except JudgeError as exc:
             return Judgement(Verdict.UNSCORED, "judge", str(exc))
-        return Judgement(Verdict.UNSCORED, "judge", f"unreadable reply: {reply or '(empty)'}")
+        why = {"": "unreadable reply", "length": f"unreadable reply, cut at judge.max_tokens = {self.config.max_tokens}"}
+        return Judgement(Verdict.UNSCORED, "judge", f"{why.get(cut, f'unreadable reply ({cut})')}: {text or '(empty)'}")
 
-    async def _complete(self, model: str, prompt: str, seed: int, deadline: _Deadline, probing: bool) -> str:
+    async def _complete(self, model: str, prompt: str, seed: int, deadline: Deadline, probing: bool) -> tuple[str, str]:
+        """(text of the reply, why it is not finished or "")."""
         async with self._slots:
             deadline.start()   # waiting for a slot is not the judge's fault
             if self._outage.is_down and not probing:
-                raise _WentDownError   # while this one waited
+                raise WentDownError   # while this one waited
             self._counts["requests"] += 1
             started = time.monotonic()
+            options = self._options | ({"seed": seed} if "seed" in self._options else {})
             async with asyncio.timeout(self.config.timeout_s):   # a total: bytes that trickle in don't extend it
                 # not chat.completions.create: its typed transformation costs more CPU than everything else together
                 response = await self._connection().post("/chat/completions", cast_to=object, body={
-                    "model": model, "seed": seed, **self._options,
+                    "model": model, **options,
                     "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]})
             self._seconds += time.monotonic() - started
-        return self._read(response)
-
-    def _read(self, response: Any) -> str:
-        """The text of a completion. Raises LookupError or TypeError for JSON that is not one; that is retried."""
-        text = response["choices"][0]["message"]["content"]
-        usage = response.get("usage") or {}
-        self._counts["prompt_tokens"] += usage.get("prompt_tokens") or 0
-        self._counts["completion_tokens"] += usage.get("completion_tokens") or 0
-        return text or ""
+        reply = read_reply(response)
+        self._counts["prompt_tokens"] += reply.prompt_tokens
+        self._counts["completion_tokens"] += reply.completion_tokens
+        return reply.text, reply.cut
 
     async def _first_model(self, probing: bool) -> str:
         async with asyncio.timeout(self.config.timeout_s):
@@ -160,7 +179,7 @@ class OpenAIJudge:
 
     # --- failures -----------------------------------------------------------------------------------------------------
 
-    async def _retry(self, send: Callable[[bool], Awaitable[T]], deadline: _Deadline) -> T:
+    async def _retry(self, send: Callable[[bool], Awaitable[T]], deadline: Deadline) -> T:
         """`send(probing)` until it succeeds. Raises JudgeError at the deadline, for what retrying can't mend, or while
         the judge is down.
         """
@@ -169,15 +188,17 @@ class OpenAIJudge:
             probing = await self._outage.admit()
             try:
                 result = await send(probing)
-            except _WentDownError:
+            except WentDownError:
                 continue
             except JudgeError:
                 raise
             except Exception as exc:  # noqa: BLE001  (network boundary: whatever the client or the wire raises)
                 if self._dropped_option(exc):
                     continue
-                reason = self._describe(exc)
-                if isinstance(exc, openai.APIStatusError) and exc.status_code < 500 and exc.status_code not in _RETRIED:
+                reason, status = self._describe(exc), _status(exc)
+                if 400 <= status < 500 and status not in _RETRIED:
+                    if status in _REFUSALS and is_too_long(reason):
+                        raise _TooLongError(reason) from None
                     self._counts["refused"] += 1
                     raise JudgeError(reason) from None
                 self._outage.failed()
@@ -197,24 +218,32 @@ class OpenAIJudge:
 
     def _dropped_option(self, exc: Exception) -> bool:
         """Some endpoints refuse sampling options (a reasoning model: temperature). Do without those from now on."""
-        if not isinstance(exc, openai.BadRequestError):
+        if not isinstance(exc, openai.APIStatusError) or exc.status_code not in _REFUSALS:
             return False
-        refused = [name for name in self._options if name in str(exc.message) or name == exc.param]
+        words = _words(exc)
+        refused = refused_options(exc.body, words, self._options)
         for name in refused:
-            del self._options[name]
+            value = self._options.pop(name)
+            if name == "max_tokens" and "max_completion_tokens" in words:   # its newer name
+                self._options["max_completion_tokens"] = value
+            self._counts["dropped_options"] += 1
         return bool(refused)
 
     def _describe(self, exc: Exception) -> str:
-        """One short line without the key, which a server may echo."""
+        """One short line in the provider's words, without the key, which a server may echo."""
         if isinstance(exc, openai.APIStatusError):
-            text = f"HTTP {exc.status_code}: {exc.message}"
+            text = f"HTTP {exc.status_code}: {_words(exc) or exc.message}"
+            if exc.status_code in (404, 405):
+                text += f" ({self.config.base_url}/chat/completions{address_hint(self.config.base_url)})"
         elif isinstance(exc, TimeoutError | openai.APITimeoutError):
             text = f"no reply within {self.config.timeout_s:g} s"
+        elif isinstance(exc, ProviderError):
+            text = str(exc)
         else:
             text = f"{type(exc).__name__}: {exc}"
         kind = text.split(":")[0] if text.startswith("HTTP") else type(exc).__name__
         self._counts[f"error_{kind.replace(' ', '_')}"] += 1
-        return " ".join(text.replace(self._key, "***").split())[:300]
+        return one_line(text if self._key == _NO_KEY else text.replace(self._key, "***"))
 
 
 def open_judges(config: JudgeConfig) -> list[OpenAIJudge]:
@@ -225,64 +254,28 @@ def open_judges(config: JudgeConfig) -> list[OpenAIJudge]:
         if not (model and at and url.startswith(("http://", "https://"))):
             raise ConfigError(f"judge.panel: {member!r} is not MODEL@URL, as in Qwen3-32B@http://host:8000/v1")
         own = config.model_copy(update={"model": model, "base_url": url, "panel": []})
-        judges.append(OpenAIJudge(own, os.environ.get(f"JUDGE_API_KEY_{number}") or "EMPTY"))
+        judges.append(OpenAIJudge(own, os.environ.get(f"JUDGE_API_KEY_{number}") or _NO_KEY))
     return judges
 
 
-class _WentDownError(Exception):
-    """The judge was found to be down between the decision to ask it and the request."""
+class _TooLongError(Exception):
+    """The judge says that the request has more tokens than it can read."""
 
 
-class _Outage:
-    """Decides that a judge is down: failures and not one success for `after_s` seconds.
-
-    While it is down, `admit` lets one request through as a probe; everybody else waits for it and shares its fate.
-    """
-
-    def __init__(self, after_s: float, name: str) -> None:
-        self._after_s, self._name = after_s, name
-        self._failing_since: float | None = None
-        self._probe: asyncio.Future[None] | None = None
-
-    @property
-    def is_down(self) -> bool:
-        return self._failing_since is not None and time.monotonic() - self._failing_since > self._after_s
-
-    def failed(self) -> None:
-        self._failing_since = self._failing_since or time.monotonic()
-
-    def succeeded(self) -> None:
-        self._failing_since = None
-
-    async def admit(self) -> bool:
-        """True if the caller is the probe and must call `settle(True)`; raises JudgeError after a failed probe."""
-        if not self.is_down:
-            return False
-        if self._probe is None:
-            self._probe = asyncio.get_running_loop().create_future()
-            return True
-        await asyncio.shield(self._probe)
-        if self.is_down:
-            raise JudgeError(f"the judge at {self._name} is down")
-        return False
-
-    def settle(self, probing: bool) -> None:
-        if probing and self._probe is not None:
-            self._probe.set_result(None)
-            self._probe = None
+def address_hint(base_url: str) -> str:
+    """What is probably wrong with an address that has no such page: "; ..." or ""."""
+    path = urllib.parse.urlsplit(base_url).path.rstrip("/")
+    if path.endswith(("/chat/completions", "/completions", "/models")):
+        return "; judge.base_url ends before /chat/completions, usually in /v1"
+    return "" if re.search(r"/v\d+[a-z]*\b", path) else "; does judge.base_url lack its /v1?"
 
 
-class _Deadline:
-    """A time limit that begins with the first `start`."""
+def _status(exc: Exception) -> int:
+    return exc.status_code if isinstance(exc, openai.APIStatusError) else exc.code if isinstance(exc, ProviderError) else 0
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._end = seconds, 0.0
 
-    def start(self) -> None:
-        self._end = self._end or time.monotonic() + self._seconds
-
-    def left(self) -> float:
-        return self._end - time.monotonic() if self._end else self._seconds
+def _words(exc: openai.APIStatusError) -> str:
+    return words_of(exc.body)
 
 
 def _retry_after(exc: Exception) -> float:

@@ -1,5 +1,5 @@
 """What a machine and a configuration have and lack, before a device is touched: dry run, memory plan, judge check.
 
 Starts nothing that trains.
-Start with `doctor.py`, `memory_plan.py`.
+Start with `doctor.py`, `memory_plan.py`, `reach_judge.py`.
 """

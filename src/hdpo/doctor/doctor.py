@@ -8,8 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -88,18 +86,8 @@ def check_judge(config: Config) -> str:
         return "off; what the rules can't decide is unscored"
     if not config.judge.base_url:
         raise UserError("judge.base_url (JUDGE_BASE_URL) is not set; reward.judge=false trains on the rules alone")
-    return reach_judge(config)
-
-
-def reach_judge(config: Config) -> str:
-    """Raises UserError with one line when the judge's server doesn't answer within 5 s."""
-    url = config.judge.base_url.rstrip("/") + "/models"
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', 'EMPTY')}"})
-    try:
-        with urllib.request.urlopen(request, timeout=5):
-            return f"{config.judge.base_url} answers"
-    except (urllib.error.URLError, OSError, ValueError) as exc:
-        raise UserError(f"judge.base_url: {url}: {getattr(exc, 'reason', exc)}") from exc
+    from hdpo.doctor.reach_judge import ask_one, reach_judge
+    return "; ".join([*reach_judge(config), *ask_one(config)])
 
 
 def describe_node_0() -> str:

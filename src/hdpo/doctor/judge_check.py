@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hdpo.background import BackgroundLoop
 from hdpo.config_file import add_config_options, load_config
-from hdpo.doctor.doctor import reach_judge
+from hdpo.doctor.reach_judge import reach_judge
 from hdpo.errors import UserError
 from hdpo.protocols import Judge
 from hdpo.types import Judgement, Verdict
@@ -89,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     if not config.judge.base_url:
         raise UserError("judge.base_url is not set: give JUDGE_BASE_URL or --set judge.base_url=http://HOST:PORT/v1")
-    reach_judge(config)      # a client would try again for minutes
+    for line in reach_judge(config):      # a client would try again for minutes
+        print(line)
     from hdpo.adapters.openai_judge import open_judges
     background, judges = BackgroundLoop(), open_judges(config.judge)
     checks = []

@@ -76,6 +76,9 @@ def _cut(text: str, limit: int) -> str:
 
 
 _WORD = re.compile(r"(?:(?:final\s+)?(?:verdict|answer|judg[e]?ment)\s*(?:is)?\s*:?\s*)?(CORRECT|INCORRECT)", re.IGNORECASE)
+_EDGES = re.compile(r"^(?:CORRECT|INCORRECT)\b|\b(?:CORRECT|INCORRECT)$", re.IGNORECASE)
+_RUNS_ON = re.compile(
+    r"(?:\b(?:not|never|no|nor|neither|cannot|hardly|barely|than|or|and|in|un|if|either)|n['’]?t|[-/,])$", re.IGNORECASE)
 _DECORATION = " \t*_`'\"#.!:$"
 
 
@@ -83,7 +86,8 @@ def parse_verdict(reply: str | None) -> Verdict:
     """CORRECT, WRONG, or UNSCORED for a reply that is not plainly one of the two words.
 
     A reasoning model may think first: all up to the last </think> is dropped, an unclosed <think> is a cut reply. Then
-    the last line must be the word alone (or "Verdict: WORD"), and no other line may be the opposite word alone.
+    the last line must be the word alone (or "Verdict: WORD"), no other line may begin or end with the opposite word, and
+    the line before must not run on into it ("NOT\\nCORRECT").
     """
     text = reply or ""
     if "</think>" in text:
@@ -91,10 +95,14 @@ def parse_verdict(reply: str | None) -> Verdict:
     elif "<think>" in text:
         return Verdict.UNSCORED
     lines = [line for line in (_bare(line) for line in text.splitlines()) if line]
-    words = [match[1].upper() if match else None for match in map(_WORD.fullmatch, lines)]
-    if not words or words[-1] is None or len(set(words) - {None}) != 1:
+    match = _WORD.fullmatch(lines[-1]) if lines else None
+    if not match:
         return Verdict.UNSCORED
-    return Verdict.CORRECT if words[-1] == "CORRECT" else Verdict.WRONG
+    word = match[1].upper()
+    said = {edge.upper() for line in lines for edge in (_EDGES.findall(line))}
+    if said - {word} or len(lines) > 1 and _RUNS_ON.search(lines[-2]):
+        return Verdict.UNSCORED
+    return Verdict.CORRECT if word == "CORRECT" else Verdict.WRONG
 
 
 def _bare(line: str) -> str:

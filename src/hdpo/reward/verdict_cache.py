@@ -21,6 +21,7 @@ from typing import Protocol
 
 from hdpo.errors import ConfigError, JudgeError
 from hdpo.protocols import Judge
+from hdpo.reward.judge_reply import valid_unicode
 from hdpo.types import Judgement, Verdict
 
 _BUSY_S = 30.0          # how long one process waits for another one's transaction
@@ -96,7 +97,7 @@ class CachedJudge:
         try:
             judgement = await self._judge.judge(question, ground_truth, prediction)
             if judgement.verdict is not Verdict.UNSCORED:
-                self._unsaved[key] = (judgement.verdict.value, judgement.detail[:_MAX_DETAIL])
+                self._unsaved[key] = (judgement.verdict.value, valid_unicode(judgement.detail[:_MAX_DETAIL]))
                 if self._writer is None or self._writer.done():
                     self._writer = asyncio.create_task(self._write_all())
             return judgement
@@ -132,7 +133,7 @@ class CachedJudge:
             batch = dict(self._unsaved)
             try:
                 await loop.run_in_executor(self._thread, _insert, self._database, batch)
-            except sqlite3.Error:
+            except (sqlite3.Error, ValueError):   # a text that no database can hold
                 self._counts["cache_errors"] += 1
             for key in batch:   # only now: until it is in the file, a look-up must find it here
                 del self._unsaved[key]
@@ -186,6 +187,6 @@ def _insert(database: sqlite3.Connection, rows: Rows) -> None:
         database.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?)",
                              [(key, verdict, detail, time.time()) for key, (verdict, detail) in rows.items()])
         database.execute("COMMIT")
-    except sqlite3.Error:
+    except BaseException:   # whatever it was: an open transaction would lock out every process that shares the file
         database.execute("ROLLBACK")
         raise
