@@ -26,7 +26,8 @@ reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross
 judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache
 judge.max_prediction_chars judge.max_tokens judge.extra_body
 hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip_low hdpo.clip_high hdpo.dual_clip
-hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.mask_truncated
+hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.tool_norm hdpo.surrogate hdpo.entropy_coef
+hdpo.mask_truncated
 optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.offload
 optim.max_skipped optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
 batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens batch.share_prompts

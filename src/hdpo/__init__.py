@@ -5,7 +5,7 @@ use the algorithm alone: `from hdpo import hdpo_advantages, hdpo_loss, fused_lin
 
 The map. A room imports rooms above it in this list, never below; tests/test_architecture.py holds both to the tree.
 
-losses advantages fused_loss checksums   the algorithm and exact sums; torch alone
+losses advantages fused_loss objective checksums   the algorithm and exact sums; torch alone
 types errors protocols config config_file background text oddities pictures   words: records, failures, settings, the world
 ranks        collectives, the watchdog, nodes: who is there, who is alive
 agent        one trajectory, thousands at once: chat, images, calls, turns

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hdpo.objective import tensors_only
+
 
 class Advantages(NamedTuple):
     """Channel 0 is accuracy, channel 1 tool. Rows keep the order they came in."""
@@ -22,6 +24,7 @@ def hdpo_advantages(
     accuracy_reward: Tensor, tool_reward: Tensor, correct: Tensor, group: Tensor, *, scored: Tensor | None = None,
     scale: Literal["std", "none"] = "std", eps: float = 1e-6, min_std: float = 1e-5,
     tool_estimator: Literal["conditional", "unconditional", "coupled"] = "conditional", tool_weight: float = 0.15,
+    tool_norm: Literal["global", "effective"] = "global",
 ) -> Advantages:
     """Advantages of B trajectories in both channels; all inputs [B], `group` any integer id per row, in any order.
 
@@ -39,10 +42,15 @@ def hdpo_advantages(
     (Dr. GRPO). Rows with scored=False (a failed tool, no verdict) get 0, are no members, and leave every other row as if
     they had never been sampled; their rewards may be NaN.
 
+    `tool_norm` says which rows the tool channel's norm counts: "global", all that were compared, or "effective", those whose
+    tool advantage is not zero. With the same weight the two pull alike while tools are common; once they are rare most sets
+    are all equal, and "effective" divides by the few rows that still differ: 2 to 4 times the pull. The reference does the
+    latter within each micro-batch; here the count is of the whole step, as everywhere.
+
     Returns values in the dtype of `accuracy_reward` (float32 if that is an integer type). Raises ValueError when shapes
-    differ, the group is not integer or an option is unknown.
+    differ, the group is not integer or an option is unknown, TypeError for anything but tensors.
     """
-    _check(accuracy_reward, tool_reward, correct, group, scored, scale, tool_estimator)
+    _check(accuracy_reward, tool_reward, correct, group, scored, scale, tool_estimator, tool_norm)
     correct = correct.bool()
     scored = torch.ones_like(correct) if scored is None else scored.bool()
     ids, index = torch.unique(group, return_inverse=True)
@@ -59,6 +67,8 @@ def hdpo_advantages(
         value = centred / (std + eps) if scale == "std" else centred
         values.append(torch.where(member & (std >= min_std), value, 0.0))
         members.append(member)
+    if tool_norm == "effective":
+        members[1] = members[1] & (values[1] != 0)
     dtype = accuracy_reward.dtype if accuracy_reward.is_floating_point() else torch.float32
     return Advantages(torch.stack(values).to(dtype), torch.stack(members))
 
@@ -77,7 +87,8 @@ def _group_moments(reward: Tensor, compared: Tensor, index: Tensor, num_groups: 
 
 
 def _check(accuracy_reward: Tensor, tool_reward: Tensor, correct: Tensor, group: Tensor, scored: Tensor | None,
-           scale: str, tool_estimator: str) -> None:
+           scale: str, tool_estimator: str, tool_norm: str) -> None:
+    tensors_only(accuracy_reward=accuracy_reward, tool_reward=tool_reward, correct=correct, group=group, scored=scored)
     named = {"tool_reward": tool_reward, "correct": correct, "group": group, "scored": scored}
     if accuracy_reward.dim() != 1:
         raise ValueError(f"accuracy_reward must be [B], not {list(accuracy_reward.shape)}")
@@ -91,3 +102,5 @@ def _check(accuracy_reward: Tensor, tool_reward: Tensor, correct: Tensor, group:
         raise ValueError(f"scale must be 'std' or 'none', not {scale!r}")
     if tool_estimator not in ("conditional", "unconditional", "coupled"):
         raise ValueError(f"tool_estimator must be 'conditional', 'unconditional' or 'coupled', not {tool_estimator!r}")
+    if tool_norm not in ("global", "effective"):
+        raise ValueError(f"tool_norm must be 'global' or 'effective', not {tool_norm!r}")

@@ -158,6 +158,12 @@ class HdpoConfig(Section):
     importance_cap: float = Field(2.0, description="Upper bound of a token's importance weight.")
     importance_range: tuple[float, float] = Field(
         (0.99, 1.01), description="Geometric mean ratio of trainer to engine outside which a row is dropped (sequence).")
+    tool_norm: Literal["global", "effective"] = Field(
+        "global", description="Rows that the tool channel's norm counts: all compared ones, or (as the reference does within a "
+                              "micro-batch) only those whose tool advantage is not zero.")
+    surrogate: Literal["ppo", "gspo", "cispo"] = Field(
+        "ppo", description="ppo clips each token's ratio, gspo the row's, cispo uses the clipped ratio as a constant weight.")
+    entropy_coef: float = Field(0.0, description="Weight of an entropy bonus over trained tokens; 0, the paper's, turns it off.")
     mask_truncated: bool = Field(
         False, description="Leave trajectories cut by a budget out of the loss; their rewards still count in the group.")
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hdpo.losses import Norms, make_objective, precise_dtype, reciprocal
+from hdpo.objective import WEIGHTS, Norms, Surrogate, Terms, make_objective, precise_dtype, reciprocal
 
 TokenLoss = Callable[[Tensor, slice], Tensor]
 
@@ -27,10 +27,11 @@ TokenLoss = Callable[[Tensor, slice], Tensor]
 def fused_linear_hdpo_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, old_log_probs: Tensor | None, advantages: Tensor, mask: Tensor, *,
     temperature: float = 1.0, bias: Tensor | None = None, member: Tensor | None = None,
-    weights: Sequence[float] = (1.0, 0.15), norms: Norms | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
+    weights: Sequence[float] = WEIGHTS, norms: Norms | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
     dual_clip: float | None = 3.0, rollout_weights: Tensor | None = None, rollout_log_probs: Tensor | None = None,
-    importance_cap: float = 2.0, chunk_tokens: int | None = None, row: Tensor | None = None, keep: Tensor | None = None,
-    entropy: bool = True,
+    importance_cap: float = 2.0, surrogate: Surrogate = "ppo", reference_log_probs: Tensor | None = None, kl_coef: float = 0.0,
+    entropy_coef: float = 0.0, chunk_tokens: int | None = None, row: Tensor | None = None, keep: Tensor | None = None,
+    entropy: bool = True, channels_last: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Same value and gradients as `hdpo_loss` on the log-softmax of (hidden @ weight.T + bias) / temperature.
 
@@ -46,24 +47,35 @@ def fused_linear_hdpo_loss(
     tokens whose advantages are all zero skip the gradient products; on CUDA, where finding them would wait for the
     device, all N are computed, so a caller who builds batches on the host should pass keep.
     entropy: compute stats["entropy"] too, about a tenth of the time.
+    entropy_coef: subtracts so much times the policy's entropy, over channel 0's norm. The entropy is that of the softmax the
+    loss sees, temperature and bias included. `surrogate="gspo"` off-policy costs one more product of the head: a row's ratio
+    is known only after its last token.
 
     Returns (loss, stats): those of `hdpo_loss`, and stats["log_probs"], stats["entropy"] [N], detached, 0 at tokens that
     were not computed. Gradients have the inputs' dtype; a frozen or no_grad input costs no product. Raises ValueError
     when shapes do not fit.
     """
     _check(hidden, weight, targets, mask, bias, chunk_tokens)
-    if row is not None:
-        advantages, member = advantages[:, row], None if member is None else member[:, row]
-    objective = make_objective(old_log_probs, advantages, mask, member, weights, norms, clip_low, clip_high, dual_clip,
-                               rollout_weights, rollout_log_probs, importance_cap, precise_dtype(hidden.dtype))
-    order = _order(mask, (objective.coefficient * objective.advantages != 0).any(0), keep)
+    objective = make_objective(
+        old_log_probs, advantages, mask, member, weights, norms, rollout_weights, rollout_log_probs, reference_log_probs,
+        Terms(clip_low, clip_high, dual_clip, importance_cap, surrogate, kl_coef), precise_dtype(hidden.dtype), row=row,
+        channels_last=channels_last)
+    if surrogate == "gspo" and old_log_probs is not None:
+        seen = fused_linear_log_probs(hidden, weight, torch.where(mask != 0, targets, 0), temperature=temperature, bias=bias,
+                                      chunk_tokens=chunk_tokens, entropy=False)[0]
+        objective = objective.with_rows(torch.where(mask != 0, seen, 0.0), row, advantages.shape[0 if channels_last else -1])
+    active = (objective.coefficient * objective.advantages != 0).any(0)
+    if kl_coef or entropy_coef:
+        active = active | (objective.per_token != 0)
+    order = _order(mask, active, keep)
     chosen = objective if order.tokens is None else objective.select(order.tokens)
 
     def token_loss(log_probs: Tensor, rows: slice) -> Tensor:
         return chosen.select(rows).loss(log_probs)
 
-    head = _Head(weight, bias, temperature, chunk_tokens, entropy)
-    loss, log_probs, entropies = _run(hidden, targets, mask, head, order, token_loss)
+    bonus = entropy_coef * chosen.per_token if entropy_coef else None
+    head = _Head(weight, bias, temperature, chunk_tokens, entropy or bonus is not None)
+    loss, log_probs, entropies = _run(hidden, targets, mask, head, order, token_loss, bonus)
     return loss, {**objective.stats(log_probs), "log_probs": log_probs, "entropy": entropies}
 
 
@@ -147,8 +159,8 @@ def _order(mask: Tensor, active: Tensor, keep: Tensor | None) -> _Order:
 
 
 def _run(hidden: Tensor, targets: Tensor, mask: Tensor, head: _Head, order: _Order, token_loss: TokenLoss | None,
-         ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log_probs [N], entropy [N]); tokens outside the order hold 0."""
+         bonus: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, log_probs [N], entropy [N]); tokens outside the order hold 0. bonus [K]: weights of an entropy bonus."""
     num_tokens, tokens = len(targets), order.tokens
     if tokens is not None:
         hidden, targets = hidden.index_select(0, tokens), targets[tokens]
@@ -159,7 +171,7 @@ def _run(hidden: Tensor, targets: Tensor, mask: Tensor, head: _Head, order: _Ord
     grad = torch.is_grad_enabled() and token_loss is not None
     num_active = len(targets) if order.num_active is None else order.num_active
     loss, log_probs, entropy = _FusedLinearLoss.apply(
-        hidden, head.weight, targets, head._replace(weight=head.weight.detach()), token_loss, num_active, grad)
+        hidden, head.weight, targets, head._replace(weight=head.weight.detach()), token_loss, num_active, grad, bonus)
     if tokens is not None:
         log_probs, entropy = (x.new_zeros(num_tokens).index_copy_(0, tokens, x) for x in (log_probs, entropy))
     return loss, log_probs, entropy
@@ -170,7 +182,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head, token_loss: TokenLoss | None,
-                num_active: int, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+                num_active: int, grad: bool, bonus: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         dtype = precise_dtype(hidden.dtype)
         num_tokens, vocabulary = len(targets), len(weight)
         chunk = head.chunk_tokens or default_chunk_tokens(vocabulary, dtype.itemsize, hidden.is_cuda)
@@ -189,9 +201,14 @@ class _FusedLinearLoss(torch.autograd.Function):
                     continue
                 value, slope = _value_and_slope(token_loss, log_probs[rows], rows, needs_slope)
                 loss += value
+                if bonus is not None:
+                    loss -= (bonus[rows] * entropy[rows]).sum()
                 if slope is not None:
+                    spread = None if bonus is None else _entropy_gradient(
+                        logits, total, entropy[rows], bonus[rows] / head.temperature)
                     d_logits = _logit_gradient(logits, total, targets[rows], slope / head.temperature,
                                                weight.dtype if hidden.is_cuda else dtype)
+                    d_logits = d_logits if spread is None else d_logits + spread.to(d_logits.dtype)
                     _accumulate(d_logits, hidden[rows], weight, None if d_hidden is None else d_hidden[rows], d_weight)
         del buffer
         ctx.gradients = (d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
@@ -206,9 +223,9 @@ class _FusedLinearLoss(torch.autograd.Function):
                                "call it again instead of using retain_graph")
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 8
         # in place and by a 0-dim tensor: no second copy of the gradients, and no waiting for the device
-        return *(g if g is None else g.mul_(grad_loss.to(g.dtype)) for g in gradients), None, None, None, None, None
+        return *(g if g is None else g.mul_(grad_loss.to(g.dtype)) for g in gradients), None, None, None, None, None, None
 
 
 def _chunks(num_tokens: int, num_active: int, chunk: int) -> Iterator[slice]:
@@ -275,6 +292,12 @@ def _logit_gradient(exp: Tensor, total: Tensor, targets: Tensor, slope: Tensor, 
     """
     exp.scatter_add_(1, targets.unsqueeze(1), -total)
     return torch.mul(exp, -slope.unsqueeze(1) / total, out=exp if dtype == exp.dtype else torch.empty_like(exp, dtype=dtype))
+
+
+def _entropy_gradient(exp: Tensor, total: Tensor, entropy: Tensor, bonus: Tensor) -> Tensor:
+    """[n, V]: the gradient of -bonus * entropy by the logits, bonus * p * (log p + entropy)."""
+    p = exp / total
+    return p * bonus.unsqueeze(1) * (p.clamp(min=torch.finfo(p.dtype).tiny).log() + entropy.unsqueeze(1))
 
 
 def _accumulate(d_logits: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:

@@ -98,6 +98,7 @@ class HdpoObjective:
                 weights=(c.w_acc, c.w_tool), norms=norms_there, clip_low=c.clip_low, clip_high=c.clip_high,
                 dual_clip=c.dual_clip, rollout_weights=None if kept is None else kept[row].to(token_weight.dtype),
                 rollout_log_probs=None if c.importance == "none" else rollout, importance_cap=c.importance_cap, row=row,
+                surrogate=c.surrogate, entropy_coef=c.entropy_coef,
                 chunk_tokens=self.log_probs.chunk_tokens, keep=torch.arange(len(targets), device=device))
             self._record(loss, stats)
             self._record_mismatch(stats["log_probs"] if old is None else old, rollout, kept, micro.num_rows)

@@ -82,7 +82,7 @@ def group_advantages(groups: Sequence[RewardedGroup], config: HdpoConfig) -> tup
     result = hdpo_advantages(
         torch.tensor([r.accuracy for r in rewards]), torch.tensor([r.tool for r in rewards]),
         torch.tensor([r.correct for r in rewards]), torch.tensor(index), scored=torch.tensor([r.scored for r in rewards]),
-        scale=config.scale, tool_estimator=config.tool_estimator, tool_weight=config.w_tool)
+        scale=config.scale, tool_estimator=config.tool_estimator, tool_weight=config.w_tool, tool_norm=config.tool_norm)
     return result.values.T.tolist(), result.member.T.tolist()
 
 
