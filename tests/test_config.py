@@ -15,7 +15,7 @@ FIELDS = """
 run.name run.folder run.seed run.deterministic run.resume run.hang_timeout_s run.stuck_timeout_s
 model.path model.dtype model.attention model.gradient_checkpointing model.freeze model.lora_rank
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
-data.train data.val data.max_prompt_tokens data.bad_row data.shuffle
+data.train data.val data.mix data.cache data.image_root data.insert_markers data.max_prompt_tokens data.bad_row data.shuffle
 rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.dynamic_sampling
 rollout.max_turns rollout.max_response_tokens
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs

@@ -52,8 +52,19 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: list[str] = Field(default_factory=list, description="Parquet files of training rows (TRAIN_DATA).")
-    val: list[str] = Field(default_factory=list, description="Parquet files of held-out rows (VAL_DATA).")
+    train: list[str] = Field(
+        default_factory=list, description="Training rows (TRAIN_DATA): Parquet, JSON, JSON lines, Arrow, CSV or TSV files, "
+        "patterns or folders of them, or datasets as owner/name:split.")
+    val: list[str] = Field(default_factory=list, description="Held-out rows (VAL_DATA), in the same forms.")
+    mix: list[float] = Field(
+        default_factory=list, description="Weight of each entry of data.train in every step; empty takes each row once an epoch.")
+    cache: str = Field(
+        "", description="Folder on a disk of the node for memory-mapped copies of the data; empty is one of the user's own in "
+        "TMPDIR, /var/tmp or /tmp.")
+    image_root: str = Field(
+        "", description="Folder in which the data's relative picture paths start, tried before that of their file.")
+    insert_markers: bool = Field(
+        False, description="Put an <image> marker for each picture before the first user message where a text has none.")
     max_prompt_tokens: int = Field(24576, description="Longest prompt, tokens with images expanded.")
     bad_row: Literal["skip", "stop"] = Field(
         "skip", description="A row with a broken image or an over-long prompt: skip (named and counted) or stop.")

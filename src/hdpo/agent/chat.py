@@ -5,6 +5,7 @@ itself and wrapped as a user turn. Text that comes from tools or data cannot tur
 """
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ class ChatFormat:
         if self.decode([self.tool_call_end_id]) != TOOL_CALL_CLOSE:
             raise ModelError(f"the tokenizer hides {TOOL_CALL_CLOSE} in decoded text: it must be added with special=False")
         self._control_words = tuple(special)
+        words = f"{family.name}\0{json.dumps(description)}\0{tokenizer.chat_template}"
+        self._words = hashlib.sha256(words.encode()).hexdigest()
         self.banned_ids = tuple(sorted(set(special.values()) - {self.end_of_turn_id}))
         self._image_words = "".join(family.image_words or ())
         self._image_block = self._encode(self._control, self._image_words)
@@ -62,6 +65,11 @@ class ChatFormat:
             self.merge_size = int(image_processor.merge_size)
             self.factor = int(image_processor.patch_size) * self.merge_size
             self.min_pixels, self.max_pixels = self._narrow(min_pixels, max_pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for formats that make the same tokens of the same messages and image sizes."""
+        return f"{self._words}/{self.factor}/{self.min_pixels}/{self.max_pixels}"
 
     @property
     def stop_ids(self) -> tuple[int, int]:

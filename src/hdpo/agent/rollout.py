@@ -77,6 +77,7 @@ class _Run:
     on_finished: OnFinished | None
     most_live: int
     group: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
+    claimed: dict[int, Task] = field(default_factory=dict)        # by prompt: `tasks` may read a task anew whenever it is asked
     prompts: dict[int, asyncio.Task[Segment]] = field(default_factory=dict)
     ready: deque[Key] = field(default_factory=deque)     # of claimed prompts, not yet started
     live: int = 0
@@ -196,6 +197,7 @@ class Rollouts:
                 else:
                     run.ready.append(key)
             if run.ready:
+                run.claimed[index] = task
                 run.prompts[index] = run.group.create_task(self._player.prompt(task))
         return True
 
@@ -212,7 +214,7 @@ class Rollouts:
 
     async def _trajectory(self, run: _Run, key: Key) -> None:
         name = f"{self._nonce}-{self._collections}-{key.prompt}-{key.sample}"
-        live = Live(key, name, run.tasks[key.prompt - run.first_index])
+        live = Live(key, name, run.claimed[key.prompt])
         try:
             end = await self._timed(run, live)
             if end in (EndReason.ABORTED, EndReason.INFRASTRUCTURE) and not run.stopped:

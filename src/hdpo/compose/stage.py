@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 from hdpo.adapters.chat_format import open_chat
@@ -72,6 +73,7 @@ class Stage(contextlib.ExitStack):
         demonstrations = DemonstrationStream(
             config.data.train, chat, config.data, seed=config.run.seed,
             max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
+        self.callback(demonstrations.close)
         policy, checkpoints = open_policy(config, chat, self.world, self)
         log = open_log(config, policy.world, SFT_SHOWN, self)
         return SftParts(policy, chat, build_packing(config, chat), demonstrations, log, checkpoints)
@@ -79,6 +81,7 @@ class Stage(contextlib.ExitStack):
     def rl(self) -> RlParts:
         config, chat = self.config, self.chat
         tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed)
+        self.callback(tasks.close)
         held_out = self.held_out()
         check_rl(config, chat)
         check_tensor_parallel(config, self.world.size)
@@ -109,14 +112,13 @@ class Stage(contextlib.ExitStack):
         world = self.world.connect()
         held_out = self.held_out()
         if not held_out:
-            raise ConfigError("data.val is empty: name parquet files of held-out rows (VAL_DATA)")
+            raise ConfigError("data.val is empty: name files of held-out rows (VAL_DATA)")
         open_run_folder(config, world, {})
         background, backend = open_tools(config, world, self)
         engine = open_engine(config, chat, self)
         rollouts = open_rollouts(config, chat, engine, backend, background, self)
         return Evaluator(config, rollouts, open_scorer(config, background, world, self), held_out, world)
 
-    def held_out(self) -> list[Task]:
+    def held_out(self) -> Sequence[Task]:
         config = self.config
-        tasks = read_tasks(config.data.val, self.chat, config.data) if config.data.val else []
-        return tasks[:config.eval.rows] if config.eval.rows else tasks
+        return read_tasks(config.data.val, self.chat, config.data, config.eval.rows) if config.data.val else []

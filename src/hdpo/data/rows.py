@@ -38,18 +38,6 @@ def checked_messages(value: Any, column: str) -> list[dict[str, str]]:
     return messages
 
 
-def checked_images(value: Any) -> tuple[bytes, ...]:
-    """Encoded files of a cell: null, one, or a list; each bytes or a struct with `bytes`."""
-    cells = value if isinstance(value, list) else [] if value is None else [value]
-    images = []
-    for i, cell in enumerate(cells):
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            raise DataError(f"image {i} has no bytes in the file")
-        images.append(data)
-    return tuple(images)
-
-
 def checked_truth(reward_model: Any) -> str | list[str]:
     """`ground_truth` of the struct (or its JSON text): a string, or the alternatives of a list or of {"target": list}.
 

@@ -120,12 +120,22 @@ def _guarded(file: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterat
         raise DataError(f"{file}: not a readable {kind} file ({' '.join(str(exc).split())})") from exc
 
 
-def _parquet(file: Path) -> Batches:
-    """By `iter_batches` with few rows at a time: a row group as a whole may hold more than Arrow can nest (2 GiB)."""
+def parquet_footer(file: Path) -> tuple[int, list[str]]:
+    """(rows, columns), from the footer alone."""
+    with _open_parquet(file) as parquet:
+        return parquet.metadata.num_rows, parquet.schema_arrow.names
+
+
+def _open_parquet(file: Path) -> pq.ParquetFile:
     try:
-        parquet = pq.ParquetFile(file, pre_buffer=False)
+        return pq.ParquetFile(file, pre_buffer=False)
     except (OSError, pa.ArrowException) as exc:
         raise DataError(f"{file}: not a readable Parquet file ({' '.join(str(exc).split())})") from exc
+
+
+def _parquet(file: Path) -> Batches:
+    """By `iter_batches` with few rows at a time: a row group as a whole may hold more than Arrow can nest (2 GiB)."""
+    parquet = _open_parquet(file)
     groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
     nbytes, rows = sum(group.total_byte_size for group in groups), parquet.metadata.num_rows
     size = max(1, min(1024, BATCH_BYTES * rows // max(1, nbytes)))

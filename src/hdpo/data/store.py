@@ -72,9 +72,7 @@ class RowStore(Sequence[Row]):
     def require(self, columns: Iterable[str]) -> None:
         """Raises DataError naming the first file that lacks one of them."""
         for part in self._parts:
-            for column in columns:
-                if column not in part.columns:
-                    raise DataError(f"{part.name}: column {column} is missing; there are {', '.join(part.columns)}")
+            require(part.name, columns, part.columns)
 
     def name(self, index: int) -> str:
         part, row = self._place(index)
@@ -90,13 +88,20 @@ class RowStore(Sequence[Row]):
         folder = self._place(index)[0].folder
         return [Path(self._image_root)] * bool(self._image_root) + ([folder] if folder is not None else [])
 
+    def all_folders(self) -> list[str]:
+        """Every place where a relative path of some row may start."""
+        return sorted({str(folder.resolve()) for start in self._starts[:-1] for folder in self.folders(start)})
+
     def row(self, index: int, columns: Sequence[str] | None = None) -> Row:
         """The row as Python values; with `columns` only those of them that it has. Raises DataError for a broken JSON row."""
         part, number = self._place(index)
         if not part.as_text:
             wanted = None if columns is None else [name for name in columns if name in part.columns]
             table = part.rows[number]
-            return (table if wanted is None else table.select(wanted)).to_pylist()[0]
+            try:
+                return (table if wanted is None else table.select(wanted)).to_pylist()[0]
+            except (UnicodeDecodeError, OverflowError) as exc:      # text that is no UTF-8, a date beyond Python's
+                raise DataError(f"a value can't be read ({exc})") from None
         try:
             row = json.loads(part.rows[number][ROW_COLUMN][0].as_py())
         except ValueError as exc:
@@ -122,6 +127,13 @@ class RowStore(Sequence[Row]):
     def _place(self, index: int) -> tuple[_Part, int]:
         number = bisect_right(self._starts, index) - 1
         return self._parts[number], index - self._starts[number]
+
+
+def require(name: str, columns: Iterable[str], present: Sequence[str]) -> None:
+    """Raises DataError naming the file and the first column that is not `present`."""
+    for column in columns:
+        if column not in present:
+            raise DataError(f"{name}: column {column} is missing; there are {', '.join(present)}")
 
 
 def open_rows(sources: Sequence[str], *, cache: str = "", image_root: str = "") -> RowStore:

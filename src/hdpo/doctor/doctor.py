@@ -58,8 +58,8 @@ def check_data(config: Config, files: Sequence[str], field: str, command: str) -
     if not files:
         raise UserError(f"{field} names no file")
     from hdpo.data.tasks import check_columns
-    rows = check_columns(files, demonstrations=command == "sft")
-    return f"{rows} rows in {len(files)} file{'s' if len(files) > 1 else ''}"
+    rows = check_columns(files, config.data, demonstrations=command == "sft")
+    return f"{rows} rows in {len(files)} source{'s' if len(files) > 1 else ''}"
 
 
 def check_tools(config: Config) -> str:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "run.", "log.", "eval.", "checkpoint.", "optim.steps", "optim.max_skipped", "optim.offload", "judge.", "tools.",
-    "batch.", "sync.", "reward.max_unscored",
+    "batch.", "sync.", "reward.max_unscored", "data.cache", "data.image_root",
     "rollout.max_num_seqs", "rollout.max_batched_tokens", "rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.engine",
     "rollout.tensor_parallel")
 """Fields a resumed run may set differently: they do not change what is learned."""
@@ -255,7 +255,8 @@ def _cannot_write(final: Path, reason: str) -> CheckpointError:
 
 
 def _check_same_run(folder: Path, state: dict[str, Any], config: Config) -> None:
-    then, now = flat_settings(state["config"]), flat_settings(config.model_dump(mode="json"))
+    now = flat_settings(config.model_dump(mode="json"))
+    then = flat_settings(Config().model_dump(mode="json")) | flat_settings(state["config"])   # older ones know fewer fields
     for key in then.keys() | now.keys():
         if then.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
             raise CheckpointError(f"{folder} belongs to another configuration: {key} was {then.get(key)!r}, is {now.get(key)!r}; "

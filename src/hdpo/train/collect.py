@@ -61,7 +61,8 @@ class Collector:
         rewarded: list[RewardedGroup] = []
         taken = signals = refills = 0
         while True:
-            prompts = self._tasks.take(wanted - signals)
+            with self._log.timed("data"):
+                prompts = self._tasks.take(wanted - signals)     # unread: who claims one reads it
             groups = self._roll_out(prompts, step, taken, known)
             if groups is None:
                 return None

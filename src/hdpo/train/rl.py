@@ -154,7 +154,9 @@ def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -
 
 
 def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> None:
-    """Greedy rollouts of the held-out rows with the present weights. Collective."""
+    """Greedy rollouts of the held-out rows with the present weights; nothing without such rows. Collective."""
+    if not config.data.val:
+        return
     parts.policy.world.phase("evaluation", step)
     parts.sync.send(step)
     result = parts.evaluator(label, step)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.demonstration import encode_demonstration
 from hdpo.config import Config
+from hdpo.data.streams import Unread
 from hdpo.data.tasks import Demonstration, DemonstrationStream
 from hdpo.packing.batching import PackingSpec, make_train_batch
 from hdpo.state.checkpoint import Checkpoints
@@ -40,12 +41,19 @@ def train(config: Config, parts: SftParts) -> bool:
     objective = SftObjective(log, config.batch.head_chunk_tokens)
     guard = StepGuard(config.optim.max_skipped)
 
+    ahead: list[Future[Sample]] = []       # of this rank's rows of the next step, which are encoded while this one trains
+
     with StopSignal() as stop, ThreadPoolExecutor(min(8, os.cpu_count() or 1), "hdpo-encode") as threads:
+        def begin(rows: Unread[Demonstration]) -> list[Future[Sample]]:
+            mine = rows[world.rank::world.size]
+            return [threads.submit(lambda number: encode(parts.chat, mine[number]), number) for number in range(len(mine))]
+
         for step in log.steps(start, steps, "SFT"):
             checkpoints.check()
             with log.timed("data"):
-                rows = demos.take(config.optim.rows_per_step)[world.rank::world.size]
-                samples = list(threads.map(partial(encode, parts.chat), rows))
+                rows = demos.take(config.optim.rows_per_step)
+                samples = [row.result() for row in ahead or begin(rows)]
+                ahead = begin(demos.peek(config.optim.rows_per_step)) if step + 1 < steps else []
             with log.timed("pack"):
                 batch = make_train_batch([samples], parts.spec, world, channels=0)
             lr = learning_rate(config.optim, step)
