@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from PIL import Image
 
-from hdpo import pictures
+from hdpo import pictures, text
 from hdpo.errors import DataError
 
 MAX_ASPECT_RATIO = 200
@@ -28,7 +28,7 @@ def decode_image(data: bytes, what: str, max_pixels: int = pictures.MAX_PIXELS) 
     try:
         return pictures.decode(data, max_pixels)
     except pictures.PictureError as exc:
-        raise DataError(f"{what}: not a readable image ({exc})") from exc
+        raise DataError(f"{what}: not a readable image ({text.one_line(exc)})") from exc
 
 
 def check_image(data: bytes, what: str) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def check_image(data: bytes, what: str) -> tuple[int, int]:
     try:
         return pictures.size_of(data)
     except pictures.PictureError as exc:
-        raise DataError(f"{what}: not a readable image ({exc})") from exc
+        raise DataError(f"{what}: not a readable image ({text.one_line(exc)})") from exc
 
 
 @lru_cache(maxsize=4096)

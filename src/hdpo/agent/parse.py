@@ -1,4 +1,4 @@
-"""Text of sampled turns -> tool call, answer, format verdict. Pure strings; standard library only.
+"""Text of sampled turns -> tool call, answer, format verdict. Pure strings; no library.
 
 The trainer and the tool server both import this file, so both sides read a call the same way. The wire format and the
 tags are those of the Metis reference; where its rule can be gamed or crashes, the stricter reading is noted in place.
@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from hdpo.text import valid
 
 TOOL_CALL_OPEN, TOOL_CALL_CLOSE = "<tool_call>", "</tool_call>"
 
@@ -81,8 +83,7 @@ def _checked(name: str, arguments: dict[str, Any]) -> ParsedCall | MalformedCall
         value = value[0]
     if not isinstance(value, str) or not value.strip():
         return _malformed(f'the arguments of {name} must hold "{key}", a non-empty string', name)
-    # JSON escapes can spell half a surrogate pair, which no later stage could encode
-    return ParsedCall(name, {key: value.encode("utf-8", "replace").decode("utf-8")})
+    return ParsedCall(name, {key: valid(value, "call")})   # JSON escapes can spell half a surrogate pair
 
 
 def _checked_region(arguments: dict[str, Any]) -> ParsedCall | MalformedCall:

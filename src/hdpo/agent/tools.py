@@ -9,6 +9,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+from hdpo import oddities, text
 from hdpo.agent.parse import EXAMPLES, MalformedCall, parse_tool_call
 from hdpo.config import ToolsConfig
 from hdpo.errors import ToolServerError
@@ -48,11 +49,12 @@ class AgentTools:
             async with asyncio.timeout(self._timeout):
                 result = await self._backend.call(trajectory_id, turn, task)
         except (ToolServerError, TimeoutError) as exc:
-            error = str(exc) or f"no answer to a {parsed.name} call within {self._timeout:g} s"
+            error = text.one_line(exc) or f"no answer to a {parsed.name} call within {self._timeout:g} s"
+            oddities.count(f"tool/{parsed.name}_unavailable")
             call = ToolCall(parsed.name, parsed.arguments, ok=False, observation="", infrastructure=True,
                             seconds=time.monotonic() - started)
             return ToolOutcome(call, error=error)
-        call = ToolCall(parsed.name, parsed.arguments, ok=result.ok, observation=result.text,
+        call = ToolCall(parsed.name, parsed.arguments, ok=result.ok, observation=text.valid(result.text, "tool"),
                         num_images=len(result.images), seconds=time.monotonic() - started)
         return ToolOutcome(call, result.images)
 

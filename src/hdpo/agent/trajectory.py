@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from hdpo import oddities
 from hdpo.agent.builder import Segment, TrajectoryBuilder
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.images import decode_image
+from hdpo.agent.images import TOOL_PIXELS, decode_image
 from hdpo.agent.parse import extract_answer
 from hdpo.agent.tools import AgentTools, ToolOutcome
 from hdpo.config import RolloutConfig
@@ -139,7 +140,8 @@ class Player:
         text, images = outcome.call.observation, []
         for i, data in enumerate(outcome.images):
             try:
-                images.append(decode_image(data, f"image {i + 1}"))
+                images.append(decode_image(data, f"image {i + 1}", TOOL_PIXELS))
             except DataError as exc:
+                oddities.count("image/tool")
                 text += f"\n[{exc}]"
         return self._chat.observation(text, images, self._config.max_observation_tokens, max_images)

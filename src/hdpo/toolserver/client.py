@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from hdpo import oddities, text
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.wire import Call, Reply, WireError, parse_response, request_json
@@ -71,6 +72,7 @@ class ToolClient:
                     reply = await self._post(replace(call, images=task.images))
         except TimeoutError:
             raise ToolServerError(f"{self.url}: no answer within {self.timeout:g} s") from None
+        oddities.count_reported(reply.metrics.get("oddities"))
         if reply.metrics.get("need_images"):
             raise ToolServerError(f"{self.url}: keeps asking for the images of {trajectory_id}")
         self._known[trajectory_id] = session or "code_success" in reply.metrics
@@ -101,11 +103,13 @@ class ToolClient:
         failures, waits = 0, 0
         while True:
             status, problem, payload = await self._attempt(body)
+            problem = text.one_line(problem)
             if status == 200:
                 try:
                     return await self._off_loop(len(payload), _reply, payload)
-                except (WireError, ValueError) as exc:
-                    raise ToolServerError(f"{self.url}: not a tool server's answer: {exc}") from exc
+                except (WireError, ValueError, RecursionError) as exc:
+                    oddities.count("tool/unreadable_answer")
+                    raise ToolServerError(f"{self.url}: not a tool server's answer: {text.one_line(exc)}") from exc
             if status in BUSY or (status == UNREACHED and patient):
                 waits += 1
             elif status in (None, UNREACHED) or status in BROKEN:
@@ -135,7 +139,8 @@ class ToolClient:
                     f"{self.url}/get_observation", data=body, headers={"Content-Type": "application/json"}) as response:
                 if response.status == 200:
                     return 200, "", await response.read()
-                return response.status, f"HTTP {response.status}: {(await response.text())[:500]}", b""
+                said = (await response.content.read(2000)).decode("utf-8", "replace")
+                return response.status, f"HTTP {response.status}: {said}", b""
         except aiohttp.ClientConnectorError as exc:
             return UNREACHED, str(exc), b""
         except (aiohttp.ClientError, OSError, ValueError) as exc:

@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from hdpo import oddities
+
 BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Upper bounds of the latency histogram, seconds."""
 
@@ -36,4 +38,6 @@ class Counters:
             lines += [f'hdpo_tool_call_seconds_bucket{{tool="{tool}",le="{le}"}} {count}' for le, count in bounds]
             lines += [f'hdpo_tool_call_seconds_sum{{tool="{tool}"}} {seconds:g}',
                       f'hdpo_tool_call_seconds_count{{tool="{tool}"}} {total}']
+        lines.append("# TYPE hdpo_tool_oddities_total counter")
+        lines += [f'hdpo_tool_oddities_total{{name="{name}"}} {times}' for name, times in sorted(oddities.totals().items())]
         return "\n".join(lines) + "\n"

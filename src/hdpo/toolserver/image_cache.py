@@ -11,7 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hdpo import text
 from hdpo.errors import DataError
+from hdpo.toolserver.http_service import SearchError
 from hdpo.toolserver.image_search import MAX_RETURNED, MAX_TITLES, ImageQuery, Match, bounded
 
 
@@ -24,7 +26,7 @@ class ImageCache:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            rows = json.loads(self.path.read_text())
+            rows = text.valid_tree(json.loads(self.path.read_text()), "search")
         except (OSError, ValueError) as exc:
             raise DataError(f"{path}: not an image search cache: {exc}") from None
         if not isinstance(rows, dict):
@@ -52,10 +54,18 @@ class ImageCache:
         return file
 
     def lookup(self, index: str) -> list[Match]:
-        return [Match(title, bounded(file) if file else None) for title, file in self._rows.get(index, ())]
+        return [Match(title, _shown(file)) for title, file in self._rows.get(index, ())]
 
     async def search(self, query: ImageQuery) -> list[Match]:
         return await asyncio.to_thread(self.lookup, query.index) if query.index in self._rows else []
 
     async def close(self) -> None:
         """Nothing is open."""
+
+
+def _shown(file: Path | None) -> bytes | None:
+    """A picture that can't be read is left out: the title says what was found."""
+    try:
+        return bounded(file) if file else None
+    except SearchError:
+        return None

@@ -14,9 +14,10 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from hdpo import text
 from hdpo.errors import DataError
+from hdpo.toolserver.http_service import SearchError
 from hdpo.toolserver.image_search import MAX_RETURNED, ImageQuery, Match, bounded, open_image
-from hdpo.toolserver.providers import SearchError
 
 MAX_DISTANCE = 0.45
 """Distance up to which two images count as the same: re-encoded copies stay below 0.35, unrelated images above 0.6."""
@@ -35,7 +36,7 @@ class ImageIndex:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         try:
-            labels = json.loads((self.folder / "labels.json").read_text())
+            labels = text.valid_tree(json.loads((self.folder / "labels.json").read_text()), "search")
         except (OSError, ValueError) as exc:
             raise DataError(f"{self.folder}/labels.json: {exc}") from None
         if not isinstance(labels, dict) or not all(isinstance(title, str) for title in labels.values()):

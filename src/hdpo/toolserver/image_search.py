@@ -15,16 +15,17 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from hdpo import oddities, pictures, text
 from hdpo.toolserver import layout
-from hdpo.toolserver.providers import SearchError
+from hdpo.toolserver.http_service import SearchError
 from hdpo.toolserver.wire import Reply
 
 MAX_TITLES, MAX_RETURNED = 10, 3
 """Titles and images of one answer."""
 MAX_SIDE = 768
 """Longest side of a returned image, pixels."""
-MAX_PIXELS = 64 << 20
-"""Largest image that is decoded, pixels."""
+MAX_PIXELS = pictures.MAX_PIXELS
+"""Largest image that is decoded, pixels: what the trainer shows the model can be searched for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,13 @@ class InTurn:
 
 
 def open_image(source: bytes | Path) -> Image.Image:
-    """A decoded RGB image. Raises SearchError for what can't or should not be decoded."""
+    """A decoded RGB image, upright. Raises SearchError for what can't or should not be decoded."""
     name = source.name if isinstance(source, Path) else "the image"
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise SearchError(f"{name}: {image.width} x {image.height} pixels are too many")
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:   # PIL's plugins raise any of these
-        raise SearchError(f"{name} can't be decoded: {exc}") from exc
+        return pictures.decode(source.read_bytes() if isinstance(source, Path) else source, MAX_PIXELS)
+    except (pictures.PictureError, OSError) as exc:
+        oddities.count("image/search")
+        raise SearchError(f"{name} can't be decoded: {text.one_line(exc)}") from exc
 
 
 def encoded(image: Image.Image, side: int = MAX_SIDE) -> bytes:

@@ -28,19 +28,24 @@ def python_result(stdout: str, stderr: str, num_images: int) -> str:
 
 
 def search_results(query: str, results: Sequence[tuple[str, str, str]]) -> str:
-    """Ranked (title, link, snippet); repeated snippets are dropped, long ones cut."""
+    """Ranked (title, link, snippet); repeated snippets are dropped, long ones cut. Rows without one repeat by title and link."""
     pages: list[str] = []
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = {("", "")}     # a row with nothing to read
     for title, link, snippet in results:
-        if snippet in seen:
+        same = (snippet,) if snippet else (title, link)
+        if same in seen:
             continue
-        seen.add(snippet)
+        seen.add(same)
         if len(snippet) > MAX_SNIPPET_CHARS:
             snippet = snippet[:MAX_SNIPPET_CHARS] + "..."
         pages.append(f"Page {len(pages) + 1}. [Title: {title}](Link: {link})\nSnippet: {snippet}\n")
     if not pages:
         return f"No search results found for {query}."
     return f"A Google search for '{query}' found {len(pages)} results:\n\n## Web Results\n" + "\n".join(pages)
+
+
+def nothing_to_search(query: str) -> str:
+    return f"Tool call error: the query {query[:40]!r} holds nothing to search for; write what you want to know in words."
 
 
 def image_results(titles: Sequence[str]) -> str:

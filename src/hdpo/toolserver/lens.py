@@ -16,8 +16,9 @@ from typing import Any
 
 import aiohttp
 
+from hdpo import text
+from hdpo.toolserver.http_service import HttpService, SearchError
 from hdpo.toolserver.image_search import MAX_RETURNED, MAX_TITLES, ImageQuery, Match, bounded, encoded, open_image
-from hdpo.toolserver.providers import HttpService, SearchError
 
 ROUTE = "/query-image/"
 QUERY_SIDE = 1024
@@ -66,13 +67,13 @@ class SerperLens(HttpService):
         png = await asyncio.to_thread(lambda: encoded(open_image(query.image), QUERY_SIDE))
         with self.showcase.show(png) as address:
             body = await self.fetch(address)
-        rows = body.get("organic") or []
-        if not isinstance(rows, list):
-            raise SearchError(f"{self.name}: the answer holds no list of results")
-        found = [row for row in rows if isinstance(row, dict) and row.get("title")][:MAX_TITLES]
+        rows, said = body.get("organic") or [], body.get("message") or body.get("error")
+        if not isinstance(rows, list) or said and "organic" not in body:
+            raise SearchError(f"{self.name}: {self._without_key(text.one_line(said or 'the answer holds no list of results'))}")
+        found = [row for row in rows if isinstance(row, dict) and isinstance(row.get("title"), str) and row["title"]][:MAX_TITLES]
         images = await asyncio.gather(*(self._thumbnail(str(row.get("thumbnailUrl") or "")) for row in found[:MAX_RETURNED]))
         rest = [None] * (len(found) - len(images))
-        return [Match(str(row["title"])[:300], image) for row, image in zip(found, [*images, *rest])]
+        return [Match(row["title"][:300], image) for row, image in zip(found, [*images, *rest])]
 
     async def _thumbnail(self, url: str) -> bytes | None:
         """A missing thumbnail is no failure: the title says what was found."""

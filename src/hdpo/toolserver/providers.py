@@ -1,32 +1,24 @@
 """Hosted web search behind one interface. Keys come from the server's environment and stay in this process.
 
-A provider that fails raises SearchError: that is infrastructure, never an empty result.
+What a search engine shows above its results (a direct answer, a box about a person or a place) comes first here too.
 """
 from __future__ import annotations
 
-import asyncio
 import os
-import random
 import re
+import unicodedata
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import aiohttp
-
-from hdpo.errors import ConfigError, InfrastructureError
+from hdpo import text
+from hdpo.errors import ConfigError
+from hdpo.toolserver.http_service import HttpService, SearchError
 
 Result = tuple[str, str, str]
 """(title, link, snippet)"""
-TIMEOUT_S = 20.0
-ATTEMPTS = 3
 MAX_QUERY_CHARS = 1000
-_RETRIED = (408, 429, 500, 502, 503, 504)
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-
-
-class SearchError(InfrastructureError):
-    """The search provider could not be reached or answered with an error."""
 
 
 class TextProvider(Protocol):
@@ -37,64 +29,10 @@ class TextProvider(Protocol):
     async def close(self) -> None: ...
 
 
-class HttpService:
-    """Retries, deadline, rate and connection of a hosted service that answers with JSON; a subclass says how to ask."""
-
-    name = ""
-
-    def __init__(self, key: str, url: str) -> None:
-        self._key, self._url = key, url
-        self._session: aiohttp.ClientSession | None = None
-        self._interval, self._next = 0.0, 0.0
-
-    def limit_rate(self, per_second: float) -> None:
-        """Start at most so many requests a second."""
-        self._interval = 1.0 / per_second
-
-    async def _turn(self) -> None:
-        now = asyncio.get_running_loop().time()
-        start = self._next = max(now, self._next + self._interval)
-        await asyncio.sleep(start - now)
-
-    def request(self, query: str) -> tuple[str, dict[str, Any]]:
-        """(method, keyword arguments of aiohttp's request)"""
-        raise NotImplementedError
-
-    async def fetch(self, query: str) -> dict[str, Any]:
-        """The JSON object of a 200 answer, after retries if need be. Raises SearchError."""
-        problem = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(0.25 * 2 ** attempt * random.uniform(0.5, 1.0))
-            status, problem, body = await self._attempt(query)
-            if status == 200:
-                if not isinstance(body, dict):
-                    raise SearchError(f"{self.name}: the answer is not a JSON object")
-                return body
-            if status is not None and status not in _RETRIED:
-                break
-        raise SearchError(f"{self.name}: {problem}")
-
-    def session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), trust_env=True, connector=aiohttp.TCPConnector(limit=64))
-        return self._session
-
-    async def _attempt(self, query: str) -> tuple[int | None, str, Any]:
-        method, arguments = self.request(query)
-        await self._turn()
-        try:
-            async with self.session().request(method, self._url, **arguments) as response:
-                if response.status == 200:
-                    return 200, "", await response.json(content_type=None)
-                return response.status, f"HTTP {response.status}: {(await response.text())[:300]}", None
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            return None, type(exc).__name__, None      # the message may hold the URL, and the URL the key
-
-    async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+def searchable(query: str) -> str:
+    """The query as a provider is asked; empty when there is nothing to search for: no letter, digit or symbol in it."""
+    plain = " ".join(query.replace('"', " ").split())[:MAX_QUERY_CHARS]
+    return plain if any(c.isalnum() or ord(c) > 127 and unicodedata.category(c)[0] == "S" for c in plain) else ""
 
 
 class HttpProvider(HttpService):
@@ -104,34 +42,69 @@ class HttpProvider(HttpService):
         super().__init__(key, url)
         self.results = results
 
-    def read(self, body: Any) -> list[Result]:
+    def read(self, body: dict[str, Any]) -> list[Result]:
         raise NotImplementedError
 
     async def search(self, query: str) -> list[Result]:
-        body = await self.fetch(query.replace('"', "").strip()[:MAX_QUERY_CHARS])
-        return self.read(body)[:self.results]
+        if not (plain := searchable(query)):
+            return []
+        return self.read(await self.fetch(plain))[:self.results]
+
+    def rows(self, body: dict[str, Any], key: str, snippet: str, boxes: Sequence[Result | None] = ()) -> list[Result]:
+        """`boxes`, then the rows of a list. Raises SearchError for an answer that says it failed instead of listing any."""
+        rows, said = body.get(key), body.get("message") or body.get("error")
+        if rows is None and said:
+            raise SearchError(f"{self.name}: {self._without_key(text.one_line(said))}")
+        found = [(_text(row.get("title")), _text(row.get("link")), _text(row.get(snippet)))
+                 for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)]
+        return [box for box in boxes if box is not None] + found
 
 
-def _rows(body: dict[str, Any], key: str, snippet: str) -> list[Result]:
-    rows = body.get(key) or []
-    return [(str(row.get("title") or ""), str(row.get("link") or ""), str(row.get(snippet) or ""))
-            for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value) if isinstance(value, (int, float)) else ""
+
+
+def _answer_box(value: Any) -> Result | None:
+    """The direct answer: what it answers, then the page's words around it."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if not isinstance(value, dict):
+        return None
+    parts = [_text(value.get(key)) for key in ("answer", "result", "snippet")]
+    parts += [_text(item) for item in value["list"]] if isinstance(value.get("list"), list) else []
+    words = ". ".join(dict.fromkeys(part.strip().rstrip(".") for part in parts if part.strip()))
+    return (_text(value.get("title")), _text(value.get("link")), words) if words else None
+
+
+def _knowledge(value: Any) -> Result | None:
+    """The box about a thing: its kind, its description, its attributes."""
+    if not isinstance(value, dict):
+        return None
+    source = value.get("source")
+    link = value.get("descriptionLink") or value.get("website") or (source.get("link") if isinstance(source, dict) else "")
+    attributes = value.get("attributes")
+    facts = [f"{key}: {_text(fact)}" for key, fact in attributes.items() if _text(fact)] if isinstance(attributes, dict) else []
+    parts = [_text(value.get("type")), _text(value.get("description")), *facts]
+    words = ". ".join(part.strip().rstrip(".") for part in parts if part.strip())
+    title = _text(value.get("title"))
+    return (title, _text(link), words) if title and words else None
 
 
 class Serper(HttpProvider):
-    """https://serper.dev: POST /search, header X-API-KEY, `organic` rows with `snippet`."""
+    """https://serper.dev: POST /search, header X-API-KEY; answerBox, knowledgeGraph, `organic` rows with `snippet`."""
 
     name = "serper"
 
     def request(self, query: str) -> tuple[str, dict[str, Any]]:
         return "POST", {"headers": {"X-API-KEY": self._key}, "json": {"q": query, "num": self.results}}
 
-    def read(self, body: Any) -> list[Result]:
-        return _rows(body, "organic", "snippet")
+    def read(self, body: dict[str, Any]) -> list[Result]:
+        boxes = _answer_box(body.get("answerBox")), _knowledge(body.get("knowledgeGraph"))
+        return self.rows(body, "organic", "snippet", boxes)
 
 
 class SerpApi(HttpProvider):
-    """https://serpapi.com: GET /search, `organic_results` rows with `snippet`; errors come as {"error": text}."""
+    """https://serpapi.com: GET /search; answer_box, knowledge_graph, `organic_results` rows with `snippet`; {"error": text}."""
 
     name = "serpapi"
 
@@ -140,11 +113,14 @@ class SerpApi(HttpProvider):
         return "GET", {"params": {"engine": "google", "q": query, "num": str(self.results), "api_key": self._key,
                                   "hl": language, "gl": country}}
 
-    def read(self, body: Any) -> list[Result]:
+    def read(self, body: dict[str, Any]) -> list[Result]:
         error = body.get("error")
-        if error and "hasn't returned any results" not in str(error):
-            raise SearchError(f"{self.name}: {str(error)[:300]}")
-        return _rows(body, "organic_results", "snippet")
+        if error and "hasn't returned any results" in str(error):
+            body = body | {"organic_results": body.get("organic_results") or []}
+        elif error:
+            raise SearchError(f"{self.name}: {self._without_key(text.one_line(error))}")
+        boxes = _answer_box(body.get("answer_box")), _knowledge(body.get("knowledge_graph"))
+        return self.rows(body, "organic_results", "snippet", boxes)
 
 
 class BrightData(HttpProvider):
@@ -161,8 +137,8 @@ class BrightData(HttpProvider):
         return "POST", {"headers": {"Authorization": f"Bearer {self._key}"},
                         "json": {"zone": self._zone, "url": page, "format": "raw"}}
 
-    def read(self, body: Any) -> list[Result]:
-        return _rows(body, "organic", "description")
+    def read(self, body: dict[str, Any]) -> list[Result]:
+        return self.rows(body, "organic", "description")
 
 
 def hosted_provider(name: str, results: int, environment: Mapping[str, str] = os.environ) -> HttpProvider | None:

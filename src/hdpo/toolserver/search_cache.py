@@ -1,6 +1,7 @@
 """A search provider with a memory on disk: each query is asked once, and a recorded run can be replayed offline.
 
-The live web drifts, so rewards that depend on it can't be repeated; a cache file can. Failures are never kept.
+The live web drifts, so rewards that depend on it can't be repeated; a cache file can. Failures are never kept, and an empty
+answer, which engines give now and then for no reason, is believed for EMPTY_KEPT_S only.
 """
 from __future__ import annotations
 
@@ -11,8 +12,12 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from hdpo import text
 from hdpo.errors import DataError
-from hdpo.toolserver.providers import Result, SearchError, TextProvider
+from hdpo.toolserver.http_service import SearchError
+from hdpo.toolserver.providers import Result, TextProvider
+
+EMPTY_KEPT_S = 600.0
 
 
 class CachedSearch:
@@ -58,8 +63,13 @@ class CachedSearch:
     def _read(self, key: str) -> list[Result] | None:
         with self._lock:
             row = self._db.execute(
-                "SELECT results FROM searches WHERE scope = ? AND query = ?", (self._scope, key)).fetchone()
-        return None if row is None else [(title, link, snippet) for title, link, snippet in json.loads(row[0])]
+                "SELECT results, strftime('%s', 'now') - strftime('%s', time) FROM searches WHERE scope = ? AND query = ?",
+                (self._scope, key)).fetchone()
+        if row is None:
+            return None
+        found = [(title, link, snippet) for title, link, snippet in text.valid_tree(json.loads(row[0]), "search")]
+        stale = not found and self._source is not None and (row[1] is None or row[1] > EMPTY_KEPT_S)
+        return None if stale else found
 
     def _write(self, key: str, results: list[Result]) -> None:
         with self._lock:

@@ -71,6 +71,11 @@ class Settings:
             raise ConfigError(f"--host {self.host} is reachable from other machines: set {TOKEN_VARIABLE}")
 
     @property
+    def search_deadline_s(self) -> float:
+        """How long a hosted provider may keep one call waiting, retries included: the answer still has to be made."""
+        return 0.9 * self.call_timeout_s
+
+    @property
     def running_cells(self) -> int:
         return self.workers or 2 * (os.cpu_count() or 1)
 

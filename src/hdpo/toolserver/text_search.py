@@ -11,7 +11,8 @@ from pathlib import Path
 
 from hdpo.errors import DataError
 from hdpo.toolserver import layout
-from hdpo.toolserver.providers import MAX_QUERY_CHARS, Result, SearchError, TextProvider
+from hdpo.toolserver.http_service import SearchError
+from hdpo.toolserver.providers import MAX_QUERY_CHARS, Result, TextProvider, searchable
 from hdpo.toolserver.wire import Reply
 
 MAX_TERMS = 32
@@ -36,6 +37,7 @@ class TextIndex:
         if connection is None:
             uri = self.path.resolve().as_uri() + "?mode=ro"
             connection = self._local.connection = sqlite3.connect(uri, uri=True)
+            connection.text_factory = lambda data: data.decode("utf-8", "replace")      # a file of anyone's making
         return connection
 
     def lookup(self, query: str) -> list[Result]:
@@ -45,9 +47,10 @@ class TextIndex:
             return []
         match = " OR ".join(f'"{term}"' for term in terms)
         try:
-            return self._connection().execute(
+            found = self._connection().execute(
                 "SELECT title, link, snippet FROM pages WHERE pages MATCH ? ORDER BY bm25(pages), rowid LIMIT ?",
                 (match, self.results)).fetchall()
+            return [(str(title or ""), str(link or ""), str(snippet or "")) for title, link, snippet in found]
         except sqlite3.DatabaseError as exc:
             raise SearchError(f"{self.path}: {exc}") from exc
 
@@ -73,6 +76,8 @@ def build_text_index(path: str | os.PathLike[str], pages: Iterable[Result]) -> i
 
 
 async def run_text_search(provider: TextProvider, query: str) -> Reply:
-    """Raises SearchError when the provider fails: that is no result."""
+    """A reply that is not valid names a mistake in the call. Raises SearchError when the provider fails: that is no result."""
+    if not searchable(query):
+        return Reply(layout.nothing_to_search(query), valid=False)      # the policy's mistake: it must not end as an outage
     results = await provider.search(query)
     return Reply(layout.search_results(query, results), metrics={"search_success": True, "num_results": len(results)})

@@ -4,9 +4,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hdpo import oddities, text
 from hdpo.agent.parse import MalformedCall, ParsedCall, parse_tool_call
 from hdpo.errors import ConfigError, InfrastructureError
 from hdpo.toolserver import layout
@@ -83,9 +84,10 @@ class Toolbox:
         parsed = parse_tool_call(action, self.tools)
         tool = parsed.name if isinstance(parsed, ParsedCall) else "none"
         started = time.monotonic()
-        reply = await self._attributed(trajectory, parsed)
+        with oddities.collected() as met:
+            reply = await self._attributed(trajectory, parsed)
         self.counters.record(tool, _outcome(reply), time.monotonic() - started)
-        return reply
+        return replace(reply, metrics=reply.metrics | {"oddities": dict(met)}) if met else reply
 
     async def _attributed(self, trajectory: Trajectory, parsed: ParsedCall | MalformedCall) -> Reply:
         try:
@@ -93,7 +95,7 @@ class Toolbox:
         except TimeoutError:
             problem = f"the call took longer than {self.settings.call_timeout_s:g} s"
         except InfrastructureError as exc:
-            problem = str(exc)
+            problem = text.one_line(exc)
         except Exception as exc:  # noqa: BLE001 - network boundary: a bug of ours is not the policy's fault
             log.exception("a tool call failed")
             problem = f"internal error: {type(exc).__name__}"
@@ -144,13 +146,13 @@ def _outcome(reply: Reply) -> str:
 def make_toolbox(settings: Settings) -> Toolbox:
     """Build what `settings` asks for. Raises ConfigError or DataError when a named tool can't be served."""
     wanted = settings.tools or TOOLS
-    text = _make_text_search(settings) if "text_search" in wanted else None
+    pages = _make_text_search(settings) if "text_search" in wanted else None
     images = _make_image_search(settings) if "image_search" in wanted else None
-    if "text_search" in settings.tools and text is None:
+    if "text_search" in settings.tools and pages is None:
         raise ConfigError("text_search: give --text-index FILE, or a key such as SERPER_API_KEY in the environment")
     if "image_search" in settings.tools and images is None:
         raise ConfigError("image_search: give --image-index FOLDER, --image-cache FILE, or --public-url with SERPER_API_KEY")
-    return Toolbox(settings, _make_sandbox(settings) if "python" in wanted else None, text, images)
+    return Toolbox(settings, _make_sandbox(settings) if "python" in wanted else None, pages, images)
 
 
 def _make_image_search(settings: Settings) -> InTurn | None:
@@ -162,7 +164,7 @@ def _make_image_search(settings: Settings) -> InTurn | None:
         sources.append(ImageIndex(settings.image_index))
     if settings.public_url:
         lens = SerperLens(settings.lens_key, settings.lens_url, Showcase(settings.public_url))
-        lens.limit_rate(settings.search_rate)
+        lens.limit(settings.search_rate, settings.search_deadline_s)
         sources.append(lens)
     return InTurn(sources) if sources else None
 
@@ -173,7 +175,7 @@ def _make_text_search(settings: Settings) -> TextProvider | None:
         return CachedSearch(settings.search_cache_file, None, scope)
     hosted = hosted_provider(settings.search_provider, settings.search_results)
     if hosted is not None:
-        hosted.limit_rate(settings.search_rate)
+        hosted.limit(settings.search_rate, settings.search_deadline_s)
         cached = settings.search_cache == "on" and settings.search_cache_file
         return CachedSearch(settings.search_cache_file, hosted, scope) if cached else hosted
     return TextIndex(settings.text_index, settings.search_results) if settings.text_index else None
