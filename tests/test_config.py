@@ -1,12 +1,15 @@
 """Settings: one tree, known fields, one-line errors, the reference's environment variables."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hdpo.config import Config
-from hdpo.config_file import describe_fields, dump_config, field_paths, load_config
+from hdpo.config_file import describe_fields, dump_config, load_config
+from hdpo.config_hints import MEANT
+from hdpo.config_yaml import field_paths, kinds
 from hdpo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
@@ -68,7 +71,7 @@ def test_the_8b_configuration_has_the_references_hyper_parameters() -> None:
     (["optim.lr=fast"], "optim.lr: Input should be a valid number"),
     (["w_tool"], "expected KEY=VALUE"),
     (["rollout.tensor_parallel=0"], "rollout.tensor_parallel: Input should be greater than or equal to 1"),
-    (["rollout.group_size=1"], "group_size must be at least 2"),
+    (["rollout.group_size=1"], "rollout.group_size: Input should be greater than or equal to 2"),
     (["rollout.prompts_per_step=100"], "must be a multiple of optim.mini_batch_prompts"),
 ])
 def test_a_bad_override_is_one_line_that_names_the_key(overrides: list[str], message: str) -> None:
@@ -101,3 +104,143 @@ def test_secrets_of_the_environment_never_enter_a_configuration() -> None:
 def test_a_configuration_cannot_be_changed_in_place() -> None:
     with pytest.raises(Exception, match="frozen"):
         Config().optim.lr = 1.0   # type: ignore[misc]
+
+
+# -- bounds --------------------------------------------------------------------------------------------------------------
+
+
+def refused(*overrides: str, file: Path | str | None = None, **environment: str) -> str:
+    """The one line with which a configuration is refused."""
+    with pytest.raises(ConfigError) as error:
+        load_config(file, overrides, environment=environment)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+NUMBERS = [path for path, kind in kinds().items() if kind in (int, float)]
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_no_number_is_without_bounds(path: str) -> None:
+    """The smallest and the largest that a user could type by mistake, and what is no number at all."""
+    for value in ("-1e-9", "-1", ".inf", ".nan", "1e400", "true", "[1]", "{a: 1}", "null", "x", ""):
+        assert f"--set {path}={value}: {path}: " in refused(f"{path}={value}"), value
+    if kinds()[path] is int:
+        assert "1e30" in refused(f"{path}=1e30") and str(2**63) in refused(f"{path}={2**63}")
+
+
+@pytest.mark.parametrize("edit", [
+    "rollout.prompts_per_step=0", "optim.mini_batch_prompts=0", "rollout.max_num_seqs=0", "rollout.temperature=0",
+    "rollout.temperature=2.5", "rollout.gpu_memory=70", "rollout.group_size=1", "hdpo.clip_low=1", "hdpo.dual_clip=0.5",
+    "optim.betas=[0.9, 1.5]", "optim.betas=[0.9]", "hdpo.importance_range=[1.1, 1.2]", "optim.steps=0", "reward.max_unscored=2",
+    "checkpoint.every_steps=0", "optim.lr=5", "run.seed=4294967296", "rollout.max_response_tokens=0", "run.name=a/b",
+    "run.name=", "run.name=..", "judge.base_url=localhost:8000", "tools.url=x", "tools.allowed=[pyhton]",
+    "reward.rules={'*': txt}", "model.path=a\0b", 'data.train=["a\\tb"]'])
+def test_what_cannot_be_meant_is_refused_where_it_was_said(edit: str) -> None:
+    assert refused(edit).startswith("--set {}: {}".format(edit.replace("\0", "\\x00"), edit.partition("=")[0]))
+
+
+@pytest.mark.parametrize(("overrides", "problem"), [
+    (["rollout.prompts_per_step=100"], "rollout.prompts_per_step (100) must be a multiple of optim.mini_batch_prompts (64)"),
+    (["optim.steps=3", "model.min_pixels=9000", "model.max_pixels=8000"], "model.min_pixels (9000) must not exceed model.max"),
+    (["eval.every_steps=5"], "eval.every_steps (5) needs data.val"),
+    (["hdpo.w_acc=0", "hdpo.w_tool=0"], "nothing would be trained")])
+def test_a_contradiction_is_blamed_on_what_was_said_last(overrides: list[str], problem: str) -> None:
+    line = refused(*overrides)
+    assert line.startswith(f"--set {overrides[-1]}: ") and problem in line
+
+
+def test_each_problem_names_who_said_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim:\n  steps: 10\n  lr: -1\n")
+    assert refused(file=file) == f"{file}: optim.lr: Input should be greater than or equal to 0 (got -1) (line 3)"
+    assert refused("rollout.group_size=0", file=None).startswith("--set rollout.group_size=0: ")
+    assert refused(JUDGE_BASE_URL="judge:8000").startswith("environment variable JUDGE_BASE_URL: judge.base_url: must begin with")
+    file.write_text("rollout:\n  prompts_per_step: 100\n")
+    assert refused(file=file).startswith(f"{file}: rollout.prompts_per_step (100) must be") and "(line 2)" in refused(file=file)
+    other = tmp_path / "second.yaml"
+    other.write_text("optim: {mini_batch_prompts: 30}\n")
+    with pytest.raises(ConfigError, match=r"second.yaml: rollout.prompts_per_step \(100\) must"):
+        load_config([file, other], environment={})
+
+
+@pytest.mark.parametrize("word", ["1e5", "yes", "20261127", "2026-11-27", "null", "~", "0x10", "[x]", "a: b", "0.10", "on"])
+def test_text_stays_the_text_that_was_written(word: str, tmp_path: Path) -> None:
+    assert load_config(None, [f"run.name={word}"], {}).run.name == word
+    assert load_config(None, [f'run.name="{word}"'], {}).run.name == word
+    if word not in ("null", "~", "[x]", "a: b"):     # in a file these mean nothing, a list and a mapping
+        (tmp_path / "run.yaml").write_text(
+            f"run: {{name: {word}}}\ndata: {{train: [{word}, b]}}\nreward: {{rules: {{{word}: text}}}}")
+        config = load_config(tmp_path / "run.yaml", (), {})
+        assert (config.run.name, config.data.train, config.reward.rules) == (word, [word, "b"], {word: "text"})
+
+
+def test_an_empty_text_a_section_without_fields_and_a_field_without_value_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("judge:\nmodel:\n  path:\n  dtype: float32\n")
+    config = load_config(tmp_path / "run.yaml", ["judge.base_url="], {"MODEL_PATH": "/m", "JUDGE_BASE_URL": "http://j/v1"})
+    assert (config.model.path, config.model.dtype, config.judge.base_url) == ("/m", "float32", "")
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml", (), {}) == Config()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("optim: {lr: 1.0e-4}\nrollout: {}\noptim: {lr: 1.0e-6}\n", "optim is given twice (lines 1 and 3)"),
+    ("optim:\n  lr: 1.0e-4\n  steps: 2\n  lr: 1.0e-6\n", "optim.lr is given twice (lines 2 and 4)"),
+    ("reward:\n  rules:\n    web: text\n    web: list\n", "web is given twice (lines 3 and 4)"),
+    ("optim.lr: 1.0e-4\n", "optim.lr: in a file write it in its section, optim: {lr: ...} (line 1)"),
+    ("model: /models/8b\n", "model is a section, expected a mapping (line 1)"),
+    ("- a\n", "expected a mapping of sections (line 1)"),
+    ("optim: {? [a] : 1}\n", "must be a word (line 1)"),
+    ("a: &a {b: *a}\n", "unknown key a"),
+    ("data: {train: &a [*a]}\n", "data.train.0: Input should be a valid string"),
+    ("run: {seed: 2026-13-45}\n", "not valid YAML: month must be in 1..12"),
+    ("data: {train: " + "[" * 3000, "not valid YAML: nested too deeply"),
+    ("run:\n\tname: x\n", "not valid YAML: "), ("run: {name: x\n", "not valid YAML: "), ("a: 1\n---\nb: 2\n", "not valid YAML: "),
+    ("run: {name: !!python/object:os.system x}", "not valid YAML: ")])
+def test_a_file_that_says_it_wrongly_is_one_line_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert f"run.yaml: {message}" in refused(file=tmp_path / "run.yaml").replace("run.yaml: a key ", "run.yaml: ").replace(
+        "optim. must", "must")
+
+
+def test_a_later_file_wins_field_by_field_and_anchors_may_be_merged(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("optim: &o {lr: 0.1, steps: 7}\n")
+    (tmp_path / "b.yaml").write_text("optim: {lr: 0.2}\nhdpo: {w_tool: 0.5}\n")
+    config = load_config([tmp_path / "a.yaml", tmp_path / "b.yaml", "demo_sft"], ["optim.steps=9"], {})
+    assert (config.optim.lr, config.optim.steps, config.hdpo.w_tool, config.optim.rows_per_step) == (6e-4, 9, 0.5, 64)
+    (tmp_path / "c.yaml").write_text("optim: {<<: {lr: 0.1, steps: 7}, lr: 0.2}\n")
+    assert load_config(tmp_path / "c.yaml", (), {}).optim.lr == 0.2
+
+
+@pytest.mark.parametrize("name", [
+    "metis_8b_rl", "metis_8b_rl.yaml", "launch/configs/metis_8b_rl.yaml", "configs/metis_8b_rl.yaml"])
+def test_shipped_files_are_found_by_name_from_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name, (), {}).run.name == "metis-8b-rl"
+    assert "metis_9b: no such configuration file; shipped ones are demo_rl, demo_sft, metis_8b_rl" in refused(file="metis_9b")
+
+
+# -- hints ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "meant"), [
+    ("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("rollout.lr", "optim.lr"), ("lr", "optim.lr"),
+    ("optim.learningRate", "optim.lr"), ("optim.learning-rates", "optim.lr"), ("rollout.n", "rollout.group_size"),
+    ("num_generations", "rollout.group_size"), ("data.batch_size", "rollout.prompts_per_step"),
+    ("max_length", "data.max_prompt_tokens"),
+    ("hdpo.beta", "there is none: HDPO has no term against a reference model"), ("kl_coef", "there is none"),
+    ("temperature", "rollout.temperature"), ("rollout.temprature", "rollout.temperature"), ("rollout.top_p", "there is none"),
+    ("hdpo.wtool", "hdpo.w_tool"), ("optim.max_steps", "optim.steps"), ("optimizer.lr", "optim.lr"), ("optimiser", "optim"),
+    ("rollout.gpu_memory_utilization", "rollout.gpu_memory"), ("checkpoint.save_steps", "checkpoint.every_steps"),
+    ("rollout.zzzzzz", "rollout has engine, prompts_per_step"), ("zzzzzz", "sections are run, model"),
+    ("optim", "optim has steps, lr")])
+def test_a_wrong_name_leads_to_the_field_people_mean(key: str, meant: str) -> None:
+    line = refused(f"{key}=1")
+    assert line.startswith(f"--set {key}=1: unknown key {key}; ") and meant in line
+
+
+def test_every_hint_leads_to_fields_that_exist_and_no_field_hides_behind_a_hint() -> None:
+    known = {*field_paths(), *Config.model_fields}
+    for meant, names in MEANT.items():
+        assert set(re.findall(r"[a-z]+\.[a-z_]+|^[a-z]+$", meant)) <= known, meant
+        assert not {path.rpartition(".")[2] for path in known} & set(names.split()), meant

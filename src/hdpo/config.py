@@ -1,31 +1,30 @@
 """Settings: one frozen tree, one sentence and a unit per field. `config_file.py` reads and writes it.
 
-Derived numbers are properties, never second fields. Unknown keys are errors that name the nearest key. A test holds
-the list of fields: a new knob edits that list in the same commit. Imports pydantic only, so that the tool
-server can read settings without torch.
+Derived numbers are properties, never second fields. Every number has bounds, and fields that contradict each other are
+refused. Unknown keys are errors that name the nearest key. A test holds the list of fields: a new knob edits that list in
+the same commit. Imports pydantic only, so that the tool server can read settings without torch.
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from hdpo.config_types import LARGEST, Address, Beta, Count, Name, Number, RulePolicy, Section, Share
 
 
 class RunConfig(Section):
-    name: str = Field("run", description="Name of the run; its folder is {folder}/{name}.")
-    folder: str = Field("runs", description="Folder that holds all runs.")
-    seed: int = Field(1, description="Seed of data order, sampling and initialisation.")
+    name: Name = Field("run", description="Name of the run; its folder is {folder}/{name}.")
+    folder: str = Field("runs", min_length=1, description="Folder that holds all runs.")
+    seed: int = Field(1, ge=0, lt=2**32, description="Seed of data order, sampling and initialisation.")
     deterministic: bool = Field(
         False, description="Step the engine only when no tool call is pending, so that a run repeats bit for bit (slower).")
     resume: bool = Field(True, description="Continue from the newest checkpoint in the run's folder; false puts those aside.")
-    hang_timeout_s: float = Field(
+    hang_timeout_s: NonNegativeFloat = Field(
         45.0, description="Silence of a rank after which the others name it and stop, seconds; 0 turns the watch off.")
-    stuck_timeout_s: float = Field(
+    stuck_timeout_s: PositiveFloat = Field(
         5400.0, description="Time in which no rank enters another phase after which the run stops, seconds; above any phase.")
 
     @property
@@ -42,13 +41,13 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward to save memory.")
     freeze: list[str] = Field(
         default_factory=list, description="Parameters that are not trained, by name pattern; model.visual.* is the vision tower.")
-    lora_rank: int = Field(0, ge=0, description="Rank of low-rank adapters that are trained instead of the weights; 0 is off.")
-    lora_alpha: int = Field(32, description="Adapters are scaled by lora_alpha / lora_rank.")
+    lora_rank: Number = Field(0, description="Rank of low-rank adapters that are trained instead of the weights; 0 is off.")
+    lora_alpha: Count = Field(32, description="Adapters are scaled by lora_alpha / lora_rank.")
     lora_targets: list[str] = Field(
         default_factory=lambda: ["*layers.*_proj"],
         description="Linear layers with adapters, as name patterns; the default is all of the language model.")
-    min_pixels: int = Field(4 * 32 * 32, description="Smallest image the model sees, pixels; smaller ones are enlarged.")
-    max_pixels: int = Field(5120 * 32 * 32, description="Largest image the model sees, pixels; tools keep the original.")
+    min_pixels: Count = Field(4 * 32 * 32, description="Smallest image the model sees, pixels; smaller ones are enlarged.")
+    max_pixels: Count = Field(5120 * 32 * 32, description="Largest image the model sees, pixels; tools keep the original.")
 
 
 class DataConfig(Section):
@@ -56,7 +55,7 @@ class DataConfig(Section):
         default_factory=list, description="Training rows (TRAIN_DATA): Parquet, JSON, JSON lines, Arrow, CSV or TSV files, "
         "patterns or folders of them, or datasets as owner/name:split.")
     val: list[str] = Field(default_factory=list, description="Held-out rows (VAL_DATA), in the same forms.")
-    mix: list[float] = Field(
+    mix: list[NonNegativeFloat] = Field(
         default_factory=list, description="Weight of each entry of data.train in every step; empty takes each row once an epoch.")
     cache: str = Field(
         "", description="Folder on a disk of the node for memory-mapped copies of the data; empty is one of the user's own in "
@@ -65,7 +64,7 @@ class DataConfig(Section):
         "", description="Folder in which the data's relative picture paths start, tried before that of their file.")
     insert_markers: bool = Field(
         False, description="Put an <image> marker for each picture before the first user message where a text has none.")
-    max_prompt_tokens: int = Field(24576, description="Longest prompt, tokens with images expanded.")
+    max_prompt_tokens: Count = Field(24576, description="Longest prompt, tokens with images expanded.")
     bad_row: Literal["skip", "stop"] = Field(
         "skip", description="A row with a broken image or an over-long prompt: skip (named and counted) or stop.")
     shuffle: bool = Field(True, description="Shuffle rows each epoch, from run.seed.")
@@ -73,72 +72,74 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "hf"] = Field("auto", description="Generation engine; auto is vllm if installed.")
-    prompts_per_step: int = Field(128, description="Prompts of one step over all ranks.")
-    group_size: int = Field(16, description="G, rollouts of a prompt.")
-    temperature: float = Field(1.0, description="Sampling temperature of training rollouts.")
-    dynamic_sampling: int = Field(
-        0, ge=0, description="Rounds in which groups without any advantage are replaced by further prompts; 0 is off.")
-    max_turns: int = Field(10, description="Tool calls a trajectory may make; the generation after the last must answer.")
-    max_response_tokens: int = Field(16384, description="Tokens after the prompt, over all turns and observations.")
-    max_turn_tokens: int = Field(16384, description="Tokens of one generation.")
-    max_observation_tokens: int = Field(8192, description="Tokens of one observation, images expanded; the rest is cut.")
-    max_images: int = Field(32, description="Images in one trajectory, prompt and tools together.")
-    max_seconds: float = Field(1800.0, description="Wall clock of one trajectory, seconds; later it is aborted.")
-    max_num_seqs: int = Field(
+    prompts_per_step: Count = Field(128, description="Prompts of one step over all ranks.")
+    group_size: int = Field(16, ge=2, le=LARGEST, description="G, rollouts of a prompt.")
+    temperature: float = Field(1.0, ge=0.01, le=2, description="Sampling temperature of training rollouts, from 0.01 to 2.")
+    dynamic_sampling: Number = Field(
+        0, description="Rounds in which groups without any advantage are replaced by further prompts; 0 is off.")
+    max_turns: Number = Field(10, description="Tool calls a trajectory may make; the generation after the last must answer.")
+    max_response_tokens: Count = Field(16384, description="Tokens after the prompt, over all turns and observations.")
+    max_turn_tokens: Count = Field(16384, description="Tokens of one generation.")
+    max_observation_tokens: Count = Field(8192, description="Tokens of one observation, images expanded; the rest is cut.")
+    max_images: Number = Field(32, description="Images in one trajectory, prompt and tools together.")
+    max_seconds: PositiveFloat = Field(1800.0, description="Wall clock of one trajectory, seconds; later it is aborted.")
+    max_num_seqs: Count = Field(
         256, description="Sequences the engine runs at once, per rank; up to half as many trajectories wait for tools besides.")
-    max_batched_tokens: int = Field(8192, description="Tokens of one engine step.")
-    kv_cache_gib: float = Field(0.0, description="KV cache per rank, GiB; 0 lets gpu_memory decide.")
-    gpu_memory: float = Field(0.7, description="Fraction of device memory for the engine while it is awake (CUDA).")
-    tensor_parallel: int = Field(
-        1, ge=1, description="Ranks of a node that share one vLLM engine, each with a part of its weights; 1 unless a model "
+    max_batched_tokens: Count = Field(8192, description="Tokens of one engine step.")
+    kv_cache_gib: NonNegativeFloat = Field(0.0, description="KV cache per rank, GiB; 0 lets gpu_memory decide.")
+    gpu_memory: float = Field(
+        0.7, gt=0, lt=1, description="Fraction of device memory for the engine while it is awake (CUDA).")
+    tensor_parallel: Count = Field(
+        1, description="Ranks of a node that share one vLLM engine, each with a part of its weights; 1 unless a model "
         "and its KV cache don't fit on one device.")
     enforce_eager: bool = Field(True, description="Run the engine without CUDA graphs.")
 
 
 class ToolsConfig(Section):
-    url: str = Field("", description="Tool server to use (REMOTE_TOOL_SERVER_URL); empty starts one for the run.")
+    url: Address = Field("", description="Tool server to use (REMOTE_TOOL_SERVER_URL); empty starts one for the run.")
     allowed: list[Literal["python", "text_search", "image_search"]] = Field(
         ["python", "text_search", "image_search"], description="Tools the agent may call.")
     sandbox: Literal["process", "docker", "docker-strict"] = Field(
         "process", description="Where the run's own tool server executes Python; process is no security boundary, "
         "docker-strict gives each session a container of its own.")
-    call_timeout_s: float = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
-    python_timeout_s: float = Field(20.0, description="Wall clock of one Python cell, seconds.")
-    retries: int = Field(
+    call_timeout_s: PositiveFloat = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
+    python_timeout_s: PositiveFloat = Field(20.0, description="Wall clock of one Python cell, seconds.")
+    retries: Number = Field(
         2, description="Further attempts at a call that broke off; an unreachable server is waited for until call_timeout_s.")
-    max_image_searches: int = Field(1, description="Image searches per trajectory; later ones get a fixed reply.")
-    search_provider: str = Field("auto", description="serper, serpapi, brightdata or embedded (SEARCH_PROVIDER); auto: by key.")
+    max_image_searches: Number = Field(1, description="Image searches per trajectory; later ones get a fixed reply.")
+    search_provider: Literal["auto", "serper", "serpapi", "brightdata", "embedded"] = Field(
+        "auto", description="serper, serpapi, brightdata or embedded (SEARCH_PROVIDER); auto: by key.")
     text_index: str = Field("", description="SQLite FTS5 file of the embedded text search.")
     image_index: str = Field("", description="Folder of labelled images of the embedded image search.")
     image_cache: str = Field("", description="JSON file of recorded image searches by row index; asked before the index.")
-    search_results: int = Field(10, description="Results of one text search.")
+    search_results: Count = Field(10, description="Results of one text search.")
 
 
 class RewardConfig(Section):
-    answer_weight: float = Field(0.9, description="Weight of a right answer in the accuracy reward.")
-    format_weight: float = Field(0.1, description="Weight of a well-formed response in the accuracy reward.")
-    rules: dict[str, str] = Field(
-        default_factory=lambda: {"*": "auto"},
+    answer_weight: NonNegativeFloat = Field(0.9, description="Weight of a right answer in the accuracy reward.")
+    format_weight: NonNegativeFloat = Field(0.1, description="Weight of a well-formed response in the accuracy reward.")
+    rules: dict[str, RulePolicy] = Field(
+        default_factory=lambda: dict[str, RulePolicy]({"*": "auto"}),
         description="Rule policy per data_source, '*' for the rest: auto, text, number, choice, yesno, maths, list or judge.")
     judge: bool = Field(True, description="Ask the judge where rules can't say; without it such rollouts are unscored.")
-    cross_check: float = Field(
+    cross_check: Share = Field(
         0.02, description="Share of answers decided by rules that the judge is asked about too, for the audit file only.")
-    max_unscored: float = Field(0.1, description="Share of unscored rollouts in a step above which the run stops.")
+    max_unscored: Share = Field(0.1, description="Share of unscored rollouts in a step above which the run stops.")
 
 
 class JudgeConfig(Section):
-    base_url: str = Field("", description="OpenAI-compatible endpoint (JUDGE_BASE_URL).")
+    base_url: Address = Field("", description="OpenAI-compatible endpoint (JUDGE_BASE_URL).")
     model: str = Field("", description="Model name (JUDGE_MODEL); empty takes the first that /models lists.")
     panel: list[str] = Field(
         default_factory=list, description="Further judges as MODEL@URL, keys in JUDGE_API_KEY_2, _3, ...; the majority counts.")
-    concurrency: int = Field(128, description="Requests in flight per rank and judge.")
-    timeout_s: float = Field(30.0, description="Deadline of one request, seconds.")
-    deadline_s: float = Field(300.0, description="Deadline of one verdict with all retries, seconds.")
-    votes: int = Field(1, description="Verdicts asked per question; the majority counts.")
+    concurrency: Count = Field(128, description="Requests in flight per rank and judge.")
+    timeout_s: PositiveFloat = Field(30.0, description="Deadline of one request, seconds.")
+    deadline_s: PositiveFloat = Field(300.0, description="Deadline of one verdict with all retries, seconds.")
+    votes: Count = Field(1, description="Verdicts asked per question; the majority counts.")
     cache: str = Field("", description="SQLite file of verdicts; empty puts it into the run's folder.")
-    max_prediction_chars: int = Field(
-        4000, ge=1, description="Longest prediction shown to the judge, characters; less where its context is shorter.")
-    max_tokens: int = Field(2048, ge=1, description="Longest reply of the judge with its thinking, tokens.")
+    max_prediction_chars: Count = Field(
+        4000, description="Longest prediction shown to the judge, characters; less where its context is shorter.")
+    max_tokens: Count = Field(2048, description="Longest reply of the judge with its thinking, tokens.")
     extra_body: dict[str, Any] = Field(
         default_factory=dict,
         description="Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}.")
@@ -149,24 +150,28 @@ class JudgeConfig(Section):
         taken = sorted(set(extra) & {"model", "messages", "stream", "n", "seed"})
         if taken:
             raise ValueError(f"{', '.join(taken)} can't be set here")
+        try:
+            json.dumps(extra, allow_nan=False)
+        except (TypeError, ValueError) as exc:
+            raise ValueError(f"must be what JSON can say: {exc}") from None
         return extra
 
 
 class HdpoConfig(Section):
-    w_acc: float = Field(1.0, description="Weight of the accuracy channel.")
-    w_tool: float = Field(0.15, description="Weight of the tool channel.")
+    w_acc: NonNegativeFloat = Field(1.0, description="Weight of the accuracy channel.")
+    w_tool: NonNegativeFloat = Field(0.15, description="Weight of the tool channel.")
     tool_estimator: Literal["conditional", "unconditional", "coupled"] = Field(
         "conditional", description="conditional is HDPO, unconditional GDPO, coupled one channel on the summed reward.")
     scale: Literal["std", "none"] = Field("std", description="Divide advantages by the group's std, or only centre them.")
     aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = Field(
         "token_mean", description="What a channel's norm counts: trained tokens, rows, or rows times the response budget.")
-    clip_low: float = Field(0.2, description="Lower clip range of the ratio.")
-    clip_high: float = Field(0.2, description="Upper clip range of the ratio.")
-    dual_clip: float = Field(3.0, description="Bound on the ratio for negative advantages; 0 turns it off.")
+    clip_low: float = Field(0.2, ge=0, lt=1, description="Lower clip range of the ratio.")
+    clip_high: NonNegativeFloat = Field(0.2, description="Upper clip range of the ratio.")
+    dual_clip: NonNegativeFloat = Field(3.0, description="Bound on the ratio for negative advantages, above 1; 0 turns it off.")
     importance: Literal["token", "sequence", "none"] = Field(
         "token", description="Correction for engine versus trainer log-probs: truncated weights per token; sequence also drops "
                              "rows outside importance_range, for one more head product in the first mini-batch; or none.")
-    importance_cap: float = Field(2.0, description="Upper bound of a token's importance weight.")
+    importance_cap: PositiveFloat = Field(2.0, description="Upper bound of a token's importance weight.")
     importance_range: tuple[float, float] = Field(
         (0.99, 1.01), description="Geometric mean ratio of trainer to engine outside which a row is dropped (sequence).")
     tool_norm: Literal["global", "effective"] = Field(
@@ -174,63 +179,65 @@ class HdpoConfig(Section):
                               "micro-batch) only those whose tool advantage is not zero.")
     surrogate: Literal["ppo", "gspo", "cispo"] = Field(
         "ppo", description="ppo clips each token's ratio, gspo the row's, cispo uses the clipped ratio as a constant weight.")
-    entropy_coef: float = Field(0.0, description="Weight of an entropy bonus over trained tokens; 0, the paper's, turns it off.")
+    entropy_coef: NonNegativeFloat = Field(0.0, description="Weight of an entropy bonus over trained tokens; 0, the paper's, turns it off.")
     mask_truncated: bool = Field(
         False, description="Leave trajectories cut by a budget out of the loss; their rewards still count in the group.")
 
 
 class OptimConfig(Section):
-    steps: int = Field(200, description="Optimizer (SFT) or rollout (RL) steps of the run.")
-    lr: float = Field(1e-6, description="Peak learning rate.")
+    steps: Count = Field(200, description="Optimizer (SFT) or rollout (RL) steps of the run.")
+    lr: Share = Field(1e-6, description="Peak learning rate.")
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
-    warmup_steps: int = Field(0, description="Steps of linear warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
-    weight_decay: float = Field(0.01, description="AdamW weight decay.")
-    grad_clip: float = Field(1.0, description="Largest global gradient norm.")
+    warmup_steps: Number = Field(0, description="Steps of linear warm-up.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas.")
+    weight_decay: Share = Field(0.01, description="AdamW weight decay.")
+    grad_clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 clips nothing.")
     offload: bool = Field(False, description="Keep optimizer state and fp32 weights in host memory for good (slower updates).")
-    max_skipped: int = Field(3, description="Optimizer steps in a row that may be skipped for a loss or gradient not finite.")
-    rows_per_step: int = Field(256, description="Demonstrations of one SFT step over all ranks (SFT only).")
-    mini_batch_prompts: int = Field(64, description="Prompts of one optimizer step over all ranks (RL only).")
-    ppo_epochs: int = Field(1, description="Passes over one rollout batch (RL only).")
+    max_skipped: Number = Field(3, description="Optimizer steps in a row that may be skipped for a loss or gradient not finite.")
+    rows_per_step: Count = Field(256, description="Demonstrations of one SFT step over all ranks (SFT only).")
+    mini_batch_prompts: Count = Field(64, description="Prompts of one optimizer step over all ranks (RL only).")
+    ppo_epochs: Count = Field(1, description="Passes over one rollout batch (RL only).")
 
 
 class BatchConfig(Section):
-    tokens_per_micro_batch: int = Field(40960, description="Largest packed micro-batch, tokens per rank.")
-    patches_per_micro_batch: int = Field(163840, description="Largest packed micro-batch, image patches per rank.")
-    head_chunk_tokens: int = Field(0, description="Tokens per chunk of the fused loss; 0 chooses by memory.")
+    tokens_per_micro_batch: Count = Field(40960, description="Largest packed micro-batch, tokens per rank.")
+    patches_per_micro_batch: Count = Field(163840, description="Largest packed micro-batch, image patches per rank.")
+    head_chunk_tokens: Number = Field(0, description="Tokens per chunk of the fused loss; 0 chooses by memory.")
     share_prompts: bool = Field(
         True, description="Compute a prompt once for all rollouts of it in a micro-batch, with the same gradients (RL only); "
         "pays the more, the longer the prompts with their images are beside the responses; eager attention cannot.")
 
 
 class EngineSyncConfig(Section):
-    group_mib: int = Field(512, description="Largest gathered parameter group during weight sync, MiB.")
-    checksum_every: int = Field(50, description="Syncs between checksums of the engine's weights; the first has one; 0 is never.")
-    canary_every: int = Field(50, description="RL steps between comparisons of log-probs with the engine's; 0 only at the start.")
-    parity_tolerance: float = Field(
+    group_mib: Count = Field(512, description="Largest gathered parameter group during weight sync, MiB.")
+    checksum_every: Number = Field(
+        50, description="Syncs between checksums of the engine's weights; the first has one; 0 is never.")
+    canary_every: Number = Field(
+        50, description="RL steps between comparisons of log-probs with the engine's; 0 only at the start.")
+    parity_tolerance: NonNegativeFloat = Field(
         0.0, description="Largest mean |log-prob difference| of trainer and engine, nat; 0 is 1e-4 in fp32, 0.02 in bf16.")
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(50, description="Steps between checkpoints; the last step is always saved.")
-    keep: int = Field(2, description="Newest checkpoints kept; 0 keeps all.")
+    every_steps: Count = Field(50, description="Steps between checkpoints; the last step is always saved.")
+    keep: Number = Field(2, description="Newest checkpoints kept; 0 keeps all.")
     best: str = Field("", description="Logged number, for example eval/accuracy, whose highest checkpoint is kept besides.")
 
 
 class EvalConfig(Section):
-    every_steps: int = Field(0, description="Steps between evaluations during RL; 0 only by `hdpo eval`.")
-    rows: int = Field(0, description="Held-out rows used, from the front; 0 is all.")
+    every_steps: Number = Field(0, description="Steps between evaluations during RL; 0 only by `hdpo eval`.")
+    rows: Number = Field(0, description="Held-out rows used, from the front; 0 is all.")
     before: bool = Field(False, description="Evaluate before the first RL step too.")
     after: bool = Field(False, description="Evaluate after the last RL step.")
-    label_before: str = Field("sft", description="Name of the evaluation before RL in summary.json and eval/.")
-    label_after: str = Field("rl", description="Name of the evaluation after RL, and of `hdpo eval`.")
+    label_before: Name = Field("sft", description="Name of the evaluation before RL in summary.json and eval/.")
+    label_after: Name = Field("rl", description="Name of the evaluation after RL, and of `hdpo eval`.")
 
 
 class LogConfig(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard files.")
     wandb: bool = Field(False, description="Log to Weights & Biases too (WANDB_API_KEY).")
-    rollouts_every: int = Field(1, description="Steps between rollout dumps; 0 writes none.")
-    samples: int = Field(4, description="Trajectories shown in TensorBoard and in the report per step.")
+    rollouts_every: Number = Field(1, description="Steps between rollout dumps; 0 writes none.")
+    samples: Number = Field(4, description="Trajectories shown in TensorBoard and in the report per step.")
 
 
 class Config(Section):
@@ -251,15 +258,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.rollout.prompts_per_step % self.optim.mini_batch_prompts:
-            raise ValueError(
-                f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) must be a multiple of "
-                f"optim.mini_batch_prompts ({self.optim.mini_batch_prompts})")
+        """Raises ValueError for fields that contradict each other, named in full: the message's reader looks for them."""
         low, high = self.hdpo.importance_range
-        if not 0 < low <= 1 <= high:
-            raise ValueError(f"hdpo.importance_range ({low}, {high}) must hold 1, with a lower bound above 0")
-        if self.rollout.group_size < 2:
-            raise ValueError("rollout.group_size must be at least 2: advantages are relative to the group")
+        rules = (
+            (self.rollout.prompts_per_step % self.optim.mini_batch_prompts == 0,
+             f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) must be a multiple of "
+             f"optim.mini_batch_prompts ({self.optim.mini_batch_prompts})"),
+            (0 < low <= 1 <= high, f"hdpo.importance_range ({low}, {high}) must hold 1, with a lower bound above 0"),
+            (self.hdpo.dual_clip == 0 or self.hdpo.dual_clip > 1,
+             f"hdpo.dual_clip ({self.hdpo.dual_clip}) must be above 1, or 0"),
+            (self.hdpo.w_acc + self.hdpo.w_tool > 0, "hdpo.w_acc and hdpo.w_tool are both 0: nothing would be trained"),
+            (self.model.min_pixels <= self.model.max_pixels,
+             f"model.min_pixels ({self.model.min_pixels}) must not exceed model.max_pixels ({self.model.max_pixels})"),
+            (self.max_model_len <= LARGEST, "data.max_prompt_tokens and rollout.max_response_tokens are too large together"),
+            (self.data.val or not self.eval.every_steps,
+             f"eval.every_steps ({self.eval.every_steps}) needs data.val: name files of held-out rows there (VAL_DATA)"))
+        for holds, problem in rules:
+            if not holds:
+                raise ValueError(problem)
         return self
 
     @property

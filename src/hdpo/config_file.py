@@ -1,18 +1,29 @@
-"""Where settings come from and go to: YAML files, the reference's environment variables, and `--set a.b=c`."""
+"""Where settings come from and go to: YAML files, the reference's environment variables, and `--set a.b=c`.
+
+Text fields keep what was written (`--set run.name=1e5` is text), a key given twice is an error, and every message names
+who said it: the file and its line, the `--set`, or the environment variable.
+"""
 from __future__ import annotations
 
 import argparse
 import difflib
 import os
+import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from hdpo.config import Config, Section
-from hdpo.errors import ConfigError
+from hdpo.config import Config
+from hdpo.config_hints import hint
+from hdpo.config_types import is_section
+from hdpo.config_yaml import Document, field_paths, is_text, kinds, line_of, unknown
+from hdpo.errors import ConfigError, UserError
+from hdpo.shipped import launch_folder, shipped_file
 
 ENVIRONMENT = {
     "MODEL_PATH": "model.path", "TRAIN_DATA": "data.train", "VAL_DATA": "data.val", "JUDGE_BASE_URL": "judge.base_url",
@@ -25,41 +36,61 @@ become part of a configuration, a log or a dump.
 """
 
 
-def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all leaf fields, in order."""
-    paths: list[str] = []
-    for name, info in section.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            paths += field_paths(kind, f"{prefix}{name}.")
-        else:
-            paths.append(prefix + name)
-    return paths
+class _Given:
+    """All that was said, later over earlier, and by whom."""
+
+    def __init__(self) -> None:
+        self._tree: dict[str, Any] = {}
+        self._who: dict[str, tuple[str, str]] = {}     # field -> who said it and " (line 3)"; the latest is last
+
+    def put(self, path: str, value: Any, who: str, where: str = "") -> None:
+        section, _, leaf = path.partition(".")
+        self._tree.setdefault(section, {})[leaf] = value
+        self._who.pop(path, None)
+        self._who[path] = (who, where)
+
+    def validated(self) -> Config:
+        try:
+            return Config.model_validate(self._tree)
+        except ValidationError as exc:
+            first = exc.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        problem = _problem(first)
+        # a contradiction belongs to no field: the last one said of those it names
+        named = [name for name in self._who if path == name or path.startswith(f"{name}.")] or [
+            name for name in self._who if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", problem)]
+        who, where = self._who[named[-1]] if named else ("configuration", "")
+        shown = f" (got {reprlib.repr(first['input'])})" if path else ""
+        raise ConfigError(f"{who}: {path + ': ' if path else ''}{problem}{shown}{where}") from None
 
 
-def _nearest(path: str) -> str:
-    known = field_paths() + list(Config.model_fields)
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        path.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(Config.model_fields)}"
+def _problem(error: ErrorDetails) -> str:
+    message, given = error["msg"].removeprefix("Value error, "), error["input"]
+    if error["type"] == "list_type" and isinstance(given, str):
+        return f"expected a list: {'.'.join(str(part) for part in error['loc'])}=[{given}]"
+    if error["type"] == "literal_error":
+        close = difflib.get_close_matches(str(given).lower(), re.findall(r"'([^']*)'", message), n=1)
+        return message + (f"; did you mean {close[0]}?" if close else "")
+    return message
 
 
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, leaf = path.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: {name} is not a section")
-    tree[leaf] = value
+def load_config(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+                overrides: Sequence[str] = (), environment: dict[str, str] | None = None) -> Config:
+    """Environment variables of the reference, under YAML files, each under the next, under `a.b=c` overrides.
 
-
-def _has(tree: dict[str, Any], path: str) -> bool:
-    node: Any = tree
-    for name in path.split("."):
-        if not isinstance(node, dict) or name not in node:
-            return False
-        node = node[name]
-    return True
+    A file that isn't there is looked for among the shipped ones, by its name. Raises ConfigError with one line that names
+    who said it, the key and the nearest known key.
+    """
+    given = _Given()
+    env = os.environ if environment is None else environment
+    for variable, field in ENVIRONMENT.items():
+        if env.get(variable):
+            given.put(field, _from_environment(field, env[variable]), f"environment variable {variable}")
+    for file in [files] if isinstance(files, (str, os.PathLike)) else files or ():
+        _add_file(given, str(file))
+    for item in overrides:
+        _add_override(given, item)
+    return given.validated()
 
 
 def _from_environment(path: str, text: str) -> Any:
@@ -68,61 +99,57 @@ def _from_environment(path: str, text: str) -> Any:
     return text
 
 
-def _validate(tree: dict[str, Any], source: str) -> Config:
+def _add_file(given: _Given, name: str) -> None:
     try:
-        return Config.model_validate(tree)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{source}: unknown key {path}{_nearest(path)}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "list_type":
-            message = f"expected a list: {path}=[{first['input']}]"
-        given = "" if not path else f" (got {first['input']!r})"
-        raise ConfigError(f"{source}: {path + ': ' if path else ''}{message}{given}") from None
-
-
-def load_config(path: str | os.PathLike[str] | None, overrides: list[str] | tuple[str, ...] = (),
-                environment: dict[str, str] | None = None) -> Config:
-    """Read YAML, then environment variables of the reference for fields it leaves out, then `a.b=c` overrides.
-
-    Raises ConfigError with one line that names the file, the key and the nearest known key.
-    """
-    tree: dict[str, Any] = {}
-    source = str(path) if path else "configuration"
-    if path:
-        try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such configuration file; launch/configs has examples") from None
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"{path} is not a readable YAML file ({getattr(exc, 'strerror', None) or exc}); launch/configs has "
-                              "examples") from None
-        except yaml.YAMLError as exc:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: expected a mapping of sections at the top level")
-    env = dict(os.environ if environment is None else environment)
-    for variable, field in ENVIRONMENT.items():
-        if env.get(variable) and not _has(tree, field):
-            _put(tree, field, _from_environment(field, env[variable]))
-    for item in overrides:
-        key, eq, text = item.partition("=")
-        if not eq:
-            raise ConfigError(f"--set {item}: expected KEY=VALUE, for example --set hdpo.w_tool=0.1")
-        if key not in field_paths():
-            raise ConfigError(f"--set {item}: unknown key {key}{_nearest(key)}")
-        _put(tree, key, yaml.safe_load(_float_friendly(text)))
-    return _validate(tree, source)
-
-
-def _float_friendly(text: str) -> str:
-    """YAML 1.1 reads 1e-6 as a string; write it so that it is a number."""
+        text = _find(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as exc:   # ValueError: not UTF-8, or no path
+        raise ConfigError(f"{name} is not a readable YAML file ({getattr(exc, 'strerror', None) or exc}); "
+                          f"shipped ones are {_shipped()}") from None
     try:
-        return repr(float(text)) if "e" in text.lower() and not text.lower().startswith("0x") else text
-    except ValueError:
-        return text
+        source = Document(text)
+        for path, node in source.fields(source.root):
+            given.put(path, source.value(node, kinds()[path]), name, f" (line {line_of(node)})")
+    except ConfigError as exc:
+        raise ConfigError(f"{name}: {exc}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"{name}: not valid YAML: {_reason(exc)}") from None
+
+
+def _find(name: str) -> Path:
+    file = Path(name)
+    if file.exists():
+        return file
+    shipped = shipped_file(name, "configs")
+    if shipped is None:
+        raise ConfigError(f"{name}: no such configuration file; shipped ones are {_shipped()}")
+    return shipped
+
+
+def _shipped() -> str:
+    return ", ".join(sorted(file.stem for file in (launch_folder() / "configs").glob("*.yaml")))
+
+
+def _add_override(given: _Given, item: str) -> None:
+    key, equals, text = item.partition("=")
+    who = f"--set {''.join(c if c.isprintable() else repr(c)[1:-1] for c in item)}"     # one line whatever it holds
+    if not equals:
+        raise ConfigError(f"{who}: expected KEY=VALUE, for example --set hdpo.w_tool=0.1")
+    if key not in kinds():
+        raise ConfigError(f"{who}: {unknown(key)}")
+    if is_text(kinds()[key]) and not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+        given.put(key, text, who)
+        return
+    try:
+        source = Document(text)
+        given.put(key, source.value(source.root, kinds()[key]), who)
+    except ConfigError as exc:
+        raise ConfigError(f"{who}: {key}: {exc}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"{who}: {key}: not valid YAML: {_reason(exc)}") from None
+
+
+def _reason(problem: Exception) -> str:
+    return "nested too deeply" if isinstance(problem, RecursionError) else " ".join(str(problem).split())
 
 
 def dump_config(config: Config) -> str:
@@ -135,7 +162,7 @@ def describe_fields(section: type[BaseModel] = Config, prefix: str = "") -> list
     rows: list[tuple[str, Any, str]] = []
     for name, info in section.model_fields.items():
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if is_section(kind):
             rows += describe_fields(kind, f"{prefix}{name}.")
         else:
             rows.append((prefix + name, info.get_default(call_default_factory=True), info.description or ""))
@@ -144,7 +171,8 @@ def describe_fields(section: type[BaseModel] = Config, prefix: str = "") -> list
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """--config and --set, as every command takes them that needs a run's settings."""
-    parser.add_argument("--config", help="YAML file; see launch/configs")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE",
+                        help="YAML file, or the name of a shipped one such as metis_8b_rl (repeatable: the later wins)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override one setting, for example --set hdpo.w_tool=0.1 (repeatable)")
 
@@ -162,7 +190,19 @@ def parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[Conf
 
 def main(argv: Sequence[str]) -> int:
     """`hdpo settings`."""
-    argparse.ArgumentParser(prog="hdpo settings", description="Every setting, its default and its meaning.").parse_args(argv)
-    for path, default, description in describe_fields():
+    parser = argparse.ArgumentParser(prog="hdpo settings", description="Settings, their defaults and their meaning.")
+    parser.add_argument("words", nargs="*", metavar="WORD",
+                        help="a section (optim), a field (optim.lr) or words that its name or meaning holds; without, all")
+    words = [word.lower() for word in parser.parse_args(argv).words]
+    shown = [row for row in describe_fields() if all(_is_about(row, word) for word in words)]
+    if not shown:
+        raise UserError(f"no setting is about {' '.join(words)}{hint(words[0], field_paths(), list(Config.model_fields))}")
+    for path, default, description in shown:
         print(f"{path:34} {default!r:28} {description}")
     return 0
+
+
+def _is_about(row: tuple[str, Any, str], word: str) -> bool:
+    path, _, description = row
+    section = word.removesuffix(".")
+    return path.startswith(f"{section}.") if section in Config.model_fields else word in f"{path} {description}".lower()

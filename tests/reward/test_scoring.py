@@ -14,7 +14,7 @@ from trajectories import trajectory
 
 from hdpo.background import BackgroundLoop
 from hdpo.config import HdpoConfig, RewardConfig
-from hdpo.errors import ConfigError, UnscoredLimitError
+from hdpo.errors import UnscoredLimitError
 from hdpo.losses import hdpo_loss
 from hdpo.reward.audit import AuditLog, disagreements, read_audit
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
@@ -120,8 +120,6 @@ def test_rules_are_chosen_by_data_source(background: BackgroundLoop) -> None:
     (group,) = scorer.score([(trajectory("a bird", source="toy/perception"), trajectory("a bird", source="web"),
                               trajectory("a red kite", source="toy/free"))])
     assert [j.verdict for j in group.judgements] == [Verdict.WRONG, Verdict.UNSCORED, Verdict.UNSCORED]
-    with pytest.raises(ConfigError, match="did you mean maths"):
-        Scorer(RewardConfig(rules={"*": "math"}), None, background)
 
 
 def test_an_empty_ground_truth_is_unscored(background: BackgroundLoop) -> None:

@@ -16,20 +16,16 @@ A list of ground truths holds alternatives: one match is enough, as in the refer
 """
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from hdpo.errors import ConfigError
 from hdpo.reward.maths import equivalent, readable
 from hdpo.reward.quantities import Quantity, compare, parse_quantity
 from hdpo.reward.words import YES_NO, choice_of, normalise, options_of, polarity, same_text, unwrap
 from hdpo.types import Verdict
-
-POLICIES = ("auto", "text", "number", "choice", "yesno", "maths", "list", "judge")
 
 _MAX_CHARS = 1000   # a longer answer is prose; only exact equality is looked at
 
@@ -43,15 +39,6 @@ class RuleVerdict:
 
 
 CANT_SAY = RuleVerdict(Verdict.UNSCORED)
-
-
-def check_policies(rules: Mapping[str, str]) -> None:
-    """Raise ConfigError for a policy that doesn't exist."""
-    for source, policy in rules.items():
-        if policy not in POLICIES:
-            close = difflib.get_close_matches(policy, POLICIES, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"policies are {', '.join(POLICIES)}"
-            raise ConfigError(f"reward.rules: {source}: unknown policy {policy!r}; {hint}")
 
 
 def policy_for(data_source: str, rules: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from hdpo.errors import UnscoredLimitError
 from hdpo.protocols import Judge
 from hdpo.reward.audit import AuditLog, audit_record
 from hdpo.reward.rewards import reward_of
-from hdpo.reward.rules import RuleVerdict, check_policies, may_need_maths, policy_for, rule_verdict
+from hdpo.reward.rules import RuleVerdict, may_need_maths, policy_for, rule_verdict
 from hdpo.types import Judgement, RewardedGroup, Trajectory, Verdict
 
 _STARTED_AT_ONCE = 256
@@ -36,7 +36,6 @@ class Scorer:
 
     def __init__(self, config: RewardConfig, judge: Judge | None, background: BackgroundLoop,
                  audit: AuditLog | None = None) -> None:
-        check_policies(config.rules)
         self.config = config
         self._judge = judge if config.judge else None
         self._background = background

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hdpo.errors import HdpoError, UserError, boundary
 from hdpo.evaluation.evaluate import format_table
+from hdpo.shipped import launch_folder
 from hdpo.state.checkpoint import step_folders
 from hdpo.toyworld.world import make_world
 
@@ -85,9 +86,7 @@ def launch(command: str, config: str, ranks: int, overrides: Sequence[str]) -> N
 
     A stage that was stopped politely has saved; the demo then stops too (exit status 130).
     """
-    root = Path(str(resources.files("hdpo").joinpath("launch")))
-    if not root.is_dir():   # a checkout: launch/ lies at the top level
-        root = Path(__file__).resolve().parents[3] / "launch"
+    root = launch_folder()
     arguments = [
         sys.executable, "-m", "hdpo.adapters.launcher", "--config_file", str(root / "accelerate" / "cpu2.yaml"),
         "--num_processes", str(ranks), "--main_process_port", "0", "-m", "hdpo", command, "--config",
