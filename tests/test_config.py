@@ -226,6 +226,7 @@ def test_shipped_files_are_found_by_name_from_any_folder(name: str, tmp_path: Pa
 @pytest.mark.parametrize(("key", "meant"), [
     ("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("rollout.lr", "optim.lr"), ("lr", "optim.lr"),
     ("optim.learningRate", "optim.lr"), ("optim.learning-rates", "optim.lr"), ("rollout.n", "rollout.group_size"),
+    ("rollout.max_tokens", "rollout.max_turn_tokens"),
     ("num_generations", "rollout.group_size"), ("data.batch_size", "rollout.prompts_per_step"),
     ("max_length", "data.max_prompt_tokens"),
     ("hdpo.beta", "there is none: HDPO has no term against a reference model"), ("kl_coef", "there is none"),

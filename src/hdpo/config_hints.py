@@ -33,7 +33,7 @@ MEANT = {
     "data.max_prompt_tokens": "max_prompt_length max_prompt_len max_input_length",
     "rollout.max_response_tokens": "max_response_length max_response_len max_completion_length max_new_tokens "
                                    "max_output_tokens",
-    "rollout.max_turn_tokens": "max_tokens_per_turn tokens_per_turn",
+    "rollout.max_turn_tokens": "rollout.max_tokens max_tokens_per_turn tokens_per_turn",
     "rollout.max_turns": "max_tool_calls max_iterations max_calls turns",
     "rollout.gpu_memory": "gpu_memory_utilization vllm_gpu_memory_utilization gpu_mem gpu_utilization",
     "rollout.tensor_parallel": "tensor_parallel_size tensor_model_parallel_size tp tp_size vllm_tensor_parallel_size",
@@ -72,7 +72,7 @@ MEANT = {
     "log": "logging", "eval": "evaluation", "tools": "tool", "hdpo": "algorithm loss grpo",
     "rollout": "rollouts sampling generation",
 }
-"""Fields, and the names under which people look for them."""
+"""Fields, and the names under which people look for them; a name with its section goes before a field of that name elsewhere."""
 
 ABSENT = {
     _NO_KL: "beta kl kl_coef kl_beta kl_loss_coef kl_penalty use_kl_loss use_kl_in_reward ref_model reference_model kl_weight "
@@ -96,6 +96,8 @@ def hint(path: str, fields: Sequence[str], sections: Sequence[str]) -> str:
     inside = f"{section} has {', '.join(field.split('.', 1)[1] for field in fields if field.split('.')[0] == section)}"
     if leaf in sections and not parents:
         return f"; {inside}"
+    if f"{section}.{leaf}" in _NAMES:
+        return f"; {_NAMES[f'{section}.{leaf}']}"
     same = [field for field in fields if field.rsplit(".", 1)[-1] == leaf]
     if same:
         return f"; did you mean {' or '.join(same)}?"
