@@ -179,7 +179,8 @@ class HdpoConfig(Section):
                               "micro-batch) only those whose tool advantage is not zero.")
     surrogate: Literal["ppo", "gspo", "cispo"] = Field(
         "ppo", description="ppo clips each token's ratio, gspo the row's, cispo uses the clipped ratio as a constant weight.")
-    entropy_coef: NonNegativeFloat = Field(0.0, description="Weight of an entropy bonus over trained tokens; 0, the paper's, turns it off.")
+    entropy_coef: NonNegativeFloat = Field(
+        0.0, description="Weight of an entropy bonus over trained tokens; 0, the paper's, turns it off.")
     mask_truncated: bool = Field(
         False, description="Leave trajectories cut by a budget out of the loss; their rewards still count in the group.")
 

@@ -47,6 +47,7 @@ MEANT = {
     "hdpo.aggregation": "loss_type loss_agg_mode loss_aggregation",
     "hdpo.scale": "scale_rewards norm_adv_by_std_in_grpo normalize_advantages",
     "hdpo.importance_cap": "tis_imp_ratio_cap importance_sampling_cap vllm_importance_sampling_cap",
+    "hdpo.entropy_coef": "entropy_coeff entropy_bonus entropy_weight ent_coef",
     "hdpo.mask_truncated": "mask_truncated_completions overlong_filtering",
     "model.path": "model_path model_name model_name_or_path pretrained checkpoint_path base_model",
     "model.dtype": "bf16 fp16 torch_dtype precision mixed_precision",
@@ -78,7 +79,6 @@ ABSENT = {
     _NO_KL: "beta kl kl_coef kl_beta kl_loss_coef kl_penalty use_kl_loss use_kl_in_reward ref_model reference_model kl_weight "
             "init_kl_coef kl_ctrl",
     _NO_CUT: "top_p top_k min_p repetition_penalty presence_penalty frequency_penalty",
-    "there is none: the loss has no entropy term": "entropy_coeff entropy_coef entropy_bonus entropy",
     "there is none: advantages are relative to the group, no critic": "critic value_model vf_coef gamma lam gae_lambda",
     "there is none: accelerate's file says how many ranks (launch/accelerate)": "num_gpus n_gpus_per_node nnodes num_processes",
 }
