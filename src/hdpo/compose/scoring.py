@@ -3,13 +3,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config
 from hdpo.protocols import Judge
-from hdpo.ranks.world import World
 from hdpo.reward.audit import AuditLog
 from hdpo.reward.scoring import Scorer
+
+if TYPE_CHECKING:
+    from hdpo.ranks.world import World
 
 
 def open_scorer(config: Config, background: BackgroundLoop, world: World, closing: ExitStack) -> Scorer:

@@ -7,6 +7,7 @@ contain its own digest), it is capped in length, and whatever a chat template co
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from functools import cache
@@ -87,13 +88,16 @@ def parse_verdict(reply: str | None) -> Verdict:
 
     A reasoning model may think first: all up to the last </think> is dropped, an unclosed <think> is a cut reply. Then
     the last line must be the word alone (or "Verdict: WORD"), no other line may begin or end with the opposite word, and
-    the line before must not run on into it ("NOT\\nCORRECT").
+    the line before must not run on into it ("NOT\\nCORRECT"). The JSON of CharXiv's grading is
+    read too: {"extracted_answer": ..., "score": 0 or 1}, its first key also as "extract_answer".
     """
     text = reply or ""
     if "</think>" in text:
         text = text.rsplit("</think>", 1)[1]
     elif "<think>" in text:
         return Verdict.UNSCORED
+    if (scored := _json_score(text)) is not None:
+        return scored
     lines = [line for line in (_bare(line) for line in text.splitlines()) if line]
     match = _WORD.fullmatch(lines[-1]) if lines else None
     if not match:
@@ -103,6 +107,19 @@ def parse_verdict(reply: str | None) -> Verdict:
     if said - {word} or len(lines) > 1 and _RUNS_ON.search(lines[-2]):
         return Verdict.UNSCORED
     return Verdict.CORRECT if word == "CORRECT" else Verdict.WRONG
+
+
+def _json_score(text: str) -> Verdict | None:
+    if not text.strip().startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    known = {"extracted_answer", "extract_answer", "score"}
+    if not isinstance(found, dict) or len(found) != 2 or not set(found) <= known or type(found.get("score")) is not int:
+        return None
+    return {1: Verdict.CORRECT, 0: Verdict.WRONG}.get(found["score"])
 
 
 def _bare(line: str) -> str:

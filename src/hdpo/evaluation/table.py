@@ -1,0 +1,63 @@
+"""The figures as a table, for the terminal and as Markdown. Shares are shown in per cent."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PAPER = {
+    "vstar": 86.4, "hrbench4k": 78.9, "hrbench8k": 74.6, "treebench": 40.7, "mmerealworld": 61.9, "mmerealworld-lite": 61.9,
+    "seed2plus": 71.0, "charxiv_dq": 83.0, "charxiv_rq": 46.3, "mathvista": 76.3, "mathverse": 61.3, "wemath": 38.8,
+    "dynamath": 65.5, "logicvista": 54.9}
+"""The row Qwen3-VL-8B of the paper's table, per cent. It does not say whether MME-RealWorld is the full or the Lite one."""
+
+Cells = list[list[str]]
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def spread(found: Mapping[str, Any]) -> str:
+    interval = found.get("ci95")
+    return "–" if not interval else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def figures(records: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], *, paper: bool = False) -> Cells:
+    """A heading and one line per benchmark: score, 95 % interval, n, what could not be read or judged, other readings."""
+    lines = [["benchmark", "score", "95 %", "n", "± shows", "unparsed", "unscored", *["paper, 8B"] * paper, "also"]]
+    for name, found in records.items():
+        also = ", ".join(f"{key.replace('_', ' ')} {percent(value)}" for key, value in found["variants"].items())
+        given = [f"{PAPER[name]:.1f}" if name in PAPER else "–"] * paper
+        lines.append([titles[name], percent(found["score"]), spread(found), str(found["n"]), percent(found["detectable"]),
+                      str(found["unparsed"]), str(found["unscored"]), *given, also])
+    return lines
+
+
+def text(cells: Cells) -> str:
+    """Aligned columns: the first and the last to the left, numbers to the right."""
+    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
+    last = len(widths) - 1
+    lines = ["  ".join(cell.ljust(width) if k in (0, last) else cell.rjust(width)
+                       for k, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in cells]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown(cells: Cells) -> str:
+    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in cells]
+    rule = ["---", *["---:"] * (len(head) - 2), "---"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rest]) + "\n"
+
+
+def comparison(compared: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> Cells:
+    """This run against another: difference in points, its interval, b and c counts, p, and what this n could show."""
+    lines = [["benchmark", "difference", "95 %", "won", "lost", "n", "p", "± shows", "test"]]
+    for name, found in compared.items():
+        difference = "–" if found["difference"] is None else f"{100 * found['difference']:+.1f}"
+        p = "–" if found["p"] is None else f"{found['p']:.3g}"
+        lines.append([titles[name], difference, spread(found), str(found["won"]), str(found["lost"]), str(found["n"]), p,
+                      percent(found["detectable"]), found["test"]])
+    return lines
+
+
+def notes(records: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    return [f"{name}: {note}" for name, found in records.items() for note in found["notes"]]
