@@ -23,6 +23,7 @@ rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature r
 rollout.max_turns rollout.max_response_tokens
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager
+rollout.sleep rollout.image_cache_gib
 tools.url tools.allowed tools.sandbox tools.call_timeout_s tools.python_timeout_s tools.retries tools.max_image_searches
 tools.search_provider tools.text_index tools.image_index tools.image_cache tools.search_results
 reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross_check reward.max_unscored
@@ -31,8 +32,8 @@ judge.max_prediction_chars judge.max_tokens judge.extra_body
 hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip_low hdpo.clip_high hdpo.dual_clip
 hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.tool_norm hdpo.surrogate hdpo.entropy_coef
 hdpo.mask_truncated
-optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.offload
-optim.max_skipped optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
+optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.reduce_dtype
+optim.offload optim.max_skipped optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
 batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens batch.share_prompts
 sync.group_mib sync.checksum_every sync.canary_every sync.parity_tolerance checkpoint.every_steps checkpoint.keep
 checkpoint.best

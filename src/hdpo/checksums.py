@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_SLICE = 1 << 24     # elements: 128 MiB as int64
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,8 +36,13 @@ class Comparison(NamedTuple):
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """0-dim int64 on the tensor's device; wraps around."""
-    return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+    """0-dim int64 on the tensor's device; wraps around. In slices: torch's sum first copies what it sums to int64."""
+    bits = tensor.detach().view(_INTEGERS[tensor.element_size()])
+    bits = bits.view(-1) if bits.is_contiguous() else bits
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in bits.split(max(1, _SLICE * len(bits) // max(1, bits.numel()))):
+        total += part.sum(dtype=torch.int64)
+    return total
 
 
 class Watch:

@@ -92,7 +92,14 @@ class RolloutConfig(Section):
     tensor_parallel: Count = Field(
         1, description="Ranks of a node that share one vLLM engine, each with a part of its weights; 1 unless a model "
         "and its KV cache don't fit on one device.")
-    enforce_eager: bool = Field(True, description="Run the engine without CUDA graphs.")
+    enforce_eager: bool = Field(
+        False, description="Run the engine without CUDA graphs of its decode steps: slower, and 1 to 2 GiB less (CUDA).")
+    sleep: Literal["drop", "copy"] = Field(
+        "drop", description="What the engine does with its weights while the policy trains: drop them, as each sync sends them "
+        "anew, or copy them to the host and back (CUDA).")
+    image_cache_gib: NonNegativeFloat = Field(
+        4.0, description="Processed images that the engine keeps, GiB of host memory per rank; one of 5 megapixels has "
+        "0.06.")
 
 
 class ToolsConfig(Section):
@@ -193,6 +200,8 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas.")
     weight_decay: Share = Field(0.01, description="AdamW weight decay.")
     grad_clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 clips nothing.")
+    reduce_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision in which ranks add up a micro-batch's gradients; bfloat16 halves the bytes sent.")
     offload: bool = Field(False, description="Keep optimizer state and fp32 weights in host memory for good (slower updates).")
     max_skipped: Number = Field(3, description="Optimizer steps in a row that may be skipped for a loss or gradient not finite.")
     rows_per_step: Count = Field(256, description="Demonstrations of one SFT step over all ranks (SFT only).")

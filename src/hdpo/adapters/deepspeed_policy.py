@@ -69,7 +69,8 @@ class DeepSpeedPolicy:
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)       # the launcher's fields give way to ours
         load_communication_extension()
         join_after_restart("gloo" if on_cpu else "nccl")
-        plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip, optim.offload), zero3_init_flag=True)
+        plugin = DeepSpeedPlugin(hf_ds_config=zero3_config(self.dtype, optim.grad_clip, optim.offload, optim.reduce_dtype),
+                                 zero3_init_flag=True)
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
         self.world = (world or World()).connect()
         set_seed(seed)   # the same on every rank; what must differ is seeded per rollout

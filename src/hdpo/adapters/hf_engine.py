@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import types
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from hdpo.checksums import Checksum, Comparison, compare
 from hdpo.config import RolloutConfig
 from hdpo.errors import ModelError
 from hdpo.protocols import GenerateRequest
+from hdpo.ranks.world import local_device
 from hdpo.types import Completion, StopReason
 
 _MAX_COHORTS = 4   # more would make every step a series of small forward passes
@@ -68,7 +70,7 @@ class HfEngine:
         self._tool_call_end_id = tool_call_end_id
         self._image_limit = image_limit
         self._size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = local_device()
         self._model, self._image_processor = _load(model_path, dtype, self._device)
         self._image_id = getattr(self._model.config, "image_token_id", None)   # None: a text-only model
         self._banned = torch.tensor(list(banned_token_ids), dtype=torch.long, device=self._device)
@@ -266,7 +268,16 @@ def _load(model_path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
             logging.enable_progress_bar()
     processor = AutoImageProcessor.from_pretrained(model_path) if sees else None
     model.to(device)   # type: ignore[arg-type]   # transformers' wrapper loses the signature
+    torch.backends.cuda.enable_cudnn_sdp(False)   # as in policy_model: it would plan every new length
+    if device.type == "cuda" and model.dtype == torch.bfloat16:
+        model.lm_head.forward = types.MethodType(_fp32_logits, model.lm_head)
     return model.eval().requires_grad_(False), processor
+
+
+def _fp32_logits(self: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """The trainer's head keeps fp32 too: logits rounded to bf16 would put their rounding into every log-prob."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return torch.mm(flat, self.weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
 
 
 def _drop(cohort: _Cohort, ids: set[str]) -> None:

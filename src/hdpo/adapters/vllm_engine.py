@@ -4,8 +4,9 @@ Continuous batching over unequal trajectories, no server and no per-turn barrier
 `rollout.tensor_parallel` a part of one, whose ranks must then be given the same requests in the same order and be stepped
 together: lockstep.py sees to that. Written against vLLM 0.32, CUDA and CPU builds alike.
 
-Memory on CUDA: `sleep()` is vLLM's level 1 (weights to host memory, KV cache dropped). Level 2 is not offered: it
-would leave Qwen3-VL's deepstack buffers, which are neither parameters nor buffers, undefined after waking.
+Memory on CUDA: `sleep()` drops the KV cache and the parameters, because the next `load_weights` brings them anew, and
+copies whatever else the engine holds to the host (see vllm_worker.forget_weights). With `rollout.sleep` copy it is vLLM's
+level 1: parameters are copied too, 1 to 1.5 s a step each way and 23 GiB of pinned memory a rank for an 8B.
 """
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from typing import Any
 
 from hdpo.adapters.torchvision_shim import activate
 from hdpo.adapters.vllm_process import quiet, start_engine, undisturbed_process
+from hdpo.adapters.vllm_worker import compare_sums, forget_weights, reload
 from hdpo.agent.families import FAMILIES, Family
-from hdpo.checksums import Checksum, Comparison, compare
+from hdpo.checksums import Checksum, Comparison
 from hdpo.config import RolloutConfig
 from hdpo.errors import ModelError
 from hdpo.protocols import GenerateRequest
@@ -58,17 +60,18 @@ class VllmEngine:
         self._ban = {token: -100.0 for token in banned_token_ids}
         self._version = 0
         self._cuda = torch.cuda.is_available()
-        self._kv_asleep = False
+        self._kv_asleep = self._forgotten = False
+        self._forgets = self._cuda and config.sleep == "drop"
         self._owns_process_group = not torch.distributed.is_initialized()
         arguments = dict(
             model=model_path, dtype=_dtype(dtype, self._cuda), seed=seed, max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs * config.tensor_parallel,   # the setting is per rank
             limit_mm_per_prompt={"image": image_limit, "video": 0},
             mm_processor_kwargs={"images_kwargs": {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}},
-            mm_processor_cache_gb=0.5, use_tqdm_on_load=False,
+            mm_processor_cache_gb=config.image_cache_gib, use_tqdm_on_load=False,
             generation_config="vllm", logprobs_mode="processed_logprobs", enable_prefix_caching=True,
-            enforce_eager=config.enforce_eager or not self._cuda, disable_log_stats=True,
-            **_scheduling(config, self._cuda, max_model_len), **_placement(config, self._cuda, self._owns_process_group))
+            disable_log_stats=True, **_execution(config, self._cuda), **_scheduling(config, self._cuda, max_model_len),
+            **_placement(config, self._cuda, self._owns_process_group))
         with undisturbed_process(), quiet():
             self._engine = start_engine(arguments)
         model = self._engine.model_config.hf_config
@@ -82,6 +85,8 @@ class VllmEngine:
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
 
+        if self._forgotten:
+            raise RuntimeError("the engine has slept and has no weights: load_weights first")
         self._wake_kv_cache()
         prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
         if request.images:
@@ -140,11 +145,12 @@ class VllmEngine:
             raise RuntimeError("load_weights while requests are running")
         copies = _copied(weights, self._family, self._tied)
         try:
-            missing = self._engine.collective_rpc(_reload, args=(copies,))[0]
+            missing = self._engine.collective_rpc(reload, args=(copies,))[0]
         except (ValueError, KeyError, AttributeError) as exc:   # how vLLM's loaders report unknown names and wrong shapes
             raise ModelError(f"weights for the engine: {exc}") from exc
         if missing:
             raise ModelError(f"weights for the engine: {len(missing)} missing, the first is {missing[0]}")
+        self._forgotten = False
         self._engine.reset_encoder_cache()
         self._engine.reset_mm_cache()
         self._wake_kv_cache()
@@ -157,16 +163,21 @@ class VllmEngine:
         Not compared: the fused weights of attention where ranks outnumber KV heads, because they hold copies then; on CPU
         linear layers, because oneDNN packs and drops their weights.
         """
-        return self._engine.collective_rpc(_compare, args=(dict(sent),))[0]
+        return self._engine.collective_rpc(compare_sums, args=(dict(sent),))[0]
 
     def sleep(self) -> None:
-        """CUDA: weights to host memory, KV cache dropped; running requests are aborted. CPU: nothing to do."""
+        """CUDA: weights and KV cache leave the device, and with `rollout.sleep` drop are forgotten; running requests are
+        aborted. CPU: nothing to do."""
         if self._cuda and not self._engine.is_sleeping():
+            if self._forgets:
+                self._engine.collective_rpc(forget_weights)
+                self._forgotten = True
             self._engine.sleep(level=1)
             self._kv_asleep = True
 
     def wake(self) -> None:
-        """CUDA: weights only, so that they and a gathered layer fit; the KV cache follows with the next load or request."""
+        """CUDA: room for the weights only, so that they and a gathered layer fit; the KV cache follows with the next load or
+        request. What slept under `rollout.sleep` drop has no weights until they are loaded."""
         if self._kv_asleep:
             self._engine.wake_up(tags=["weights"])
 
@@ -200,6 +211,26 @@ class VllmEngine:
             import torch
 
             torch.cuda.empty_cache()
+
+
+def _execution(config: RolloutConfig, cuda: bool) -> dict[str, Any]:
+    """How the model runs. CUDA graphs of pure decode steps for every batch size there can be, without torch.compile: the
+    kernels stay those that the trainer is compared with. On CUDA the head's logits are fp32, as the trainer's are: rounded to
+    bf16 they are up to 0.06 off where they stand at 16 to 32, and so are the log-probs.
+    """
+    if not cuda:
+        return {"enforce_eager": True}
+    options: dict[str, Any] = {"hf_overrides": {"head_dtype": "float32"}, "enforce_eager": config.enforce_eager}
+    if not config.enforce_eager:
+        options["compilation_config"] = {
+            "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": graph_sizes(config.max_num_seqs * config.tensor_parallel)}
+    return options
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes that get a CUDA graph of their own; others are padded up to the next."""
+    return sorted({size for size in (1, 2, 4, *range(8, 256, 8), *range(256, most, 16)) if size < most} | {most})
 
 
 def _scheduling(config: RolloutConfig, cuda: bool, max_model_len: int) -> dict[str, Any]:
@@ -237,45 +268,3 @@ def _copied(weights: Iterable[tuple[str, Any]], family: Family, tied: bool) -> I
         yield name, copy
         if tied and name.endswith(_EMBEDDING):
             yield _HEAD, copy
-
-
-def _reload(worker: Any, weights: Iterator[tuple[str, Any]]) -> list[str]:
-    """vLLM's own layer by layer reload (`model_runner.reload_weights`), but the names it missed are returned, not logged."""
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    model = worker.get_model()
-    expected = {name for name, _ in model.named_parameters()}
-    if worker.device.type == "cpu":   # there vLLM packs experts for its kernel only when it makes the kernel: make it again
-        for module in model.modules():
-            if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
-                module.quant_method.moe_kernel = None
-    initialize_layerwise_reload(model)
-    loaded = model.load_weights(weights)
-    finalize_layerwise_reload(model, worker.model_config)
-    return sorted(expected - loaded)
-
-
-def _compare(worker: Any, sent: dict[str, Checksum]) -> Comparison:
-    """Fused names by the model's own tables; all of a layer's experts count as one tensor."""
-    model = worker.get_model()
-    fused = {part: whole for whole, parts in getattr(model, "packed_modules_mapping", {}).items() for part in parts}
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-
-    def key(name: str) -> str:
-        before, experts, _ = name.partition(".experts.")
-        return before + ".experts" if experts else ".".join(fused.get(part, part) for part in name.split("."))
-
-    renamed = {(mapper.map_name(name) or name) if mapper else name: checksum for name, checksum in sent.items()}
-    return compare(renamed, model.named_parameters(remove_duplicate=False), key, _sums_of_all_parts)
-
-
-def _sums_of_all_parts(sums: dict[str, Checksum]) -> list[dict[str, Checksum]]:
-    """What every rank of this engine holds."""
-    import torch
-    from vllm.distributed import get_tp_group
-
-    group = get_tp_group()
-    parts: list[Any] = [sums] * group.world_size
-    if group.world_size > 1:
-        torch.distributed.all_gather_object(parts, sums, group=group.cpu_group)
-    return parts

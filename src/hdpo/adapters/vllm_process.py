@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from hdpo.ranks.world import local_device
+
 
 def start_engine(arguments: dict[str, Any]) -> Any:
     """Import vLLM and build the engine. What it reads from the environment is settled before."""
@@ -70,7 +72,7 @@ def undisturbed_process() -> Iterator[None]:
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[local_device()] if torch.cuda.is_available() else []):
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)

@@ -16,11 +16,12 @@ MAX_LIVE_PARAMETERS = 1_000_000_000   # elements that may be gathered at once, p
 PREFETCH = 50_000_000              # elements gathered ahead of their use
 
 
-def zero3_config(dtype: torch.dtype, grad_clip: float, offload: bool = False) -> dict[str, Any]:
+def zero3_config(dtype: torch.dtype, grad_clip: float, offload: bool = False, reduce_dtype: str = "float32") -> dict[str, Any]:
     """ZeRO-3 with fp32 master weights, moments and gradient sums behind weights of `dtype`.
 
     `keep_in_fp32_modules` guards the rotary frequencies (see policy_model.assert_rope_fp32). A step's gradients are summed
-    over dozens of micro-batches: in bf16 the later ones would round away. `offload` keeps optimizer state on the host.
+    over dozens of micro-batches: in bf16 the later ones would round away. Ranks add theirs up in `reduce_dtype`; DeepSpeed
+    itself would do it in bf16. `offload` keeps optimizer state on the host.
     """
     cuda = torch.cuda.is_available()
     zero: dict[str, Any] = {
@@ -35,6 +36,7 @@ def zero3_config(dtype: torch.dtype, grad_clip: float, offload: bool = False) ->
         "gradient_accumulation_steps": 1,   # boundaries are set by hand; our norms replace DeepSpeed's division
         "gradient_clipping": grad_clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[reduce_dtype],
         "data_types": {"keep_in_fp32_modules": ["inv_freq"], "grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -60,6 +62,7 @@ def optimizer_tensors(zero: Any) -> tuple[list[Tensor], list[Tensor]]:
 class Parking:
     """Takes tensors out of device memory and puts them back, in place: every view of them stays valid.
 
+    Scratch comes back as zeros: DeepSpeed never writes the padding of a gradient's shards, and counts it in the norm.
     Their storages shrink to nothing meanwhile, so a use while they are away fails loudly. Host buffers are pinned and
     allocated once. DeepSpeed's own `offload_states` accepts its FusedAdam only, which needs a CUDA compiler on every node.
     """
@@ -74,7 +77,7 @@ class Parking:
 
     @torch.no_grad()
     def park(self, kept: Sequence[Tensor], scratch: Sequence[Tensor]) -> None:
-        """Copy the storages of `kept` to the host and free them; free those of `scratch`, whose contents are dropped."""
+        """Copy the storages of `kept` to the host and free them; free those of `scratch`, which return as zeros."""
         for index, tensor in enumerate(kept):
             storage = tensor.untyped_storage()
             host = self._host.get(index)
@@ -93,7 +96,9 @@ class Parking:
     def unpark(self) -> None:
         for storage, size, host in self._away:
             storage.resize_(size)
-            if host is not None:
+            if host is None:
+                _bytes(storage).zero_()
+            else:
                 _bytes(storage).copy_(host, non_blocking=True)
         _finish()
         self._away = []

@@ -91,7 +91,6 @@ class Stage(contextlib.ExitStack):
         background, backend = open_tools(config, world, self)
         policy.park()      # the engine measures what device memory is left
         engine = open_engine(config, chat, self)
-        engine.sleep()     # until the first sync: a checkpoint may have to be loaded
         rollouts = open_rollouts(config, chat, engine, backend, background, self)
         scorer = open_scorer(config, background, world, self)
         log = open_log(config, world, RL_SHOWN, self)

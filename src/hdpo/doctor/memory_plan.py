@@ -193,8 +193,9 @@ def _update(config: Config, shapes: Shapes, trained: int, size: int) -> dict[str
     chunk = config.batch.head_chunk_tokens or default_chunk_tokens(shapes.vocabulary, 4, True)
     loss = min(chunk, tokens) * shapes.vocabulary * (4 + size) + text
     loss += 4 * shapes.vocabulary * shapes.hidden if shapes.head_trained else 0
+    reduced = 4 if config.optim.reduce_dtype == "float32" else size
     gradients = 0 if config.optim.offload else 4 * trained + 4 * min(trained, SUB_GROUP)   # the sum, and its copy in the step
-    return {"gradients, shard": gradients, "gradient bucket": REDUCE_BUCKET * size,
+    return {"gradients, shard": gradients, "gradient bucket": REDUCE_BUCKET * reduced,
             "gathered layers": min(shapes.parameters, MAX_LIVE_PARAMETERS) * size, "activations": activations,
             "loss chunk, dW": loss}
 

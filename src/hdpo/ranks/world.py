@@ -23,6 +23,11 @@ MESSAGE_BYTES = 64 << 20
 """Largest message from rank to rank."""
 
 
+def local_device() -> torch.device:
+    """The device of this rank: of a node's ranks each has one of its own."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 class World:
     """Rank and size of this run. Collectives: connect, gather, broadcast, sum, max, any, barrier.
 

@@ -39,7 +39,7 @@ MAY_CHANGE = (
     "run.", "log.", "eval.", "checkpoint.", "optim.steps", "optim.max_skipped", "optim.offload", "judge.", "tools.",
     "batch.", "sync.", "reward.max_unscored", "data.cache", "data.image_root",
     "rollout.max_num_seqs", "rollout.max_batched_tokens", "rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.engine",
-    "rollout.tensor_parallel")
+    "rollout.tensor_parallel", "rollout.enforce_eager", "rollout.sleep", "rollout.image_cache_gib")
 """Fields a resumed run may set differently: they do not change what is learned."""
 
 OTHERS_S, LEAVE_S = 60.0, 15.0
@@ -162,14 +162,18 @@ class Checkpoints:
 
     # -- resuming --------------------------------------------------------------------------------------------------
 
-    def resume(self) -> tuple[int, dict[str, Any] | None]:
-        """Load the newest checkpoint: (steps done, data position), or (0, None) on a fresh run. Any number of ranks."""
+    def resume(self, make_room: Callable[[], None] = lambda: None) -> tuple[int, dict[str, Any] | None]:
+        """Load the newest checkpoint: (steps done, data position), or (0, None) on a fresh run. Any number of ranks.
+
+        `make_room` is called before anything is loaded.
+        """
         folders = self.world.broadcast(step_folders(self.run)) if self.config.run.resume else []
         if not folders:
             return 0, None
         state = read_state(folders[-1])
         _check_same_run(folders[-1], state, self.config)
         reader = ShardReader(folders[-1] / "trainer", state["world_size"])
+        make_room()
         self.policy.restore_state(reader)
         if (rng := reader.rng(self.world.rank)) is not None:
             set_rng_state(rng)

@@ -54,7 +54,7 @@ def train(config: Config, parts: RlParts) -> bool:
     policy, engine, rollouts, tasks, log, checkpoints = (
         parts.policy, parts.engine, parts.rollouts, parts.tasks, parts.log, parts.checkpoints)
     world, steps = policy.world, config.optim.steps
-    start, position = checkpoints.resume()
+    start, position = checkpoints.resume(engine.sleep)
     if position is not None:
         tasks.restore(position)
     objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,

@@ -4,6 +4,7 @@ Usage: skip_steps.py MODEL [offload] STEPS...     each of STEPS: good | nan_loss
 
 Only the last rank's second micro-batch is spoiled. `infinite_loss` has the gradients of a good step, `infinite_gradient`
 the loss of one. `park` takes no step: it gathers the weights while what an update needs is away, as CUDA devices do.
+`fresh` is the largest number in memory that was just allocated: above zero where the C library fills it (MALLOC_PERTURB_).
 """
 from __future__ import annotations
 
@@ -85,10 +86,11 @@ def main() -> None:
     inner = policy.engine.optimizer
     dtypes = {"weights": policy.engine.module.model.lm_head.weight.dtype, "master": inner.fp32_partitioned_groups_flat[0].dtype,
               "moments": inner.optimizer.state[inner.fp32_partitioned_groups_flat[0]]["exp_avg"].dtype,
-              "summed_gradients": inner.gradient_accumulation_dtype}
+              "summed_gradients": inner.gradient_accumulation_dtype, "reduced_gradients": next(iter(inner.ipg_buckets))}
+    fresh = float(torch.empty(1 << 20).abs().max())
     if world.is_main:
         print("RESULT " + json.dumps({"norms": norms, "hashes": hashes, "micro_batches": micro_batches, "parked": parked,
-                                      "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}))
+                                      "fresh": fresh, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}))
     policy.close()
 
 
