@@ -10,7 +10,6 @@ import builtins
 import io
 import linecache
 import os
-import re
 import signal
 import sys
 import textwrap
@@ -18,9 +17,11 @@ import traceback
 import types
 from typing import Any
 
+import magics
+import pictures
+
 MAX_IMAGE_PIXELS = 4096 * 4096
 """Largest image returned; bigger ones are scaled down."""
-_MAGIC_LINE = re.compile(r"^[%!].*$", re.MULTILINE)
 
 
 class Capture(io.RawIOBase):
@@ -113,11 +114,14 @@ class Interpreter:
         self.plt.close(figure)
 
     def _add_image(self, image: Any) -> None:
+        if not image.width * image.height:
+            raise ValueError(f"this image is empty ({image.width} x {image.height} pixels): there is nothing to show. "
+                             "A box lies inside of an image and has left < right and top < bottom")
         scale = (MAX_IMAGE_PIXELS / max(1, image.width * image.height)) ** 0.5
         if scale < 1:
             image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         if image.mode not in ("RGB", "RGBA", "L", "1", "P"):
-            image = image.convert("RGB")
+            image = pictures.rgb(image)
         buffer = io.BytesIO()
         image.save(buffer, format="PNG", compress_level=1)
         self._add(buffer.getvalue())
@@ -167,9 +171,8 @@ class Interpreter:
         ok = False
         try:
             self.running = True
-            self._execute(code, f"<cell {self.count}>")
+            ok = self._execute(code, f"<cell {self.count}>")
             self._show_figures()
-            ok = True
         except SystemExit as exc:
             ok = exc.code in (None, 0)
             if not ok:
@@ -183,13 +186,11 @@ class Interpreter:
             self.plt.close("all")
         return ok
 
-    def _execute(self, code: str, name: str) -> None:
-        code = textwrap.dedent(code)
-        try:
-            tree = ast.parse(code, name)
-        except SyntaxError:
-            code = _MAGIC_LINE.sub("pass", code)   # notebook magics such as %matplotlib inline
-            tree = ast.parse(code, name)
+    def _execute(self, code: str, name: str) -> bool:
+        """Run a cell; False when a command of it could not be had."""
+        code, tree, skipped = magics.parse(textwrap.dedent(code), name)
+        for note in skipped:
+            print(note, file=sys.stderr)
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         last = tree.body[-1] if tree.body else None
         if isinstance(last, ast.Expr):
@@ -200,6 +201,7 @@ class Interpreter:
             if value is not None:
                 self.names["_"] = value
                 self._show_value(value)
+        return not any(note.startswith("!") or note.startswith("%%") for note in skipped)
 
     def _show_value(self, value: Any) -> None:
         first = value[0] if isinstance(value, (list, tuple)) and value else value
@@ -244,12 +246,5 @@ def reap() -> None:
 
 def load_image(data: bytes) -> Any:
     """Encoded file -> PIL image in RGB, upright, at its own resolution. Decoded at first use where the mode allows."""
-    from PIL import Image, ImageOps
-    image: Image.Image = Image.open(io.BytesIO(data))
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.new("RGB", rgba.size, "white")
-        image.paste(rgba, mask=rgba.getchannel("A"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = pictures.opened(data)
+    return image if pictures.is_plain(image) else pictures.upright_rgb(image)

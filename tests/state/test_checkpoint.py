@@ -151,6 +151,21 @@ def test_only_the_newest_are_kept_and_the_best_besides(tmp_path: Path) -> None:
     assert names(plain) == ["step_000003", "step_000004"]
 
 
+@pytest.mark.parametrize("target", ["there", "gone"])
+def test_a_checkpoint_that_was_moved_behind_a_link_is_let_go_and_its_files_stay(tmp_path: Path, target: str) -> None:
+    c = config(tmp_path)
+    folder, disk = save(c, 1), tmp_path / "other_disk"
+    folder.rename(disk)
+    save(c, 2)
+    folder.symlink_to(disk, target_is_directory=True)
+    if target == "gone":
+        shutil.rmtree(disk)
+    for step in (3, 4):
+        save(c, step)
+    assert names(c) == ["step_000003", "step_000004"] and disk.is_dir() == (target == "there")
+    assert not [entry for entry in folder.parent.iterdir() if entry.name.startswith(".")]
+
+
 def test_a_metric_of_another_step_does_not_make_a_checkpoint_the_best(
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     c = config(tmp_path, checkpoint={"keep": 1, "best": "eval/accuracy"})

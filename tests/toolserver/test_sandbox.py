@@ -1,16 +1,19 @@
 """Python sessions, the same properties for every backend: real processes, real containers."""
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 from PIL import Image
 from tool_server import png, until
 
+from hdpo.agent.images import decode_image
 from hdpo.background import BackgroundLoop
 from hdpo.toolserver.sessions import CellResult, SessionLostError
 
@@ -143,6 +146,42 @@ def test_every_error_is_reported_and_the_session_goes_on(session: Session, code:
     assert session.run("kept").stdout == "1\n"
 
 
+@pytest.mark.parametrize("code", [
+    "x = (", "def f(:\n  pass", "print('a'\nprint('b')", "```python\n1\n```", "x = 1\n  y = 2", "0777"])
+def test_a_syntax_error_is_shown_once_with_its_line_alone(session: Session, code: str) -> None:
+    stderr = session.run(code).stderr
+    assert stderr.count("Error") == 1 and "During handling" not in stderr and "Traceback" not in stderr
+    assert stderr.startswith('  File "<cell 1>", line ')
+
+
+@pytest.mark.parametrize(("code", "stdout", "said", "ok"), [
+    ("!pip install x", "", "!pip install x was not run: ", False),
+    ("print(1)\n!apt-get install -y 'tess\nprint(2)", "1\n2\n", "!apt-get install -y 'tess was not run: ", False),
+    ("for i in range(2):\n    !ls\n    print(i)", "0\n1\n", "!ls was not run: ", False),
+    ("%%bash\nls", "", "%%bash was not run: ", False),
+    ("%matplotlib inline\n%load_ext x\nprint(1)", "1\n", "%load_ext x was ignored: ", True),
+    ("%%time\nprint(1)", "1\n", "", True),
+    ("s = '''\n%d!\n!x\n''' % 5\n!ls\nprint(s)", "\n5!\n!x\n\n", "!ls was not run: ", False),
+    ("!ls\nx = = 2", "", 'File "<cell 1>", line 2', False),
+])
+def test_a_notebooks_commands_are_said_not_to_have_run_and_the_rest_runs(
+        session: Session, code: str, stdout: str, said: str, ok: bool) -> None:
+    result = session.run(code)
+    assert (result.stdout, result.ok) == (stdout, ok) and said in result.stderr
+
+
+def test_a_crop_without_pixels_says_so(session: Session) -> None:
+    for code, size in (("image_1.crop((5, 5, 5, 9))", "0 x 4"), ("Image.new('RGB', (7, 0)).show()", "7 x 0")):
+        result = session.run(code)
+        assert not result.ok and not result.images and result.stderr.count("\n") <= 5
+        assert f"this image is empty ({size} pixels)" in result.stderr
+
+
+def test_a_deep_grey_that_the_code_draws_keeps_its_levels(session: Session) -> None:
+    (shown,) = session.run("Image.fromarray((np.arange(256, dtype=np.uint16) * 257)[None].repeat(3, 0))").images
+    assert [Image.open(io.BytesIO(shown)).getpixel((x, 1))[0] for x in (0, 100, 255)] == [0, 100, 255]
+
+
 def sizes(result: CellResult) -> list[tuple[int, int]]:
     return [Image.open(io.BytesIO(data)).size for data in result.images]
 
@@ -191,6 +230,24 @@ def test_the_rows_images_are_rgb_upright_and_at_their_own_resolution(box: Box) -
     one.close()
     assert result.stdout == ("([('RGB', (3001, 2003)), ('RGB', (20, 40)), ('RGB', (64, 48)), ('RGB', (64, 48)), "
                              "('RGB', (64, 48))], (255, 255, 255))\n")
+
+
+def test_a_session_sees_the_pixels_that_the_model_is_shown(box: Box) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    ramp = (np.arange(256, dtype=np.uint16) * 257)[None].repeat(3, 0)
+    deep = io.BytesIO()
+    Image.fromarray(ramp).save(deep, "PNG")
+    files = [png("blue", (40, 20), kind="JPEG", exif=exif), png("red", (40, 20), kind="TIFF", exif=exif), deep.getvalue(),
+             png((9, 9, 9), transparency=(9, 9, 9)), png(9, mode="L", transparency=9), png((5, 90), mode="LA"),
+             png((1, 2, 3, 4), mode="CMYK", kind="TIFF"), png(0.25, mode="F", kind="TIFF")]
+    one = box.session(*files)
+    found = one.run("import hashlib\nfor i in (" + ", ".join(f"image_{n + 1}" for n in range(len(files))) + "):\n"
+                    "    print(i.mode, i.size, hashlib.md5(i.convert('RGBA').tobytes()).hexdigest())")
+    one.close()
+    seen = [decode_image(data, "row") for data in files]
+    assert found.stdout.splitlines() == [
+        f"{i.mode} {i.size} {hashlib.md5(i.convert('RGBA').tobytes()).hexdigest()}" for i in seen], found.stderr
 
 
 # -- state, time, loss -----------------------------------------------------------------------------------------------

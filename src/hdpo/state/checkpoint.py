@@ -182,7 +182,7 @@ class Checkpoints:
     def _clear(self, keep: bool) -> None:
         """Remove what a killed process left behind; without `keep`, checkpoints of a run that starts anew step aside."""
         for left in (self.run / "checkpoints").glob(".p*_step_*"):    # .partial_ and .pruned_
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
         for folder in [] if keep else step_folders(self.run):
             log.warning("run.resume is false: %s becomes %s", folder, _rename(folder, "replaced").name)
 
@@ -209,22 +209,42 @@ def prune(run: Path, keep: int) -> None:
     best = _best(folders)
     for folder in folders[:-keep] if keep else []:
         if folder != best:
-            shutil.rmtree(_rename(folder, "pruned"))     # renamed first: a crash leaves no half checkpoint visible
+            _remove(_rename(folder, "pruned"))     # renamed first: a crash leaves no half checkpoint visible
 
 
 def _rename(folder: Path, why: str) -> Path:
     """Hide a checkpoint under .{why}_{name}."""
     hidden = folder.with_name(f".{why}_{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
     return folder.rename(hidden)
+
+
+def _remove(folder: Path) -> None:
+    """A folder, or a link to one that somebody moved elsewhere: what it leads to is his and stays. What can't be removed stays
+    hidden with a warning, because a run must not end for it."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as exc:
+        log.warning("cannot remove %s (%s)", folder, exc.strerror or exc)
 
 
 def _best(folders: list[Path]) -> Path | None:
     """The checkpoint with the highest value of the newest one's metric; of equals the newest."""
-    metrics = [read_state(folder).get("metric") or {} for folder in folders]
+    metrics = [_metric_of(folder) for folder in folders]
     scored = [(metric["value"], folder) for metric, folder in zip(metrics, folders)
               if metric.get("name") == metrics[-1].get("name") and metric.get("value") is not None]
     return max(scored)[1] if scored else None
+
+
+def _metric_of(folder: Path) -> dict[str, Any]:
+    """Empty for a checkpoint that can't be read, for example behind a link that leads nowhere: it is no candidate."""
+    try:
+        return read_state(folder).get("metric") or {}
+    except CheckpointError:
+        return {}
 
 
 def read_state(folder: Path) -> dict[str, Any]:

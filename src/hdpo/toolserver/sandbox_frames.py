@@ -69,11 +69,17 @@ def _unpack(text: bytes, payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def is_bounded_png(data: bytes) -> bool:
-    """Whether it starts as a PNG whose header announces an acceptable size."""
-    if len(data) < 33 or data[:8] != _PNG or data[12:16] != b"IHDR":
+    """Whether it is a PNG up to its pixels, with one header, which announces an acceptable size. Decoders obey the last one."""
+    if data[:8] != _PNG or data[12:16] != b"IHDR" or len(data) < 33:
         return False
     width, height = struct.unpack(">II", data[16:24])
-    return 0 < width * height <= MAX_IMAGE_PIXELS
+    place, kind = 33, b""
+    while place + 8 <= len(data) and kind != b"IDAT":
+        size, kind = struct.unpack(">I4s", data[place:place + 8])
+        if kind == b"IHDR":
+            return False
+        place += 12 + size
+    return kind == b"IDAT" and 0 < width * height <= MAX_IMAGE_PIXELS
 
 
 class Conversation(asyncio.Protocol):
