@@ -30,7 +30,6 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Encoded file -> RGB picture, upright, at its own resolution. Raises PictureError, whatever Pillow raises."""
     try:
         with opened(data, max_pixels) as image:
-            image.load()
             return upright_rgb(image)
     except Exception as exc:  # noqa: BLE001 - Pillow's plugins raise whatever a damaged file leads them to
         raise _refused(exc) from exc
@@ -64,7 +63,8 @@ def is_plain(image: Image.Image) -> bool:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture of any kind -> a new one in RGB, upright."""
+    """A picture of any kind -> a new one in RGB, upright."""
+    image.load()     # first: formats that turn themselves then do, and metadata may stand behind the pixels
     turn = _TURNS.get(_orientation(image))
     image = rgb(image)
     return image.transpose(Image.Transpose[turn]) if turn else image
