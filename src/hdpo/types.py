@@ -8,13 +8,17 @@ agent's pure parts can use these words without it.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
+
+    from hdpo.pixels import PixelScale
 
 ACCURACY, TOOL = 0, 1
 """Indices of the channel axis C."""
@@ -187,13 +191,14 @@ class RewardedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Vision:
-    """The processor's tensors for the images of one sample or micro-batch.
+    """The images of one sample or micro-batch: uint8 patches of one frame with a scale, or the processor's own tensors.
 
     Rows that show the same image hold the same tensor, so patches are laid side by side only on their way to the device.
     """
 
-    pixels: tuple[Tensor, ...]   # per image: [patches, patch_dim]
+    pixels: tuple[Tensor, ...]   # per image: [patches, channels * side * side] uint8; without a scale [patches, patch_dim]
     grid_thw: Tensor           # [images, 3] int64
+    scale: PixelScale | None = None
 
     @property
     def num_patches(self) -> int:
@@ -201,9 +206,30 @@ class Vision:
 
     @property
     def pixel_values(self) -> Tensor:
-        """[patches, patch_dim] of all images, a fresh tensor."""
+        """[patches, patch_dim] of all images as the processor makes it, a fresh tensor."""
+        return self.expand()
+
+    def part(self, images: slice) -> Vision:
+        return Vision(self.pixels[images], self.grid_thw[images], self.scale)
+
+    def expand(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """`pixel_values` on `device` in `dtype`: laid side by side, scaled and cast there, not by one CPU thread here."""
         import torch
-        return torch.cat(self.pixels)
+
+        from hdpo.pixels import expand
+        dtype = dtype or torch.float32
+        moved = [pixels.to(device, non_blocking=True) for pixels in self.pixels]
+        if self.scale is None:
+            return torch.cat([pixels.to(dtype) for pixels in moved])
+        return expand(torch.cat(moved), self.scale, dtype)
+
+
+def join(visions: Sequence[Vision]) -> Vision | None:
+    """The images of all, which are one model's, in order; None if there are none."""
+    import torch
+    some = [vision for vision in visions if vision.pixels]
+    return Vision(tuple(pixels for vision in some for pixels in vision.pixels), torch.cat([v.grid_thw for v in some]),
+                  some[0].scale) if some else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,11 +135,11 @@ def test_a_demonstration_travels_like_a_rollout_and_an_image_travels_once(chat: 
     rows = [Sample([7, 8, 9], [0, 1, 1], [0.0, -0.1, -1e-9], (), (), vision, 1, 12), Sample([5], [0], [0.0], (), (), None),
             Sample([6, 6], [0, 1], [0.0, -3.0], (), (), replace(vision, pixels=vision.pixels[:1], grid_thw=vision.grid_thw[:1]))]
     sent = to_tensors(rows)
-    assert sum(t.numel() for t in sent[8:]) == vision.pixel_values.numel()
+    assert sum(t.numel() for t in sent[9:]) == sum(pixels.numel() for pixels in vision.pixels)
     got = to_rows([t.clone() for t in sent])
     for row, copy in zip(rows, got, strict=True):
         assert replace(copy, vision=None) == replace(row, vision=None)
     assert got[1].vision is None and got[0].vision is not None and got[2].vision is not None
-    assert torch.equal(got[0].vision.pixel_values, vision.pixel_values)
+    assert torch.equal(got[0].vision.pixel_values, vision.pixel_values) and got[0].vision.scale == vision.scale is not None
     assert torch.equal(got[0].vision.grid_thw, vision.grid_thw) and got[2].vision.pixels[0] is got[0].vision.pixels[0]
     assert to_rows(to_tensors([])) == []

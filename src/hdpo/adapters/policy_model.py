@@ -131,9 +131,8 @@ def model_inputs(micro: MicroBatch, image_token_id: int | None, device: torch.de
     vision: dict[str, Tensor] = {}
     if micro.vision is not None:
         assert image_token_id is not None, "a row with images for a text-only model"
-        images = [pixels.to(device, non_blocking=True).to(dtype) for pixels in micro.vision.pixels]
         vision = {
-            "pixel_values": torch.cat(images),   # cast and laid side by side there: here one CPU thread would do it
+            "pixel_values": micro.vision.expand(device, dtype),
             "image_grid_thw": micro.vision.grid_thw.to(device, non_blocking=True),
             "mm_token_type_ids": torch.eq(micro.input_ids, image_token_id).int().to(device, non_blocking=True),
         }

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
+import torch
+from PIL.Image import Image, effect_noise
 from tokenizers import Tokenizer
 
 from hdpo.agent.builder import Segment
@@ -20,6 +21,7 @@ from hdpo.agent.images import bound_image, bounded_size, content_key, num_image_
 from hdpo.agent.observation import cut_middle, images_that_fit
 from hdpo.agent.parse import TOOL_CALL_CLOSE
 from hdpo.errors import ConfigError, DataError, ModelError
+from hdpo.pixels import PixelScale, expand, frame_patches
 from hdpo.types import Vision
 
 IMAGE_MARKER = "<image>"
@@ -59,12 +61,14 @@ class ChatFormat:
         self._image_block = self._encode(self._control, self._image_words)
         self._open, self._close = (self._encode(self._control, s) for s in family.observation_words)
         self.image_token_id: int | None = None
+        self.scale: PixelScale | None = None
         self.merge_size, self.factor, self.min_pixels, self.max_pixels = 1, 1, min_pixels, max_pixels
         if family.image_words:
             self.image_token_id = self._single_token(family.image_words[1])
             self.merge_size = int(image_processor.merge_size)
             self.factor = int(image_processor.patch_size) * self.merge_size
             self.min_pixels, self.max_pixels = self._narrow(min_pixels, max_pixels)
+            self.scale = self._frame_scale()
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +124,28 @@ class ChatFormat:
             bounded_size(*size, self.factor, self.min_pixels, self.max_pixels), self.factor)
 
     def vision(self, images: Sequence[Image]) -> Vision | None:
-        """The processor's tensors for bounded images; None for none. Checks the grid against the placeholder counts."""
+        """The patches of bounded images; None for none."""
+        if not images or self.scale is None:
+            return self._processed(images)
+        side = self.factor // self.merge_size
+        grid = [[1, image.height // side, image.width // side] for image in images]
+        return Vision(tuple(frame_patches(_tensor(image), side, self.merge_size) for image in images), torch.tensor(grid),
+                      self.scale)
+
+    def _frame_scale(self) -> PixelScale | None:
+        """How the processor scales pixels. None if it does anything else besides: then its own tensors are kept."""
+        given = self._processor
+        mean, std = (tuple((torch.tensor(part) * (1.0 / given.rescale_factor)).tolist())
+                     for part in (given.image_mean, given.image_std))
+        scale = PixelScale(mean, std, int(given.temporal_patch_size))
+        probe = self.bound(effect_noise((3 * self.factor, 2 * self.factor), 100).convert("RGB"))
+        processed = self._processed([probe])
+        assert processed is not None
+        patches = frame_patches(_tensor(probe), self.factor // self.merge_size, self.merge_size)
+        return scale if torch.equal(expand(patches, scale), processed.pixel_values) else None
+
+    def _processed(self, images: Sequence[Image]) -> Vision | None:
+        """The processor's tensors. Checks the grid against the placeholder counts."""
         if not images:
             return None
         output = self._processor(images=list(images), return_tensors="pt")
@@ -211,6 +236,11 @@ class ChatFormat:
         for piece, keep in zip(ids, [*kept, False]):
             compact += piece + (self._image_block if keep else [])
         return compact + self._close, kept
+
+
+def _tensor(image: Image) -> torch.Tensor:
+    """[height, width, 3] uint8."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
 def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatFormat:

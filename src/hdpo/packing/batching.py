@@ -26,7 +26,7 @@ from hdpo.packing.exchange import collect_rows, row_cost
 from hdpo.packing.planning import plan
 from hdpo.packing.prompts import prompt_images, sharing_rows
 from hdpo.ranks.world import World
-from hdpo.types import MicroBatch, MiniBatch, Sample, Span, TrainBatch, Vision
+from hdpo.types import MicroBatch, MiniBatch, Sample, Span, TrainBatch, Vision, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,7 @@ class _Strip:
         self.positions: list[Tensor] = []
         self.spans: list[Span] = []
         self._spec, self._length = spec, 0
-        self._pixels: list[Tensor] = []
-        self._grids: list[Tensor] = []
+        self._visions: list[Vision] = []
         self._prompts: dict[int, tuple[int, Tensor]] = {}     # by first row: the prompt's span and its places
 
     def lay(self, sample: Sample, first: int) -> Tensor:
@@ -111,10 +110,10 @@ class _Strip:
             return self._lay(ids, positions, vision)
         given, shown = sample.prompt_length, prompt_images(sample, spec.image_token_id, spec.merge_size)
         if first not in self._prompts:
-            before = Vision(vision.pixels[:shown], vision.grid_thw[:shown]) if vision is not None else None
+            before = vision.part(slice(shown)) if vision is not None else None
             self._prompts[first] = len(self.spans), self._lay(ids[:given], positions[:, :given], before)
         number, places = self._prompts[first]
-        after = Vision(vision.pixels[shown:], vision.grid_thw[shown:]) if vision is not None else None
+        after = vision.part(slice(shown, None)) if vision is not None else None
         return torch.cat([places, self._lay(ids[given:], positions[:, given:], after, number)])
 
     def _lay(self, ids: Tensor, positions: Tensor, vision: Vision | None, prompt: int = -1) -> Tensor:
@@ -122,13 +121,12 @@ class _Strip:
         self.positions.append(positions)
         self.spans.append(Span(len(ids), prompt))
         if vision is not None:
-            self._pixels += vision.pixels
-            self._grids.append(vision.grid_thw)
+            self._visions.append(vision)
         self._length += len(ids)
         return torch.arange(self._length - len(ids), self._length)
 
     def vision(self) -> Vision | None:
-        return Vision(tuple(self._pixels), torch.cat(self._grids)) if self._pixels else None
+        return join(self._visions)
 
 
 def make_train_batch(mini_batches: Sequence[Sequence[Sample]], spec: PackingSpec, world: World, channels: int) -> TrainBatch:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hdpo.packing.costs import PromptCost, RowCost, WorkModel
 from hdpo.packing.planning import Plan
+from hdpo.pixels import PixelScale
 from hdpo.ranks.world import World
 from hdpo.types import Sample, Vision
 
@@ -55,7 +56,7 @@ def exchange_rows(outgoing: Sequence[Sequence[Sample]], world: World) -> list[li
 
 
 def to_tensors(rows: Sequence[Sample]) -> list[Tensor]:
-    """Rows as contiguous tensors on the CPU: eight for all rows together, then one per distinct image."""
+    """Rows as contiguous tensors on the CPU: nine for all rows together, then one per distinct image."""
     if not rows:
         return []
     images: dict[int, Tensor] = {}      # by identity: rows hold the very same tensor
@@ -74,6 +75,7 @@ def to_tensors(rows: Sequence[Sample]) -> list[Tensor]:
         torch.tensor([row.member for row in rows], dtype=torch.bool),
         torch.tensor([index for some in shown for index in some], dtype=torch.int32),
         torch.cat([torch.zeros(0, 3, dtype=torch.int64), *(v.grid_thw for v in visions if v is not None)]),
+        _scale_tensor(next((vision.scale for vision in visions if vision is not None), None)),
         *images.values(),
     ]
 
@@ -82,13 +84,26 @@ def to_rows(tensors: Sequence[Tensor]) -> list[Sample]:
     """What `to_tensors` was given."""
     if not tensors:
         return []
-    sizes, token_ids, mask, log_probs, advantages, member, shown, grids, *images = tensors
+    sizes, token_ids, mask, log_probs, advantages, member, shown, grids, scaled, *images = tensors
     lengths, counts, prompt_lengths, groups = sizes.T.tolist()
+    scale = _scale_of(scaled)
     rows = []
     for index, (ids, trained, values, some, grid) in enumerate(zip(
             token_ids.split(lengths), mask.split(lengths), log_probs.split(lengths), shown.split(counts),
             grids.split(counts), strict=True)):
-        vision = Vision(tuple(images[i] for i in some.tolist()), grid) if len(some) else None
+        vision = Vision(tuple(images[i] for i in some.tolist()), grid, scale) if len(some) else None
         rows.append(Sample(ids.tolist(), trained.tolist(), values.tolist(), tuple(advantages[index].tolist()),
                            tuple(member[index].tolist()), vision, prompt_lengths[index], groups[index]))
     return rows
+
+
+def _scale_tensor(scale: PixelScale | None) -> Tensor:
+    """A run's images all have the same scale, or none: it travels once a message."""
+    return torch.tensor([] if scale is None else [*scale.mean, *scale.std, scale.frames], dtype=torch.float64)
+
+
+def _scale_of(tensor: Tensor) -> PixelScale | None:
+    if not len(tensor):
+        return None
+    *values, frames = tensor.tolist()
+    return PixelScale(tuple(values[:len(values) // 2]), tuple(values[len(values) // 2:]), int(frames))

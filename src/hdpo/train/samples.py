@@ -13,16 +13,16 @@ from hdpo.advantages import hdpo_advantages
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import content_key
 from hdpo.config import HdpoConfig
-from hdpo.types import EndReason, Reward, RewardedGroup, Sample, Trajectory, Vision
+from hdpo.types import EndReason, Reward, RewardedGroup, Sample, Trajectory, Vision, join
 
 AHEAD_BYTES = 4 << 30
 """Pixels that may be computed before it is known whether their rows carry a gradient, bytes per rank."""
-BYTES_PER_PIXEL = 2 * 3 * 4   # float32 channels of the two frames a patch spans
+BYTES_PER_PIXEL = 3           # of a picture's patches, see hdpo.pixels
 TRUNCATED = (EndReason.MAX_TURNS, EndReason.MAX_TOKENS, EndReason.CONTEXT_FULL)
 
 
 class PixelPool:
-    """The processor's tensors of a step's images, each distinct image computed once, in threads.
+    """The patches of a step's images, each distinct image computed once, in threads.
 
     A group's rollouts share the prompt's images, and often the crops their tools return. `submit` starts on a trajectory
     as soon as it has ended, while others still roll out or are scored, and so costs the step nothing where there are
@@ -45,10 +45,7 @@ class PixelPool:
 
     def vision(self, trajectory: Trajectory) -> Vision | None:
         """What `ChatFormat.vision` makes of the trajectory's images, bit for bit; waits for it. None without images."""
-        parts = [part for future in self.start(trajectory) if (part := future.result()) is not None]
-        if not parts:
-            return None
-        return Vision(tuple(p for part in parts for p in part.pixels), torch.cat([part.grid_thw for part in parts]))
+        return join([part for future in self.start(trajectory) if (part := future.result()) is not None])
 
     def clear(self) -> None:
         """Forget the images of the step. Not while `submit` may still be called for it."""

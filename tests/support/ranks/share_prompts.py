@@ -21,7 +21,7 @@ from hdpo.packing.batching import make_train_batch
 from hdpo.train.metrics import Metrics
 from hdpo.train.objectives import HdpoObjective
 from hdpo.train.update import old_log_probs, update
-from hdpo.types import Completion, Sample, StopReason, Vision
+from hdpo.types import Completion, Sample, StopReason, join
 
 MIN_PIXELS, MAX_PIXELS = 32 * 32, 128 * 128
 
@@ -52,7 +52,7 @@ def rollouts(chat: ChatFormat, group: int, count: int, words: str = "") -> list[
             row.append_given(observation)
             row.append_sampled(sampled(5))
             if seen is not None and (more := chat.vision(observation.images)) is not None:
-                vision = Vision(seen.pixels + more.pixels, torch.cat([seen.grid_thw, more.grid_thw]))
+                vision = join([seen, more])
         rows.append(Sample(row.token_ids, row.mask, row.log_probs, ((-1.0) ** number * (1 + number), 0.3 * number - 0.4),
                            (True, number != 1), vision, len(prompt.expanded_ids), group))
     return rows

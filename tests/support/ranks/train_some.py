@@ -25,7 +25,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [row(i, generator) for i in range(8)]
     filler = Sample([START, IMAGE, START + 1, 1], [0] * 4, [0.0] * 4, (), (),
-                    Vision(torch.zeros(4, 384), torch.tensor([[1, 2, 2]])))
+                    Vision((torch.zeros(4, 384),), torch.tensor([[1, 2, 2]])))
     spec = PackingSpec(IMAGE, 2, 100, 10_000, filler)
     metrics = Metrics()
     objective = HdpoObjective(HdpoConfig(), (START, IMAGE), 1.0, metrics)
