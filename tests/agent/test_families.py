@@ -19,7 +19,7 @@ from hdpo.config import Config, ModelConfig, RolloutConfig
 from hdpo.errors import DataError
 from hdpo.packing.batching import PackingSpec, pack
 from hdpo.protocols import GenerateRequest
-from hdpo.train.sync import canary_prompts
+from hdpo.train.canary import canary_prompts
 from hdpo.types import Sample
 
 UNTIED = ("qwen2_5_vl", "qwen3_vl_moe")

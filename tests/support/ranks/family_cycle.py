@@ -19,9 +19,9 @@ from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.compose.policy import build_packing
 from hdpo.config import Config, ModelConfig, OptimConfig, RolloutConfig
 from hdpo.packing.batching import make_train_batch
+from hdpo.train.canary import check_parity
 from hdpo.train.metrics import Metrics
 from hdpo.train.objectives import SftObjective
-from hdpo.train.sync import check_parity
 from hdpo.train.update import update
 from hdpo.types import Sample
 

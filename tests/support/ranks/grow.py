@@ -16,9 +16,10 @@ from hdpo.agent.chat import load_chat_format
 from hdpo.config import Config, HdpoConfig
 from hdpo.packing.batching import PackingSpec, make_train_batch
 from hdpo.protocols import GenerateRequest
+from hdpo.train.canary import canary_prompts
 from hdpo.train.objectives import HdpoObjective
 from hdpo.train.runlog import RunLog
-from hdpo.train.sync import WeightSync, canary_prompts
+from hdpo.train.sync import WeightSync
 from hdpo.train.update import update
 from hdpo.types import Sample
 

@@ -20,9 +20,10 @@ from hdpo.compose.policy import build_packing
 from hdpo.config import Config, HdpoConfig, ModelConfig, OptimConfig, RolloutConfig
 from hdpo.packing.batching import make_train_batch, pack
 from hdpo.state.shards import ShardReader, shard_path, write_state
+from hdpo.train.canary import check_parity
 from hdpo.train.metrics import Metrics
 from hdpo.train.objectives import HdpoObjective, LogProbs, SftObjective
-from hdpo.train.sync import check_parity, sync_weights
+from hdpo.train.sync import sync_weights
 from hdpo.train.update import update
 from hdpo.types import Sample
 

@@ -19,7 +19,7 @@ from hdpo.background import BackgroundLoop
 from hdpo.checksums import Watch
 from hdpo.config import RolloutConfig
 from hdpo.protocols import Engine, GenerateRequest
-from hdpo.train.sync import canary_prompts
+from hdpo.train.canary import canary_prompts
 from hdpo.types import Completion
 
 
