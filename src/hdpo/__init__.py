@@ -7,21 +7,22 @@ The map. A room imports rooms above it in this list, never below; tests/test_arc
 
 losses advantages fused_loss objective checksums pixels   the algorithm, exact sums, pixels on the device; torch alone
 types errors protocols config config_types config_hints config_yaml config_file shipped background text oddities pictures   words
-ranks        collectives, the watchdog, nodes: who is there, who is alive
-agent        one trajectory, thousands at once: chat, images, calls, turns
-reward       trajectories -> three-valued verdicts -> rewards
-packing      rows of all ranks -> micro-batches of equal work with global norms
-data         rows of users' files: tasks, demonstrations
-state        checkpoints, exported weights, spooled and dumped rollouts
-toolserver   `hdpo tool-server` and its client; backends/ run the model's code
-adapters     one vendor, one file
-train        the two loops and their verbs
-evaluation   held-out rows, and what they say
-report       a run's folder -> a page
-doctor       what is missing before a device is touched
-compose      the composition root: configuration -> parts, in order
-toyworld     the embedded world, its base model, the demo
-cli          one entry a command
+ranks         collectives, the watchdog, nodes: who is there, who is alive
+agent         one trajectory, thousands at once: chat, images, calls, turns
+reward        trajectories -> three-valued verdicts -> rewards
+packing       rows of all ranks -> micro-batches of equal work with global norms
+data          rows of users' files: tasks, demonstrations
+state         checkpoints, exported weights, spooled and dumped rollouts
+toolserver    `hdpo tool-server` and its client; backends/ run the model's code
+adapters      one vendor, one file
+train         the two loops and their verbs
+evaluation    held-out rows, and what they say
+report        a run's folder -> a page
+doctor        what is missing before a device is touched
+integrations  the algorithm inside TRL, verl, prime-rl and DDP
+compose       the composition root: configuration -> parts, in order
+toyworld      the embedded world, its base model, the demo
+cli           one entry a command
 """
 from __future__ import annotations
 
