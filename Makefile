@@ -25,7 +25,7 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-gpu test-faults test-sandbox sft rl eval sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-gpu fuzz test-faults test-sandbox sft rl eval sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (9 to 20 minutes on 2 cores)
@@ -36,6 +36,9 @@ test: install ## all tests that this machine can run
 
 test-gpu: install ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+fuzz: install ## 2,000 random edits of the shipped configurations: one line or success, never a traceback (2 minutes)
+	$(TEST_ENV) HDPO_FUZZ=2000 $(BIN)/python -m pytest -q tests/test_config_fuzz.py $(ARGS)
 
 test-faults: install ## kill -9 a run of two ranks at ten random moments (about 15 minutes)
 	$(TEST_ENV) HDPO_KILLS=10 $(BIN)/python -m pytest -q tests/state/test_kill.py $(ARGS)

@@ -15,8 +15,8 @@ options=(--port "$port" --max-model-len "${JUDGE_MAX_MODEL_LEN:-8192}" --enable-
 if [ -n "${JUDGE_API_KEY:-}" ]; then
     export VLLM_API_KEY=$JUDGE_API_KEY   # not an argument: those are visible to every user of the machine
 fi
-here="$(cd "$(dirname "$0")/.." && pwd)"
-if [ -x "$here/.venv/bin/python" ]; then PATH="$here/.venv/bin:$PATH"; fi
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+PATH="$(dirname "$python"):$PATH"
 if ! python -c 'import vllm.version' 2>/dev/null; then
     echo "start_judge.sh: $(command -v python || echo "no python") has no vLLM; \`make install\` installs it" >&2; exit 2
 fi

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # Start a tool server in the background and print its URL, as the reference's script does.
 # Usage: launch/start_tool_server.sh [PORT] [WORKERS]      PORT 0 takes a free one; WORKERS are cells running at once
-# Keys and SEARCH_PROVIDER come from the environment; further options in TOOL_SERVER_ARGS; log in TOOL_SERVER_LOG.
+# Keys and SEARCH_PROVIDER come from the environment; further options in TOOL_SERVER_ARGS.
+# The log is TOOL_SERVER_LOG, or tool_server.log in RUN_FOLDER/RUN_NAME (runs/).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 port="${1:-0}" workers="${2:-0}"
 case "$port$workers" in *[!0-9]*) echo "usage: launch/start_tool_server.sh [PORT] [WORKERS]" >&2; exit 2;; esac
-log="${TOOL_SERVER_LOG:-tool_server.log}"
+log="${TOOL_SERVER_LOG:-${RUN_FOLDER:-runs}${RUN_NAME:+/$RUN_NAME}/tool_server.log}"
+if ! mkdir -p "$(dirname "$log")" || ! : >>"$log"; then
+    echo "start_tool_server.sh: $log can't be written; set TOOL_SERVER_LOG" >&2; exit 2
+fi 2>/dev/null
 urls="$(mktemp)"
 trap 'rm -f "$urls"' EXIT
 # shellcheck disable=SC2086
-nohup "${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}" -m hdpo.toolserver.app --host "${TOOL_SERVER_HOST:-127.0.0.1}" --port "$port" \
+nohup "$python" -P -m hdpo.toolserver.app --host "${TOOL_SERVER_HOST:-127.0.0.1}" --port "$port" \
     --workers "$workers" ${TOOL_SERVER_ARGS:-} >"$urls" 2>"$log" </dev/null &
 server=$!
 for _ in $(seq 1200); do

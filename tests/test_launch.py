@@ -49,6 +49,39 @@ def test_train_metis_turns_the_references_variables_into_one_launch() -> None:
         assert part in done.stdout
 
 
+def test_without_nvidia_smi_the_missing_number_of_devices_is_named(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "readlink", "wc", "basename", "env"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    done = script(METIS, PYTHON="/bin/echo", MODEL_PATH="/m", PATH=str(tools))
+    assert done.returncode == 2 and "no GPU found; set GPUS_PER_NODE" in done.stderr
+
+
+def test_relative_paths_start_where_the_user_stands(tmp_path: Path) -> None:
+    """Also where Python's own modules would be shadowed by those of the folder."""
+    (tmp_path / "types.py").write_text("raise SystemExit('shadowed')\n")
+    env = {k: v for k, v in os.environ.items() if k not in VARIABLES} | {
+        "MODEL_PATH": "ck/step_000100", "GPUS_PER_NODE": "1", "PYTHON": sys.executable, "CONFIG": "demo_rl",
+        "ACCELERATE_CONFIG": "cpu2"} | cpu_environment(1)
+    done = subprocess.run([METIS, "--dry-run"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert "MISSING  model: model.path: no such folder: ck/step_000100" in done.stdout, done.stdout + done.stderr
+    assert "shadowed" not in done.stderr and list(tmp_path.iterdir()) == [tmp_path / "types.py"]
+
+
+def test_an_accelerate_file_without_deepspeed_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "plain.yaml").write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\n"
+                                         "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\n")
+    arguments = ["train_sft.py", "--config", "demo_sft", *settings(model__path=BASE, run__folder=tmp_path, data__train="[x]")]
+    started = [sys.executable, "-m", "hdpo.adapters.launcher", "--main_process_port", "0", "--config_file"]
+    for file, message in ((str(tmp_path / "plain.yaml"), "launched with a file without DeepSpeed: give --config_file"),
+                          ("zero4", "--config_file zero4: no such file; shipped ones are cpu2, zero3")):
+        done = subprocess.run([*started, file, *arguments], cwd=tmp_path, env=os.environ | cpu_environment(2), text=True,
+                              capture_output=True, timeout=120)
+        (line,) = errors_of(done)
+        assert done.returncode == 2 and message in line
+
+
 @pytest.mark.parametrize(("environment", "message"), [
     ({"GPUS_PER_NODE": "8"}, "set MODEL_PATH"),
     ({"MODEL_PATH": "/m", "GPUS_PER_NODE": "0"}, "no GPU found; set GPUS_PER_NODE"),

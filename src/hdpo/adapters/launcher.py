@@ -4,10 +4,12 @@ It starts the ranks of this node through accelerate and torch's agent, in this p
 rank's own line stays the last one, instead of the agent's traceback. SIGTERM and Ctrl-C are handed to the ranks, which
 get the time they need to finish their step and save, instead of 30 seconds. A node 0 that can't be reached is one line.
 With `--max_restarts`, what only the user can mend (a setting, a missing file, a full disk) is not tried again.
+`--config_file zero3` and `train_rl.py` mean the shipped files from any folder.
 Exit status: 0 done, or stopped by SIGTERM and saved; 130 after Ctrl-C; otherwise that of the rank which failed first.
 """
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -15,8 +17,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
+import accelerate.utils.launch
 import psutil
 import torch.distributed.launcher.api
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -25,8 +29,9 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from hdpo.errors import USER_STATUS, WORLD_STATUS, UserError
+from hdpo.errors import USER_STATUS, WORLD_STATUS, ConfigError, UserError
 from hdpo.ranks.nodes import join_timeout_s, wait_for_master
+from hdpo.shipped import launch_folder, shipped_file
 
 TOLD = (USER_STATUS, WORLD_STATUS, 130)   # statuses with which a rank has already printed its one line (see hdpo.cli)
 
@@ -80,8 +85,14 @@ def main(argv: Sequence[str]) -> int:
     parser.error = lambda message: sys.exit(   # type: ignore[method-assign, assignment]
         _say(f"{message} (python -m hdpo.adapters.launcher --help lists the options)", 2))
     arguments = parser.parse_args(list(argv))
+    try:
+        _find_shipped(arguments)
+    except UserError as exc:
+        return _say(str(exc), 2)
     # The agent's own handlers would kill ranks 30 s after a signal.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    # accelerate would put the folder one stands in before Python's own modules: a types.py there would end every rank.
+    accelerate.utils.launch.env_var_path_add = lambda name, path: os.environ.get(name, "")   # type: ignore[assignment]
     # What the agent logs about a failed rank is said below in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     Agent.signals = signals = Signals()
@@ -104,6 +115,20 @@ def main(argv: Sequence[str]) -> int:
     except subprocess.CalledProcessError as exc:   # one process needs no agent
         status = exc.returncode
     return 130 if signals.first == signal.SIGINT and status == 0 else status
+
+
+def _find_shipped(arguments: argparse.Namespace) -> None:
+    """Put the paths of shipped files in place of their names. Raises ConfigError for an accelerate file that isn't there."""
+    for name, kind in (("config_file", "accelerate"), ("training_script", "")):
+        given = getattr(arguments, name)
+        if not given or Path(given).exists() or (name == "training_script" and arguments.module):
+            continue
+        found = shipped_file(given, kind)
+        if found is not None:
+            setattr(arguments, name, str(found))
+        elif name == "config_file":
+            names = sorted(file.stem for file in (launch_folder() / kind).glob("*.yaml"))
+            raise ConfigError(f"--config_file {given}: no such file; shipped ones are {', '.join(names)}")
 
 
 def _failed(exc: ChildFailedError, stopped_by: int | None) -> int:

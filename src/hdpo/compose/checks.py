@@ -25,6 +25,16 @@ def check_devices() -> None:
                           f"{nodes * gpus}, or GPUS_PER_NODE={gpus} and launch/train_metis.sh")
 
 
+def check_launcher() -> None:
+    """An accelerate file must ask for DeepSpeed: without it accelerate would prepare something else. Raises ConfigError."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    deepspeed, fsdp, cpu = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+                            for name in ("DEEPSPEED", "FSDP", "CPU"))
+    if launched and not deepspeed and (fsdp or cpu or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise ConfigError("accelerate was launched with a file without DeepSpeed: give --config_file launch/accelerate/"
+                          "zero3.yaml, or set distributed_type: DEEPSPEED in it (hdpo sets the rest of DeepSpeed's options)")
+
+
 def check_rl(config: Config, chat: ChatFormat) -> None:
     """There must be prompts, and the largest rollout there can be must fit into a micro-batch, because it is trained whole."""
     if not config.data.train:

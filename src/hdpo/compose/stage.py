@@ -13,7 +13,7 @@ from typing import Any
 
 from hdpo.adapters.chat_format import open_chat
 from hdpo.background import freeze_heap
-from hdpo.compose.checks import check_devices, check_rl
+from hdpo.compose.checks import check_devices, check_launcher, check_rl
 from hdpo.compose.logs import open_log, open_run_folder
 from hdpo.compose.policy import build_packing, open_policy, plan_memory
 from hdpo.compose.rollouts import open_engine, open_rollouts
@@ -70,6 +70,7 @@ class Stage(contextlib.ExitStack):
 
     def sft(self) -> SftParts:
         config, chat = self.config, self.chat
+        check_launcher()
         demonstrations = DemonstrationStream(
             config.data.train, chat, config.data, seed=config.run.seed,
             max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
@@ -80,6 +81,7 @@ class Stage(contextlib.ExitStack):
 
     def rl(self) -> RlParts:
         config, chat = self.config, self.chat
+        check_launcher()
         tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed)
         self.callback(tasks.close)
         held_out = self.held_out()
