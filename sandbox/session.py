@@ -10,7 +10,9 @@ import tempfile
 
 import frames
 import isolation
+import syscalls
 from cell import Interpreter
+from watch import AT_WORK, NICE
 
 LOG_FD = os.dup(2)   # a session's own descriptor 2 belongs to its cells
 
@@ -18,6 +20,8 @@ LOG_FD = os.dup(2)   # a session's own descriptor 2 belongs to its cells
 def run_session(conn: socket.socket, options: argparse.Namespace, work: str) -> None:
     """Body of a session process: confine itself, then serve cells until the connection ends."""
     os.setsid()
+    os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    isolation.offer_to_the_kernel(AT_WORK)      # while there is a /proc
     if "namespaces" in options.controls:
         isolation.private_mounts(work, options.limits.file_bytes)
     os.chdir(work)
@@ -33,7 +37,7 @@ def run_session(conn: socket.socket, options: argparse.Namespace, work: str) -> 
     isolation.drop_capabilities()
     isolation.die_with_parent()
     if "seccomp" in options.controls:
-        isolation.install_seccomp()
+        syscalls.install()
     _serve(conn, options)
 
 

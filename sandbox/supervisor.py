@@ -1,8 +1,10 @@
-"""The supervisor of one session: starts it, interrupts it when told to, ends it when the client or the session is gone.
+"""The supervisor of one session: starts it, obeys its client, holds it to its limits, and says at the end who ended it.
 
-It runs outside the session's PID namespace. The client talks to the session itself, over a socket that it passes in;
-this process sees nothing of what they say. Its own connection carries one-byte orders: INTERRUPT, acknowledged once
-the signal is sent; and its end is the order to kill.
+It runs outside the session's PID namespace. The client talks to the session itself, over a socket pair of their own; this
+process sees nothing of what they say. Its own connection carries one byte at a time. Orders: INTERRUPT the cell, which is
+acknowledged once the signal is sent; PAUSE, when no cell is running: everything stops, and what was still at work ends;
+RESUME, before the next cell. The connection's end is the order to kill. Said by the supervisor before it hangs up: one of
+the ENDED bytes below, its evidence of how the session ended.
 """
 from __future__ import annotations
 
@@ -13,28 +15,43 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
 import isolation
 from session import log, run_session
+from watch import SUPERVISOR_NICE, Account, Group, join_group
 
-INTERRUPT = b"i"
+INTERRUPT, PAUSE, RESUME = b"i", b"p", b"c"
+ENDED_ITSELF = b"x"      # by an exit, a crash, or a signal of its own
+OVER_LIMIT = b"m"        # killed: it held more memory than it may
+CROWDED_OUT = b"n"       # killed within its limit, because the memory for all sessions was used up
+KILLED = b"k"            # by someone else, who is unknown here
+LOOK_S, LOOK_SOON_S = 0.05, 0.01
+"""Time between two looks at a session at work, and at one whose memory grows fast, seconds."""
+FAST_BYTES = 64 << 20
+"""Growth between two looks that is fast."""
+LOOKING_SHARE = 5
+"""A look is followed by a pause of this many times the processor time that it took."""
 
 
 class Supervisor:
     """Forks one session and stays until it has to be killed."""
 
-    def __init__(self, client: socket.socket, options: argparse.Namespace) -> None:
-        self.client, self.options = client, options
+    def __init__(self, client: socket.socket, data: socket.socket, group: int, options: argparse.Namespace) -> None:
+        self.client, self.data, self.options = client, data, options
+        self.group = group      # descriptor by which it joins a control group, or -1
         self.private = "namespaces" in options.controls
         self.pid = 0
+        self.verdict = b""
 
     def run(self) -> None:
-        data = self._data_socket()
         self.work = self.options.work if self.private else tempfile.mkdtemp(prefix="session-", dir=self.options.work)
         os.setsid()
         isolation.adopt_orphans()
+        isolation.come_first(SUPERVISOR_NICE)
+        group = join_group(self.group) if self.group >= 0 else Group()
         if "user" in self.options.controls:
             if not self.private and os.geteuid() == 0:
                 os.chown(self.work, 65534, 65534)
@@ -42,52 +59,95 @@ class Supervisor:
         if self.private:
             isolation.unshare(["user", "mount", "pid", "ipc", "uts"])
         isolation.die_with_parent()
+        self.account = Account(self.options.limits.memory_bytes or 1 << 60,
+                               [self.work, "/dev/shm"] if self.private else [], self.options.room, group)
+        self.kills = self.options.room.kills()
         self.pid = os.fork()
         if self.pid == 0:
-            run_in_fork(self._session, data)
-        data.close()
+            run_in_fork(self._session)
+        self.data.close()
         try:
             self._obey()
         finally:
-            self._kill()
+            self._end()
             if not self.private:
                 shutil.rmtree(self.work, ignore_errors=True)
 
-    def _data_socket(self) -> socket.socket:
-        """The session's end of its conversation with the client, passed in with the first byte."""
-        _, fds, _, _ = socket.recv_fds(self.client, 1, 1)
-        if not fds:
-            raise SystemExit(0)    # the client is gone already, or is none
-        return socket.socket(fileno=fds[0])
-
-    def _session(self, data: socket.socket) -> None:
+    def _session(self) -> None:
         self.client.close()
-        run_session(data, self.options, self.work)
+        os.close(self.account.proc)
+        run_session(self.data, self.options, self.work)
 
     def _obey(self) -> None:
-        """Until the client hangs up or the session ends."""
+        """Until the client hangs up, the session ends, or has to."""
         poll = select.poll()
         poll.register(self.client, select.POLLIN)
         poll.register(os.pidfd_open(self.pid), select.POLLIN)
-        while [fd for fd, _ in poll.poll()] == [self.client.fileno()]:
-            if self.client.recv(1) != INTERRUPT:
+        pause: float | None = LOOK_S      # between two looks; None while the session is stopped
+        due = time.monotonic() + LOOK_S
+        while not self.verdict:
+            ready = [fd for fd, _ in poll.poll(None if pause is None else max(0, 1e3 * (due - time.monotonic())))]
+            if ready and ready != [self.client.fileno()]:
                 return
-            os.kill(self.pid, signal.SIGINT)
-            self.client.sendall(INTERRUPT)
+            if ready:
+                order = self.client.recv(1)
+                if order == INTERRUPT:
+                    os.kill(self.pid, signal.SIGINT)
+                    self.client.sendall(INTERRUPT)
+                elif order == PAUSE:
+                    pause = None
+                    if not self.account.stop():
+                        self.verdict = ENDED_ITSELF
+                elif order == RESUME:
+                    self.account.begin()
+                    self.account.resume()
+                    pause = LOOK_S
+                    due = time.monotonic() + pause
+                else:
+                    return
+            elif pause is not None:
+                pause = self._look()
+                due = time.monotonic() + pause
 
-    def _kill(self) -> None:
-        """SIGKILL the session; its PID namespace, or failing that every descendant, goes with it."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        while not self.private and (rest := _children()):   # orphans come to us: this process adopts them
-            for pid in rest:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+    def _look(self) -> float:
+        """Hold the session to its limits; seconds until the next look."""
+        started, before = time.process_time(), self.account.memory
+        processes = self.account.processes()
+        self.account.count(processes)
+        if self.account.over:
+            self.verdict = OVER_LIMIT
+        elif self.options.limits.memory_bytes and self.account.crowds:
+            self.verdict = CROWDED_OUT
+        else:
+            self.account.share_fairly(processes)
+        soon = self.account.memory - before > FAST_BYTES
+        return max(LOOK_SOON_S if soon else LOOK_S, LOOKING_SHARE * (time.process_time() - started))
 
+    def _end(self) -> None:
+        """SIGKILL the session; its PID namespace, or failing that every descendant, goes with it. Say how it ended."""
+        ended = os.waitpid(self.pid, os.WNOHANG)
+        if not ended[0]:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        while not self.private and (rest := self.account.processes()):   # orphans come to us: this process adopts them
+            for process in rest:
+                os.kill(process.pid, signal.SIGKILL)
+                os.waitpid(process.pid, 0)
+        try:
+            self.client.send(self.verdict or self._evidence(ended[1]))
+        except OSError:      # nobody listens any more
+            pass
 
-def _children() -> list[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as handle:
-        return [int(pid) for pid in handle.read().split()]
+    def _evidence(self, status: int) -> bytes:
+        """How a session ended that was not ended here. The first process of a PID namespace can't kill itself."""
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+            return ENDED_ITSELF
+        alone = not self.options.limits.memory_bytes      # in a container whose limit is the session's own
+        if self.account.over or (alone and self.options.room.kills() > self.kills):
+            return OVER_LIMIT
+        if self.options.room.kills() > self.kills:
+            return CROWDED_OUT
+        return ENDED_ITSELF if alone else KILLED
 
 
 def run_in_fork(body: Callable[..., None], *args: Any) -> None:

@@ -1,20 +1,21 @@
 """The warm template: forks one session per trajectory. Runs in a container or as a plain process; knows no training.
 
-    python worker.py --socket /run/x/socket --work /run/x/work [--memory-mib 2048 ...]
+    python worker.py --connect /run/hdpo/socket --work /work [--memory-mib 2048 ...]
 
 Processes of one session:
 
-    template      imported everything once, single-threaded, accepts connections and forks
-      supervisor  outside the session's PID namespace; interrupts the session when told to, kills it when the client is gone
+    template      imported everything once, single-threaded, forks when the server asks it to
+      supervisor  outside the session's PID namespace; holds it to its limits, kills it when the client is gone
         session   init of its own PID namespace; runs the model's code; its death takes all its descendants
 
-A client connects and passes one end of a socket pair with its first byte. The connection is the session's life: when
-the client hangs up, for whatever reason, the session is killed; a byte `i` interrupts the running cell. The first
-connection passes nothing and stands for the server: when it ends, the template ends, and everything with it.
+The template has one connection, to the server: it makes it itself, or inherits it, so there is nothing that a session, or
+anyone, could connect to. Each byte on it brings two sockets, a session's control (supervisor.py) and its conversation, and
+maybe a control group to join.
+When the connection ends, the template ends, and everything with it. When the client hangs up a control socket, for
+whatever reason, that session is killed.
 
-Conversation over the socket pair, in frames: {"op": "open"} + images -> {"status": "ready"}; then any number of
-{"op": "run", "code"} -> {"ok", "stdout", "stderr"} + PNG files, which the client must treat as hostile. The clock is
-the client's too.
+Conversation, in frames: {"op": "open"} + images -> {"status": "ready"}; then any number of {"op": "run", "code"} ->
+{"ok", "stdout", "stderr"} + PNG files, which the client must treat as hostile. The clock is the client's too.
 """
 from __future__ import annotations
 
@@ -26,12 +27,15 @@ import shutil
 import signal
 import socket
 import sys
-import time
 
 import frames
 import isolation
 from cell import Capture, Interpreter, reap
 from supervisor import Supervisor, run_in_fork
+from watch import PAGE, Room
+
+NO_PROCESS = b"f"
+"""Said on a session's control socket instead of a supervisor's words: the system refused the fork."""
 
 
 def preload(matplotlib_config: str, work: str) -> None:
@@ -76,14 +80,10 @@ def rehearse() -> None:
 
 
 class Template:
-    """Accepts connections, forks supervisors, reaps them."""
+    """Forks supervisors as the server asks for them, reaps them."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(options.socket)
-        self.listener.listen(1024)
-        self.lifeline: socket.socket | None = None
+    def __init__(self, lifeline: socket.socket, options: argparse.Namespace) -> None:
+        self.lifeline, self.options = lifeline, options
 
     def run(self) -> None:
         """Serve until the lifeline ends."""
@@ -93,62 +93,73 @@ class Template:
             end.setblocking(False)
         signal.set_wakeup_fd(wake_write.fileno())
         poll = select.poll()
-        poll.register(self.listener, select.POLLIN)
+        poll.register(self.lifeline, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
-        deadline = time.monotonic() + 60.0
-        while self.lifeline is not None or time.monotonic() < deadline:
-            for fd, _ in poll.poll(1000):
+        frames.send(self.lifeline, {"status": "ready", "controls": self.options.controls})
+        while True:
+            for fd, _ in poll.poll():
                 if fd == wake_read.fileno():
                     wake_read.recv(4096)
                     reap()
-                elif self.lifeline is not None and fd == self.lifeline.fileno():
+                elif not self._serve():
                     return
-                else:
-                    self._accept(poll)
 
-    def _accept(self, poll: select.poll) -> None:
-        conn, _ = self.listener.accept()
-        if self.lifeline is None:
-            self.lifeline = conn
-            frames.send(conn, {"status": "ready", "controls": self.options.controls})
-            poll.register(conn, select.POLLRDHUP | select.POLLHUP)
+    def _serve(self) -> bool:
+        """Start the session that is asked for; False at the end of the lifeline."""
+        order, fds, _, _ = socket.recv_fds(self.lifeline, 1, 3)
+        if len(fds) >= 2:
+            with socket.socket(fileno=fds[0]) as client, socket.socket(fileno=fds[1]) as data:
+                for fd in fds:
+                    os.set_inheritable(fd, False)
+                self._fork(client, data, fds[2] if len(fds) > 2 else -1)
+        for fd in fds[2:]:
+            os.close(fd)
+        return order != b""
+
+    def _fork(self, client: socket.socket, data: socket.socket, group: int) -> None:
+        try:
+            pid = os.fork()
+        except OSError:           # no process or no memory left: this session can't be had, the others go on
+            client.send(NO_PROCESS)
             return
-        if os.fork() == 0:
+        if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for end in (self.listener, self.lifeline, *self.wake):
+            for end in (self.lifeline, *self.wake):
                 end.close()
-            run_in_fork(Supervisor(conn, self.options).run)
-        conn.close()
+            run_in_fork(Supervisor(client, data, group, self.options).run)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--socket", required=True, help="unix socket to listen on")
+    parser.add_argument("--connect", default="", help="unix socket of the server")
+    parser.add_argument("--lifeline-fd", type=int, default=-1, help="instead of --connect: an inherited connection to it")
     parser.add_argument("--work", required=True, help="folder (mount point) where sessions work")
-    parser.add_argument("--ready-fd", type=int, default=-1, help="descriptor closed as soon as the socket listens")
-    parser.add_argument("--memory-mib", type=int, default=2048, help="address space of one process of a session")
-    parser.add_argument("--processes", type=int, default=64, help="processes and threads of one session")
+    parser.add_argument("--address-mib", type=int, default=2048, help="address space of one process of a session")
+    parser.add_argument("--memory-mib", type=int, default=2048, help="memory of one session; 0: all of its container's")
+    parser.add_argument("--processes", type=int, default=64,
+                        help="processes and threads of one session; 0: as many as its container may have")
     parser.add_argument("--disk-mib", type=int, default=64, help="files of one session")
     parser.add_argument("--max-output-kib", type=int, default=64, help="stdout and stderr kept per cell, each")
     parser.add_argument("--max-images", type=int, default=8, help="images returned per cell")
     parser.add_argument("--matplotlib-config", default="", help="folder with a ready font cache, copied to the work folder")
     parser.add_argument("--require", default="", help="comma-separated controls without which the template refuses")
     options = parser.parse_args(argv)
+    lifeline = socket.socket(fileno=options.lifeline_fd) if options.lifeline_fd >= 0 else socket.socket(socket.AF_UNIX)
+    if options.connect:
+        lifeline.connect(options.connect)
+    lifeline.set_inheritable(False)
     try:
-        template = start(options)
-    except (OSError, ImportError, RuntimeError) as exc:
-        with open(options.socket + ".error", "w") as note:   # a container that removes itself takes its log with it
-            note.write(f"{type(exc).__name__}: {exc}")
+        prepare(options)
+    except (OSError, ImportError, RuntimeError) as exc:      # a container that removes itself takes its log with it
+        frames.send(lifeline, {"status": "refused", "why": f"{type(exc).__name__}: {exc}"})
         raise
-    template.run()
+    Template(lifeline, options).run()
 
 
-def start(options: argparse.Namespace) -> Template:
-    """Everything up to the listening socket. Raises RuntimeError when a required control is missing."""
+def prepare(options: argparse.Namespace) -> None:
+    """Everything that comes before the first session. Raises RuntimeError when a required control is missing."""
     os.umask(0o077)
-    options.limits = isolation.Limits(
-        memory_bytes=options.memory_mib << 20, processes=options.processes, file_bytes=options.disk_mib << 20)
     preload(options.matplotlib_config, options.work)
     isolation.open_to_nobody(sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix)}))
     networkless = isolation.isolate_network()
@@ -157,12 +168,14 @@ def start(options: argparse.Namespace) -> Template:
     missing = [name for name in options.require.split(",") if name and name not in options.controls]
     if missing:
         raise RuntimeError(f"refusing to start: {', '.join(missing)} not available here")
-    template = Template(options)
-    if options.ready_fd >= 0:
-        os.close(options.ready_fd)
+    address, memory = options.address_mib << 20, options.memory_mib << 20
+    if memory:      # one process alone meets MemoryError before its session is over the limit
+        with open("/proc/self/statm") as file:
+            address = min(address, memory + int(file.read().split()[0]) * PAGE)
+    options.room = Room()
+    options.limits = isolation.Limits(address, memory, options.processes, options.disk_mib << 20)
     gc.collect()
     gc.freeze()
-    return template
 
 
 if __name__ == "__main__":

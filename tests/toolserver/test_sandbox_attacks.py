@@ -157,6 +157,27 @@ ATTACKS = [
     Attack("netlink", attempt("socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)")),
     Attack("raw_packets", attempt("socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
                                   "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)")),
+    # meeting another session: by name, by what happens to shared files
+    Attack("abstract_datagrams", attempt(
+        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.bind('\\0meet')",
+        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.sendto(b'x', '\\0meet')",
+        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.sendto(b'x', '/dev/log')")),
+    Attack("named_stream_pairs", attempt(
+        *(f"a, b = socket.socketpair(socket.AF_UNIX, socket.{kind})\na.{act}" for kind in ("SOCK_STREAM", "SOCK_SEQPACKET")
+          for act in ("bind('\\0meet')", "connect('\\0meet')", "listen()", "connect('/run/hdpo/socket')")))),
+    Attack("inotify", LIBC + "fd = libc.inotify_init1(0)\nprint('ESCAPED' if fd >= 0 else os.strerror(ctypes.get_errno()))",
+           says="not permitted"),
+    Attack("dnotify_and_leases", attempt("import fcntl; fcntl.fcntl(os.open('/usr', 0), fcntl.F_NOTIFY, 1)",
+                                         "import fcntl; fcntl.fcntl(os.open(os.__file__, 0), fcntl.F_SETLEASE, 0)")),
+    # memory or quotas that belong to no process
+    Attack("memfds", attempt("os.memfd_create('x')")),
+    Attack("system_v_memory", LIBC + "print('ESCAPED' if libc.shmget(0, 1 << 20, 0o1600) != -1 else 'refused')", says="refused"),
+    Attack("system_v_queues", LIBC + "print('ESCAPED' if libc.msgget(0, 0o1600) != -1 or libc.semget(0, 100, 0o1600) != -1 "
+           "else 'refused')", says="refused"),
+    Attack("posix_queues", syscall(240, "b'q'", "0o102", "0o600", "0"), machine="x86_64", says="not permitted"),
+    Attack("asynchronous_io", syscall(206, "1000", "ctypes.byref(ctypes.c_ulong())"), machine="x86_64", says="not permitted"),
+    Attack("large_pipes", attempt("import fcntl; fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)")),
+    Attack("not_to_be_looked_at", LIBC + "print('ESCAPED' if libc.prctl(4, 0, 0, 0, 0) == 0 else 'refused')", says="refused"),
     Attack("vsock", attempt("socket.socket(40, socket.SOCK_STREAM).connect((2, 1024))")),
     # the protocol and the interpreter around the cell
     Attack("garbage_on_every_descriptor", "import os\nfor fd in range(3, 256):\n  try: os.write(fd, b'\\xff' * 64)\n"
@@ -238,14 +259,17 @@ def test_a_neighbour_answers_quickly_while_a_fork_bomb_runs(box: Box, neighbour:
     assert statistics.median(waits) < 0.5      # the worst one is also a matter of what else this machine does
 
 
-def test_half_open_connections_do_not_keep_others_from_working(box: Box, neighbour: Session) -> None:
-    path = box.do(box.sandbox._template_for("probe")).socket
-    idle = [socket.socket(socket.AF_UNIX) for _ in range(50)]
-    for connection in idle:
-        connection.connect(path)
-    idle[0].sendall(b"\0\0\0")                       # part of a header
-    idle[1].sendall(b"\xff" * 8)                     # an impossible header
-    idle[2].sendall(b"\0\0\0\x02\0\0\0\0no")         # no JSON
+def test_sessions_that_nobody_ever_speaks_to_do_not_keep_others_from_working(box: Box, neighbour: Session) -> None:
+    template = box.do(box.sandbox._template_for("probe"))
+    idle = []
+    for _ in range(20):
+        (control, their_control), (talk, theirs) = socket.socketpair(), socket.socketpair()
+        with their_control, theirs:
+            box.do(template.fork(their_control, theirs))
+        idle += [control, talk]
+    idle[1].sendall(b"\0\0\0")                       # part of a header
+    idle[3].sendall(b"\xff" * 8)                     # an impossible header
+    idle[5].sendall(b"\0\0\0\x02\0\0\0\0no")         # no JSON
     session = box.session()
     assert session.run("1").stdout == "1\n" and neighbour.run("state").stdout == "'intact'\n"
     session.close()

@@ -28,7 +28,7 @@ async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout
     if result.timed_out:
         notes.append(layout.timed_out(timeout_s, kept=not result.restarted))
     if result.restarted:
-        notes.append(layout.SESSION_RESTARTED)
+        notes.append(f"The session ended: {result.ended}.\n" * bool(result.ended) + layout.SESSION_RESTARTED)
     stderr = "\n".join(part for part in (result.stderr.strip("\n"), *notes) if part)
     text = layout.python_result(result.stdout, stderr, len(result.images))
     metrics = {"code_success": result.ok, "code_lines": code.count("\n") + 1, "session_restarted": result.restarted}

@@ -1,34 +1,35 @@
-"""The server's end of sandbox sessions: a connection each, a clock, and what the two backends share."""
+"""The server's end of sandbox sessions: a connection each, a clock, and the templates that fork them."""
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import errno
+import functools
 import os
-import shutil
 import socket
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
-from hdpo.toolserver.sandbox_frames import Conversation, FrameError, is_bounded_png
-from hdpo.toolserver.sessions import CellResult, SandboxError, SessionLostError
+from hdpo.toolserver.blame import ENDED_ITSELF, NO_PROCESS
+from hdpo.toolserver.cgroups import SessionGroups
+from hdpo.toolserver.sandbox_frames import Conversation, FrameError, is_bounded_png, read_frame
+from hdpo.toolserver.sessions import CellResult, SandboxError
 
-log = logging.getLogger(__name__)
 MAX_TEXT_CHARS = 70_000
 MAX_IMAGES = 16
 OPEN_TIMEOUT_S = 60.0
-RETRY_S = 0.2
-"""Pause before a second attempt at a session, long enough for the loop to learn that a template has died, seconds."""
 INTERRUPT_GRACE_S = 0.45
 """Time for an interrupted cell to answer before its session is killed, seconds; subprocess.run alone takes 0.25 of it."""
 ACKNOWLEDGE_S = 5.0
 """Time for a supervisor to confirm that it has interrupted, seconds."""
 TOGETHER_S = 0.1
 """A template that died with its session is known to have done so within this time, seconds."""
-INTERRUPT = b"i"
+EVIDENCE_S = 10.0
+"""Time for a supervisor to say how its session ended, seconds. One that is there and silent has a session that hung up."""
+REST_S = 0.1
+"""Time after a cell at which its session is stopped until the next one, seconds."""
+INTERRUPT, PAUSE, RESUME = b"i", b"p", b"c"
 
 
 class SessionLink:
@@ -37,33 +38,39 @@ class SessionLink:
     def __init__(self, control: socket.socket, talk: Conversation) -> None:
         self._control, self._talk = control, talk
         self._interrupted = False
+        self._paused = False
+        self._used = 0.0
+        self._evidence: bytes | None = None
         self.abandoned = False         # ended because nobody waited for its cell any more
         self._timer: asyncio.TimerHandle
+        self._pause_timer: asyncio.TimerHandle | None = None
+        self._leave: Callable[[], None] | None = None
 
     @classmethod
-    async def open(cls, path: str, images: Sequence[bytes]) -> SessionLink:
-        """Connect to a template's socket and load the images. Raises SandboxError."""
+    async def open(cls, template: Template, images: Sequence[bytes]) -> SessionLink:
+        """Have a template fork a session and load the images. Raises SandboxError."""
         loop = asyncio.get_running_loop()
-        control, (ours, theirs) = socket.socket(socket.AF_UNIX), socket.socketpair()
+        (control, their_control), (ours, theirs) = socket.socketpair(), socket.socketpair()
         control.setblocking(False)
         talk = Conversation()
         link = cls(control, talk)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                with theirs:
-                    await loop.sock_connect(control, path)
-                    socket.send_fds(control, [b"o"], [theirs.fileno()])
+                with their_control, theirs:
+                    link._leave = await template.fork(their_control, theirs)
                 await loop.create_connection(lambda: talk, sock=ours)
                 message, _ = await talk.ask({"op": "open"}, images)
             if message.get("status") != "ready":
                 raise FrameError("no ready message")
+            link._rest()
             return link
         except BaseException as exc:
             if not talk.alive:
                 ours.close()
+            why = "no process is left for it" if isinstance(exc, EOFError) and await link.evidence() == NO_PROCESS else str(exc)
             link.close()
             if isinstance(exc, (OSError, EOFError, FrameError)):
-                raise SandboxError(f"no sandbox session: {str(exc) or type(exc).__name__}") from exc
+                raise SandboxError(f"no sandbox session: {why or type(exc).__name__}") from exc
             raise
 
     @property
@@ -75,6 +82,9 @@ class SessionLink:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         self._interrupted = False
+        if self._paused:
+            self._order(RESUME)
+            self._paused = False
         self._timer = loop.call_at(deadline, self._interrupt)
         try:
             message, blobs = await self._talk.ask({"op": "run", "code": code})
@@ -83,8 +93,12 @@ class SessionLink:
                 async with asyncio.timeout(ACKNOWLEDGE_S):
                     await loop.sock_recv(self._control, 1)
             return "interrupted" if self._interrupted else "ok", result
-        except (OSError, EOFError, FrameError):
+        except (OSError, EOFError, FrameError) as exc:
             late = loop.time() >= deadline
+            if isinstance(exc, FrameError):      # nobody but the session's code can have said that
+                self._evidence = ENDED_ITSELF
+            elif not late:
+                await self.evidence()
             self.close()
             return "killed" if late else "died", CellResult("", "", (), ok=False, restarted=True, timed_out=late)
         except asyncio.CancelledError:   # nobody waits for this cell any more, and no later cell may get its answer
@@ -93,21 +107,63 @@ class SessionLink:
             raise
         finally:
             self._timer.cancel()
+            self._rest()
+
+    async def evidence(self) -> bytes:
+        """What the supervisor of an ended session said of its end; empty when it said nothing."""
+        if self._evidence is None:
+            self._evidence = b""
+            try:
+                async with asyncio.timeout(EVIDENCE_S):
+                    while said := await asyncio.get_running_loop().sock_recv(self._control, 64):
+                        self._evidence = said.replace(INTERRUPT, b"")[-1:] or self._evidence
+            except TimeoutError:
+                self._evidence = ENDED_ITSELF
+            except OSError:      # its end was closed before it had read everything
+                pass
+        return self._evidence
+
+    def _rest(self) -> None:
+        """Some time after the last cell, the session is paused. One timer serves many cells."""
+        loop = asyncio.get_running_loop()
+        self._used = loop.time()
+        if self._pause_timer is None and self._talk.alive:
+            self._pause_timer = loop.call_at(self._used + REST_S, self._pause)
+
+    def _pause(self) -> None:
+        self._pause_timer = None
+        due = self._used + REST_S
+        if not self._talk.alive or self._talk.asking:
+            return                               # the end of its cell starts the timer again
+        if due > asyncio.get_running_loop().time():
+            self._pause_timer = asyncio.get_running_loop().call_at(due, self._pause)
+            return
+        self._paused = True
+        self._order(PAUSE)
+
+    def _order(self, order: bytes) -> None:
+        with contextlib.suppress(OSError):       # a supervisor that is gone has taken the session with it
+            self._control.send(order)
 
     def _interrupt(self) -> None:
         if self._talk.asking:      # a loop that is late finds the answer and the deadline at the same time
             self._interrupted = True
             self._timer = asyncio.get_running_loop().call_later(INTERRUPT_GRACE_S, self._kill)
-            with contextlib.suppress(OSError):    # a supervisor that is gone has taken the session with it
-                self._control.send(INTERRUPT)
+            self._order(INTERRUPT)
 
     def _kill(self) -> None:
         if self._talk.asking:
             self.close()
 
     def close(self) -> None:
+        if self._pause_timer is not None:
+            self._pause_timer.cancel()
+            self._pause_timer = None
         self._control.close()
         self._talk.close()
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
 
 
 def _result(message: dict[str, Any], blobs: list[bytes], interrupted: bool) -> CellResult:
@@ -123,29 +179,65 @@ def _text(value: Any) -> str:
     return value[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")   # lone surrogates can't travel as JSON
 
 
-def socket_folder() -> Path:
-    """A new folder for a template's socket. Folders that killed servers left behind are removed on the way."""
-    prefix = "hdpo-sandbox-"
-    for old in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
-        pid = old.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
-
-
 @dataclass(slots=True)
 class Template:
     """A warm process that forks sessions. It ends with the connection that is its lifeline, and that with it."""
 
-    folder: Path
     reader: asyncio.StreamReader
     lifeline: asyncio.StreamWriter
+    door: socket.socket                  # the lifeline again, as sockets travel by
     controls: list[str]
+    alone: bool                          # nobody's code but one session's runs where the template does
+    groups: SessionGroups | None         # one for each session's memory; None: its supervisor counts
 
-    @property
-    def socket(self) -> str:
-        """Path at which it listens."""
-        return str(self.folder / "socket")
+    @classmethod
+    async def greet(cls, conn: socket.socket, groups: SessionGroups | None = None, alone: bool = False, **more: Any) -> Self:
+        """The template at the other end of a connection. Raises SandboxError when it refuses, EOFError when it ended."""
+        door = conn.dup()
+        reader, writer = await asyncio.open_unix_connection(sock=conn)
+        try:
+            message, _ = await read_frame(reader)
+            if message.get("status") != "ready":
+                raise SandboxError(f"{message.get('why')}")
+        except BaseException:
+            writer.close()
+            door.close()
+            raise
+        return cls(reader, writer, door, [str(name) for name in message.get("controls", [])], alone, groups, **more)
+
+    async def fork(self, control: socket.socket, data: socket.socket) -> Callable[[], None] | None:
+        """Have it start a session at the other ends of these sockets; what to call when that has ended. Raises OSError when
+        the template is gone."""
+        if self.groups is None:
+            await self._send([control.fileno(), data.fileno()])
+            return None
+        path, procs = self.groups.make()
+        try:
+            await self._send([control.fileno(), data.fileno(), procs])
+        finally:
+            os.close(procs)
+        return functools.partial(self.groups.leave, path)
+
+    async def _send(self, fds: list[int]) -> None:
+        while True:
+            try:
+                socket.send_fds(self.door, [b"o"], fds)
+                return
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                if exc.errno != errno.ETOOMANYREFS:      # so many are on their way already
+                    raise
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        self.lifeline.close()
+        self.door.close()
+
+    async def forget_groups(self) -> None:
+        """When it has ended."""
+        if self.groups is not None:
+            await asyncio.to_thread(self.groups.close)
 
     @property
     def ended(self) -> bool:
@@ -158,88 +250,3 @@ class Template:
         while not self.ended and loop.time() < deadline:
             await asyncio.sleep(0.005)
         return self.ended
-
-
-@dataclass(slots=True)
-class Session:
-    """A trajectory's images and its present connection, None before the first and after it was given up."""
-
-    images: list[bytes]
-    link: SessionLink | None = None
-    template: Template | None = None     # of the connection
-
-    async def give_up(self) -> None:
-        """Forget a connection that ended. Raises SessionLostError unless the session's own code can have ended it."""
-        link, template = self.link, self.template
-        assert link is not None and template is not None
-        self.link = None
-        link.close()
-        if link.abandoned:
-            raise SessionLostError("its last cell took longer than the server waits")
-        if await template.ended_too():
-            raise SessionLostError("its sandbox died")
-
-
-class SessionPool:
-    """Sessions over templates that listen on unix sockets: what the backends share.
-
-    Implements `hdpo.toolserver.sessions.Sandbox`; a backend provides live templates.
-    """
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, Session] = {}
-
-    async def _template_for(self, session_id: str) -> Template:
-        """A live template, started if necessary. Raises SandboxError."""
-        raise NotImplementedError
-
-    def _open_failed(self, session_id: str) -> None:
-        """The template for this session did not give one."""
-
-    async def open(self, session_id: str, images: list[bytes]) -> None:
-        """Start a session. Raises SandboxError when a second attempt fails too."""
-        self._sessions[session_id] = Session(images)
-        await self._linked(session_id)
-
-    async def _linked(self, session_id: str) -> SessionLink:
-        session = self._sessions[session_id]
-        if session.link is None:
-            session.template, session.link = await self._connect(session_id, session.images)
-            if self._sessions.get(session_id) is not session:   # closed while it was being opened
-                session.link.close()
-        return session.link
-
-    async def _connect(self, session_id: str, images: Sequence[bytes]) -> tuple[Template, SessionLink]:
-        try:
-            template = await self._template_for(session_id)
-            return template, await SessionLink.open(template.socket, images)
-        except SandboxError as exc:   # the template may just have died: `_template_for` replaces it
-            self._open_failed(session_id)
-            log.warning("%s; trying once more", exc)
-            await asyncio.sleep(RETRY_S)
-            template = await self._template_for(session_id)
-            return template, await SessionLink.open(template.socket, images)
-
-    async def run(self, session_id: str, code: str, timeout_s: float) -> CellResult:
-        """Execute one cell; see the protocol."""
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise SandboxError("the session was closed")
-        ended_before = session.link is not None and not session.link.alive
-        if ended_before:
-            await session.give_up()
-        status, result = await (await self._linked(session_id)).run(code, timeout_s)
-        if status == "died" and session_id in self._sessions:     # not closed in the meantime
-            await session.give_up()
-        elif status in ("died", "killed"):
-            session.link = None
-        return replace(result, restarted=result.restarted or ended_before)
-
-    async def close(self, session_id: str) -> None:
-        session = self._sessions.pop(session_id, None)
-        if session is not None and session.link is not None:
-            session.link.close()
-
-    async def shutdown(self) -> None:
-        for session_id in list(self._sessions):
-            await self.close(session_id)

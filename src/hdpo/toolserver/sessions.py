@@ -40,6 +40,7 @@ class CellResult:
     ok: bool
     restarted: bool            # the namespace was lost by the code's own doing, before or during this cell
     timed_out: bool
+    ended: str = ""            # how, when it was
 
 
 class Sandbox(Protocol):

@@ -12,7 +12,7 @@ import asyncio
 import json
 import logging
 import os
-import time
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ import docker.types
 import requests
 
 from hdpo.errors import ConfigError
-from hdpo.toolserver.sandbox_frames import read_frame
+from hdpo.toolserver.owner import is_gone
 
 log = logging.getLogger(__name__)
 OWNER_LABEL, RUN_LABEL = "hdpo.sandbox.owner", "hdpo.sandbox.run"
 ENGINE_TIMEOUT_S = 60
+SESSION_PROCESSES = 64
+"""Processes and threads of one session."""
 
 _DENIED = [
     "acct", "add_key", "bpf", "chroot", "delete_module", "fanotify_init", "finit_module", "fsconfig", "fsmount", "fsopen",
@@ -46,6 +48,7 @@ class ContainerLimits:
 
     memory_mib: int
     processes: int
+    session_mib: int           # of it, one session; 0: all, its sessions are one
     cpus: float = 0.0          # 0: all cores of the machine
     work_mib: int = 64         # tmpfs outside of sessions; each session brings its own
 
@@ -69,9 +72,9 @@ def connect(image: str, allow_weaker: bool) -> tuple[Any, bool]:
     return client, any("apparmor" in option for option in info.get("SecurityOptions") or [])
 
 
-def run_container(client: Any, image: str, folder: Path, user: int, limits: ContainerLimits, run: str,
+def run_container(client: Any, image: str, path: Path, user: int, limits: ContainerLimits, owner: str, run: str,
                   shared: bool, apparmor: bool, require: str) -> Any:
-    """Start a worker that listens on `folder`/socket as `user`."""
+    """Start a worker, as `user`, that connects to the socket at `path`, which is all it sees of this machine's files."""
     memory = f"{limits.memory_mib}m"
     security = ["no-new-privileges:true"]
     if shared:
@@ -80,13 +83,14 @@ def run_container(client: Any, image: str, folder: Path, user: int, limits: Cont
         security += [f"seccomp={json.dumps(profile)}"] + (["apparmor=unconfined"] if apparmor else [])
     return client.containers.run(
         image, detach=True, auto_remove=True, user=f"{user}:{user}", network_mode="none", read_only=True,
-        command=["--socket", "/run/hdpo/socket", "--work", "/work", "--require", require],
+        command=["--connect", "/run/hdpo/socket", "--work", "/work", "--require", require,
+                 "--memory-mib", str(limits.session_mib), "--processes", str(SESSION_PROCESSES if shared else 0)],
         tmpfs={"/work": f"rw,nosuid,nodev,size={limits.work_mib}m,mode=0700,uid={user},gid={user}"},
-        volumes={str(folder): {"bind": "/run/hdpo", "mode": "rw"}}, cap_drop=["ALL"], security_opt=security,
+        volumes={str(path): {"bind": "/run/hdpo/socket", "mode": "ro"}}, cap_drop=["ALL"], security_opt=security,
         pids_limit=limits.processes, mem_limit=memory, memswap_limit=memory, shm_size="16m", ipc_mode="private",
         nano_cpus=int((limits.cpus or os.cpu_count() or 1) * 1e9), oom_score_adj=500, hostname="sandbox",
         ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0)],
-        labels={OWNER_LABEL: owner(), RUN_LABEL: run},
+        labels={OWNER_LABEL: owner, RUN_LABEL: run},
         log_config=docker.types.LogConfig(type="json-file", config={"max-size": "1m", "max-file": "1"}))
 
 
@@ -100,24 +104,12 @@ def missing_controls(info: dict[str, Any]) -> list[str]:
     return missing
 
 
-def owner() -> str:
-    """This process, recognisable even after its PID has been given to another."""
-    return f"{os.getpid()}:{_start_time(os.getpid())}"
-
-
-def _start_time(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        return ""
-
-
 def reap(client: Any) -> int:
-    """Remove sandbox containers whose owner is gone; returns their number."""
+    """Remove sandbox containers whose owner is gone for certain; returns their number. A running one of an owner that
+    can't be judged from here ends by itself as soon as it loses its connection to that owner."""
     count = 0
     for container in client.containers.list(all=True, filters={"label": OWNER_LABEL}, ignore_removed=True):
-        pid, _, started = container.labels[OWNER_LABEL].partition(":")
-        if not pid.isdigit() or _start_time(int(pid)) != started:
+        if is_gone(container.labels[OWNER_LABEL]):
             remove(container)
             count += 1
     return count
@@ -132,20 +124,15 @@ def remove(container: Any) -> None:
             log.warning("can't remove a sandbox container: %s", exc)
 
 
-async def lifeline(path: str, container: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, list[str]]:
-    """Connect as soon as the template listens. Raises EOFError when the container ends before."""
-    checked = time.monotonic()
+async def called_by(container: Any, listener: socket.socket) -> socket.socket:
+    """The connection that the container's template makes as its first act. Raises EOFError when it ends before."""
+    loop = asyncio.get_running_loop()
     while True:
         try:
-            reader, writer = await asyncio.open_unix_connection(path)
-            break
-        except OSError:
-            await asyncio.sleep(0.02)
-        if time.monotonic() - checked > 1.0:
-            checked = time.monotonic()
+            conn, _ = await asyncio.wait_for(loop.sock_accept(listener), 1.0)
+            return conn
+        except TimeoutError:
             try:
                 await asyncio.to_thread(container.reload)
             except docker.errors.NotFound:
                 raise EOFError("the container ended at its start") from None
-    message, _ = await read_frame(reader)
-    return reader, writer, [str(name) for name in message.get("controls", [])]

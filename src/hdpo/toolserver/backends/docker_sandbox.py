@@ -4,16 +4,17 @@ Two modes behind one interface. "shared" (the default): a container is a shard w
 each into its own user, PID, mount, IPC and UTS namespaces without capabilities and under a second seccomp filter.
 "strict": one container per session, from a warm pool.
 
-What confines a container is in docker_container.py; the only thing mounted is the folder of its socket. It ends by
-itself when this process does, because its template watches a connection to it; `reap` removes what an engine's failure
-may have left.
+What confines a container is in docker_container.py; the only thing mounted is the socket by which its template calls
+this process, read-only. It ends by itself when this process does, because its template watches that connection; `reap`
+removes what an engine's failure may have left.
 """
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
-import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +24,31 @@ import docker
 import docker.errors
 import requests
 
-from hdpo.toolserver.backends.docker_container import ContainerLimits, connect, lifeline, reap, remove, run_container
+from hdpo.toolserver.backends.docker_container import (
+    SESSION_PROCESSES,
+    ContainerLimits,
+    called_by,
+    connect,
+    reap,
+    remove,
+    run_container,
+)
+from hdpo.toolserver.cgroups import SessionGroups, session_groups
+from hdpo.toolserver.owner import OwnedFolder, reap_folders
 from hdpo.toolserver.sandbox_frames import FrameError
-from hdpo.toolserver.sandbox_link import SessionLink, SessionPool, Template, socket_folder
+from hdpo.toolserver.sandbox_link import SessionLink, Template
+from hdpo.toolserver.sandbox_pool import SessionPool
 from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)
 IMAGE = "hdpo-sandbox:latest"
 START_TIMEOUT_S = 120.0
+MAX_SESSION_MIB, SESSION_SHARE = 2048, 0.5
+"""Memory of one session in a container of many: at most this much, and at most this part of the container's."""
+OWN_PROCESSES = 63
+"""Of a container, beside its sessions'."""
 MAX_OPEN_FAILURES = 3
-"""Sessions in a row a shard may fail to give before it is thrown away."""
+"""Sessions in a row a shard may fail to give before it is asked for no more."""
 
 
 @dataclass(slots=True)
@@ -62,8 +78,11 @@ class DockerSandbox(SessionPool):
         super().__init__()
         self.image, self.mode, self.run_name = image, mode, run
         shared = mode == "shared"
-        self.limits = ContainerLimits(memory_mib or (8192 if shared else 2048), 2048 if shared else 128, cpus)
+        memory = memory_mib or (8192 if shared else 2048)
         self.per_container = sessions_per_container if shared else 1
+        self.limits = ContainerLimits(
+            memory, processes=self.per_container * (SESSION_PROCESSES + 1) + OWN_PROCESSES,      # all, with a supervisor each
+            session_mib=min(MAX_SESSION_MIB, int(SESSION_SHARE * memory)) if shared else 0, cpus=cpus)
         self.warm = 1 if shared else warm
         self.allow_weaker = allow_weaker
         self._shards: list[Shard] = []
@@ -71,6 +90,8 @@ class DockerSandbox(SessionPool):
         self._growing = asyncio.Lock()
         self._refill: asyncio.Task[None] | None = None
         self._starting: set[asyncio.Task[Shard]] = set()
+        self._folder: OwnedFolder | None = None
+        self._numbers = itertools.count()
         self._client: Any = None
         self._apparmor = False
 
@@ -79,12 +100,14 @@ class DockerSandbox(SessionPool):
         """Check the engine, remove leftovers of dead owners, start the first containers. Raises ConfigError."""
         self._client, self._apparmor = await asyncio.to_thread(connect, self.image, self.allow_weaker)
         await asyncio.to_thread(reap, self._client)
+        reap_folders("docker")      # after their containers, which are judged by what lies in them
+        self._folder = OwnedFolder("docker")
         await self._grow(self.warm)
         log.info("docker sandbox (%s): %s; in force inside: %s", self.mode, self.image, ", ".join(self._shards[0].controls))
 
     async def _template_for(self, session_id: str) -> Template:
         shard = self._assigned.get(session_id)
-        if shard is None or not shard.usable:
+        if shard is None or shard.ended:
             shard = await self._free_shard()
             self._assign(session_id, shard)
         return shard
@@ -135,6 +158,8 @@ class DockerSandbox(SessionPool):
         self._assigned.clear()
         await super().shutdown()
         await asyncio.gather(*(self._discard(shard) for shard in list(self._shards)))
+        if self._folder is not None:
+            self._folder.remove()
         if self._client is not None:
             await asyncio.to_thread(self._client.close)
 
@@ -162,36 +187,52 @@ class DockerSandbox(SessionPool):
             self._shards.append(task.result())
 
     async def _start_shard(self) -> Shard:
-        folder = socket_folder()
-        user = os.getuid() or 65534     # never root inside; a root server hands the folder to nobody
-        os.chown(folder, user, -1)
+        assert self._folder is not None
+        number = next(self._numbers)
+        path = self._folder.path / str(number)
         container = None
-        try:
-            container = await asyncio.to_thread(self._run_container, folder, user)
-            reader, writer, controls = await asyncio.wait_for(lifeline(str(folder / "socket"), container), START_TIMEOUT_S)
-            return Shard(folder, reader, writer, controls, container)
-        except (docker.errors.DockerException, requests.RequestException, OSError, EOFError, FrameError) as exc:
-            said = (folder / "socket.error").read_text() if (folder / "socket.error").is_file() else ""
-            if container is not None:
-                await asyncio.to_thread(remove, container)
-            shutil.rmtree(folder, ignore_errors=True)
-            if "namespaces" in said:
-                said += "; allow unprivileged user namespaces on this machine, or use --sandbox docker-strict"
-            raise SandboxError(f"no sandbox container: {said or exc or type(exc).__name__}") from exc
+        with socket.socket(socket.AF_UNIX) as listener:      # gone as soon as the template has called
+            try:
+                listener.setblocking(False)
+                listener.bind(str(path))
+                path.chmod(0o666)      # the folder around it is this user's alone
+                listener.listen(1)
+                container = await asyncio.to_thread(self._run_container, path)
+                conn = await asyncio.wait_for(called_by(container, listener), START_TIMEOUT_S)
+                groups = await asyncio.to_thread(self._groups, container)
+                return await asyncio.wait_for(
+                    Shard.greet(conn, groups, alone=self.mode == "strict", container=container), START_TIMEOUT_S)
+            except (docker.errors.DockerException, requests.RequestException, OSError, EOFError, FrameError, SandboxError) as exc:
+                if container is not None:
+                    await asyncio.to_thread(remove, container)
+                why = str(exc) or type(exc).__name__
+                if "namespaces" in why:
+                    why += "; allow unprivileged user namespaces on this machine, or use --sandbox docker-strict"
+                raise SandboxError(f"no sandbox container: {why}") from exc
+            finally:
+                path.unlink(missing_ok=True)
 
-    def _run_container(self, folder: Path, user: int) -> Any:
+    def _run_container(self, path: Path) -> Any:
+        assert self._folder is not None
         shared = self.mode == "shared"
         require = "" if self.allow_weaker else "user,seccomp" + (",namespaces" if shared else "")
-        return run_container(self._client, self.image, folder, user, self.limits, self.run_name, shared, self._apparmor, require)
+        user = os.getuid() or 65534     # never root inside
+        return run_container(self._client, self.image, path, user, self.limits, self._folder.label, self.run_name, shared,
+                             self._apparmor, require)
+
+    def _groups(self, container: Any) -> SessionGroups | None:
+        container.reload()
+        return session_groups(container.attrs["State"]["Pid"], self.limits.session_mib << 20, must_contain=container.id)
 
     def _discard_dead(self) -> None:
-        for shard in [shard for shard in self._shards if not shard.usable]:
+        """Containers that ended, and those that give no sessions any more once nobody works in them."""
+        for shard in [shard for shard in self._shards if shard.ended or not (shard.usable or shard.sessions)]:
             asyncio.ensure_future(self._discard(shard))
             self._shards.remove(shard)
 
     async def _discard(self, shard: Shard) -> None:
         if shard in self._shards:
             self._shards.remove(shard)
-        shard.lifeline.close()
+        shard.close()
         await asyncio.to_thread(remove, shard.container)
-        shutil.rmtree(shard.folder, ignore_errors=True)
+        await shard.forget_groups()

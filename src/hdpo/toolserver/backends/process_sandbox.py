@@ -9,20 +9,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hdpo.errors import UserError
-from hdpo.toolserver.sandbox_frames import FrameError, read_frame
-from hdpo.toolserver.sandbox_link import SessionPool, Template, socket_folder
+from hdpo.errors import ConfigError, UserError
+from hdpo.toolserver.cgroups import session_groups
+from hdpo.toolserver.owner import OwnedFolder, reap_folders
+from hdpo.toolserver.sandbox_frames import FrameError
+from hdpo.toolserver.sandbox_link import Template
+from hdpo.toolserver.sandbox_pool import SessionPool
 from hdpo.toolserver.sessions import SandboxError
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 90.0
 """Time for the template to import numpy and matplotlib on a busy machine, seconds."""
+NO_NAMESPACES = (
+    "the process sandbox needs unprivileged user namespaces, which this machine forbids: without them the model's code runs "
+    "as you, with your keys, files and processes in reach. Use tools.sandbox=docker, or allow them (as root: sysctl -w "
+    "kernel.apparmor_restrict_unprivileged_userns=0, or user.max_user_namespaces=10000); tools.i_trust_the_model=true "
+    "(--i-trust-the-model) runs it all the same")
 
 
 def worker_folder() -> Path:
@@ -39,20 +47,22 @@ def worker_folder() -> Path:
 class ProcessSandbox(SessionPool):
     """One template process. Everything it forks ends with this process, however that ends.
 
-    `options` are further command-line options of sandbox/worker.py.
+    `options` are further command-line options of sandbox/worker.py. `trusted` starts it even where sessions can't be kept
+    apart from this user's other processes and files; otherwise that is a ConfigError. `memory_mib` bounds one session.
     """
 
-    def __init__(self, options: Sequence[str] = ()) -> None:
+    def __init__(self, options: Sequence[str] = (), trusted: bool = False, memory_mib: int = 2048) -> None:
         super().__init__()
-        self._options = list(options)
+        self._memory_mib = memory_mib
+        self._options, self._trusted = list(options), trusted
         self._process: asyncio.subprocess.Process | None = None
         self._template: Template | None = None
-        self._folder: Path | None = None
+        self._folder: OwnedFolder | None = None
         self._starting = asyncio.Lock()
         self.controls: list[str] = []
 
     async def start(self) -> None:
-        """Start the template now instead of at the first session. Raises SandboxError or UserError."""
+        """Start the template now instead of at the first session. Raises SandboxError, ConfigError or UserError."""
         await self._template_for("")
 
     async def _template_for(self, session_id: str) -> Template:
@@ -63,44 +73,48 @@ class ProcessSandbox(SessionPool):
             return self._template
 
     async def _launch(self) -> Template:
-        self._folder = socket_folder()
-        self._folder.chmod(0o711)     # sessions run as nobody and must reach their own folder, and only that
-        (self._folder / "work").mkdir()
-        (self._folder / "work").chmod(0o711)
-        path = str(self._folder / "socket")
-        ready, theirs = os.pipe()
+        reap_folders("process")
+        self._folder = OwnedFolder("process")
+        self._folder.path.chmod(0o711)     # sessions run as nobody and must reach their own folder, and only that
+        work = self._folder.path / "work"
+        work.mkdir()
+        work.chmod(0o711)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, str(worker_folder() / "worker.py"), "--socket", path, "--ready-fd", str(theirs),
-                "--work", str(self._folder / "work"), *self._options, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, env=_environment(), cwd="/", pass_fds=(theirs,), start_new_session=True)
-        finally:
-            os.close(theirs)
-        try:
-            await asyncio.wait_for(_wait_readable(ready), START_TIMEOUT_S)
-            reader, lifeline = await asyncio.open_unix_connection(path)
-            message, _ = await asyncio.wait_for(read_frame(reader), START_TIMEOUT_S)
-        except (OSError, EOFError, FrameError) as exc:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, str(worker_folder() / "worker.py"), "--lifeline-fd", str(theirs.fileno()),
+                    "--work", str(work), "--memory-mib", str(self._memory_mib), *self._options,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    env=_environment(), cwd="/", pass_fds=(theirs.fileno(),), start_new_session=True)
+            groups = session_groups(self._process.pid, self._memory_mib << 20)
+            template = await asyncio.wait_for(Template.greet(ours, groups), START_TIMEOUT_S)
+        except (OSError, EOFError, FrameError, SandboxError) as exc:
             await self._stop()
             raise SandboxError(f"the sandbox template did not start: {str(exc) or type(exc).__name__}") from exc
-        finally:
-            os.close(ready)
-        self.controls = [str(name) for name in message.get("controls", [])]
+        self.controls = template.controls
+        if "namespaces" not in self.controls and not self._trusted:
+            self._template = template
+            await self._stop()
+            raise ConfigError(NO_NAMESPACES)
         log.warning("process sandbox: NO security boundary, for trusted or toy use; in force: %s",
                     ", ".join(self.controls) or "resource limits only")
-        return Template(self._folder, reader, lifeline, self.controls)
+        return template
 
     async def _stop(self) -> None:
-        if self._template is not None:
-            self._template.lifeline.close()
-            self._template = None
+        template, self._template = self._template, None
+        if template is not None:
+            template.close()
         if self._process is not None:
             if self._process.returncode is None:
                 self._process.kill()
             await self._process.wait()
             self._process = None
+        if template is not None:
+            await template.forget_groups()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
     async def shutdown(self) -> None:
@@ -108,16 +122,6 @@ class ProcessSandbox(SessionPool):
         await super().shutdown()
         async with self._starting:
             await self._stop()
-
-
-async def _wait_readable(fd: int) -> None:
-    """Until the other end writes or is closed."""
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)
 
 
 def _environment() -> dict[str, str]:

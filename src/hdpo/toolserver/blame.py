@@ -1,0 +1,39 @@
+"""Whose doing the end of a session was, by what its supervisor saw. The words are sandbox/supervisor.py's."""
+from __future__ import annotations
+
+import enum
+
+ENDED_ITSELF, OVER_LIMIT, CROWDED_OUT, KILLED, NO_PROCESS = b"x", b"m", b"n", b"k", b"f"
+
+
+class Blame(enum.Enum):
+    """Three values: what is not known to be the policy's is never charged to it."""
+
+    POLICY = "policy"
+    OURS = "ours"
+    UNKNOWN = "unknown"
+
+
+def who_ended(evidence: bytes, *, template_ended: bool = False, abandoned: bool = False, late: bool = False,
+              alone: bool = False) -> tuple[Blame, str]:
+    """(whose doing, how it ended: empty where its code simply ended it).
+
+    `evidence` is the supervisor's last word, empty when it had none; `template_ended`: everything ended at that time;
+    `abandoned`: nobody waited for its cell any more; `late`: its cell had used up its time; `alone`: nobody's code but the
+    session's own runs where its supervisor does.
+    """
+    if abandoned:
+        return Blame.OURS, "its last cell took longer than the server waits"
+    if late:
+        return Blame.POLICY, "its cell could not be interrupted at its time limit"
+    if evidence == ENDED_ITSELF:
+        return Blame.POLICY, ""
+    if evidence == OVER_LIMIT:
+        return Blame.POLICY, "it held more memory than a session may"
+    if evidence == CROWDED_OUT:
+        return Blame.OURS, "the memory for all sessions was used up while it was within its limit"
+    if template_ended:
+        return Blame.OURS, "its sandbox died"
+    if evidence == KILLED:
+        return Blame.UNKNOWN, "it was killed from outside"
+    return (Blame.POLICY, "its code ended its supervisor") if alone else (Blame.UNKNOWN, "it ended without a word")
