@@ -14,39 +14,78 @@ import re
 import subprocess
 import sys
 import threading
-from functools import cache
+from functools import cache, lru_cache
 
+from hdpo.reward.asked import read_question
+from hdpo.reward.numerals import plain
 from hdpo.types import Verdict
 
 TIME_LIMIT_S = 2.0      # CPU seconds of one comparison
 MEMORY_LIMIT_GIB = 2.0  # address space of the worker
 NUM_WORKERS = 2
 _MAX_CHARS = 300
+_SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 
 _COMMAND_WORDS = re.compile(r"\\[a-zA-Z]+")
 _FUNCTION_WORDS = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|sqrt|exp|pi)\b")
-_FORBIDDEN = re.compile(r"\\(?:text|mathrm|operatorname|mbox|circ|degree|begin|href)|%|°|['\"]|\d[eE][+-]?\d")
+_FORBIDDEN = re.compile(r"%|°|['\"!;?]|\d[eE][+-]?\d|\d\s+\d|\d\s?/\s?\d+\s?/\s?\d|=[^=]*=|(?<![\d.])0\d|_\{[^}]*[a-z]{2}")
+_KNOWN_COMMANDS = frozenset(
+    "frac dfrac tfrac sqrt pi cdot times div left right sin cos tan cot sec csc arcsin arccos arctan log ln exp infty theta "
+    "alpha beta gamma delta lambda mu sigma phi omega le leq ge geq lt gt neq ne".split())
+_CALLS = re.compile(r"sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|√")
+_TOKENS = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\?[a-zA-Z]+|[-+/^<>≤≥=,\[\]|]")
 
 
 def equivalent(prediction: str, gold: str, question: str = "", time_limit_s: float = TIME_LIMIT_S) -> Verdict:
-    """CORRECT if the two expressions are equivalent, WRONG if both are constants that clearly differ, else UNSCORED.
+    """CORRECT if the two expressions are the same, WRONG if they certainly differ, else UNSCORED.
 
-    UNSCORED also where math-verify is known to be generous: units, percent and degrees (it drops them), words (it reads
-    "dog" as d*o*g), names that differ in case only, and an expression that merely repeats the question. Blocks for at
-    most about `time_limit_s` seconds of CPU time; safe to call from any thread.
+    The same means: equal, and written alike up to the order of terms; or equal where the question neither asks for a form
+    (expand, simplify) nor itself holds an expression of that value, which an answer could repeat in disguise. UNSCORED also
+    where math-verify is known to be generous: units, percent and degrees (it drops them), words (it reads "dog" as d*o*g)
+    and names that differ in case only. Blocks for at most about `time_limit_s` seconds of CPU time; from any thread.
     """
     pair = [_prepare(prediction), _prepare(gold)]
     if any(text is None for text in pair) or not available():
         return Verdict.UNSCORED
+    asked = read_question(question)
+    alike = _tokens(prediction) == _tokens(gold)
     squeezed = _squeeze(prediction)
-    if len(squeezed) > 3 and not re.fullmatch(r"[\d.,/+-]+", squeezed) and squeezed in _squeeze(question):
+    if not alike and len(squeezed) > 3 and not re.fullmatch(r"[\d.,/+-]+", squeezed) and squeezed in _squeeze(question):
         return Verdict.UNSCORED   # "expand (x+1)^2" answered with (x+1)^2
     names = [set(re.findall(r"[A-Za-z]", _FUNCTION_WORDS.sub(" ", _COMMAND_WORDS.sub(" ", text or "")))) for text in pair]
     if names[0] != names[1] and {n.lower() for n in names[0]} & {n.lower() for n in names[0] ^ names[1]}:
         return Verdict.UNSCORED   # x and X
-    return _pool().ask({"prediction": pair[0], "gold": pair[1], "seconds": time_limit_s})
+    undone = set(_CALLS.findall(prediction)) - set(_CALLS.findall(gold))
+    return _pool().ask({
+        "prediction": pair[0], "gold": pair[1], "seconds": time_limit_s, "alike": alike, "any_form": not (asked.form or undone),
+        "given": [] if alike else _expressions(question), "one_right": not asked.many_right})
 
 
+def _tokens(text: str) -> list[str]:
+    """Numbers, names and signs in no order: what writing the terms or factors in another order leaves as it is."""
+    text = re.sub(r"\\[dt]frac", r"\\frac", plain(text).replace("**", "^"))
+    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text).replace("√", "sqrt").replace("π", "pi")
+    return sorted(token.removeprefix("\\") for token in _TOKENS.findall(text) if token not in (r"\left", r"\right"))
+
+
+def _expressions(question: str) -> list[str]:
+    """The expressions that a question holds, as far as they can be told from its words; at most eight."""
+    found: list[str] = []
+    run: list[str] = []
+    for word in [*re.sub(r"\$|\\[()\[\]]", " ; ", question[:2000]).split(), ";"]:
+        part = word.rstrip(".,;:?!")
+        bare = _FUNCTION_WORDS.sub(" ", _COMMAND_WORDS.sub(" ", part))
+        if part and not re.search(r"[^\W\d_]{2,}", bare) and part not in ("a", "A", "I"):
+            run.append(part)
+        if (not part or part != word or run and run[-1] != part) and run:
+            text = _prepare(" ".join(run))
+            if text and re.search(r"[-+*/^\\]|\d[a-z]|\)\(", text):
+                found.append(text)
+            run = []
+    return found[:8]
+
+
+@lru_cache(maxsize=8192)
 def readable(text: str) -> bool:
     """Whether `equivalent` would look at this expression at all. Cheap."""
     return _prepare(text) is not None
@@ -59,12 +98,19 @@ def available() -> bool:
 
 def _prepare(text: str) -> str | None:
     """The expression as math-verify should see it, or None if it must not see it."""
+    if len(text) > _MAX_CHARS or "$" in text or "\n" in text:
+        return None
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPT) + "}", text)
     text = text.replace("−", "-").replace("×", r"\times ").replace("·", r"\cdot ").replace("π", r"\pi ")
     text = re.sub(r"√\s*(\d+|\w|\([^()]*\))", lambda m: r"\sqrt{" + m[1].strip("()") + "}", text)
     text = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text).replace("**", "^")
     text = re.sub(r"(?<![\\a-zA-Z])pi\b", r"\\pi ", text)
-    if not text.strip() or len(text) > _MAX_CHARS or "$" in text or "\n" in text or _FORBIDDEN.search(text):
+    if not text.strip() or _FORBIDDEN.search(text):
         return None
+    commands = {command[1:] for command in _COMMAND_WORDS.findall(text)}
+    if not commands <= _KNOWN_COMMANDS or text.count("{") != text.count("}") or text.count("(") + text.count("[") != text.count(
+            ")") + text.count("]"):
+        return None   # what was cut off, and signs that say several things at once (\lor, \pm, \boxed)
     bare = _FUNCTION_WORDS.sub(" ", _COMMAND_WORDS.sub(" ", text))
     return None if re.search(r"[^\W\d_]{2,}|[^\W\d_]\s+[^\W\d_]", bare) else text   # words, "10 cm"; but also xy: rare
 

@@ -1,7 +1,7 @@
 """The process behind `hdpo.reward.maths`: one JSON question per line in, one verdict per line out.
 
-{"prediction": "x+1", "gold": "1+x", "seconds": 5.0} -> "correct", "wrong" or "unscored". Time and memory limits are the
-kernel's: their signals keep their default action, which ends the process, whatever C code is running.
+{"prediction": "x+1", "gold": "1+x", "seconds": 5.0, "alike": true, ...} -> "correct", "wrong" or "unscored". Time and
+memory limits are the kernel's: their signals keep their default action, which ends the process, whatever C code is running.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])       # CPU time: a busy machine changes no verdict
         signal.setitimer(signal.ITIMER_REAL, 10 * request["seconds"])
         try:
-            verdict = _compare(request["prediction"], request["gold"])
+            verdict = _compare(request)
         except Exception:  # noqa: BLE001  (process boundary; sympy raises nearly everything, MemoryError included)
             verdict = "unscored"
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -38,22 +38,48 @@ def main() -> None:
         replies.flush()
 
 
-def _compare(prediction: str, gold: str) -> str:
-    from math_verify import LatexExtractionConfig, parse, verify
+def _read(text: str) -> Any:
+    from math_verify import LatexExtractionConfig, parse
+    found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    return found[0] if len(found) == 1 else None
 
-    def read(text: str) -> Any:
-        found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-        return found[0] if len(found) == 1 else None
 
-    target, answer = read(gold), read(prediction)
+def _compare(request: dict[str, Any]) -> str:
+    from math_verify import verify
+
+    target, answer = _read(request["gold"]), _read(request["prediction"])
     if target is None or answer is None or not _comparable(answer, target):
         return "unscored"
     said, true = _constant(answer), _constant(target)
     relative = None if said is None or true is None else abs(said - true) / (abs(true) or 1.0)
     if verify(target, answer, timeout_seconds=None):
         # math-verify rounds to 6 places, which makes all tiny numbers equal
-        return "correct" if relative is None or relative <= 1e-6 else "unscored"
-    return "wrong" if relative is not None and relative > _CLEARLY_DIFFERENT else "unscored"
+        if relative is not None and relative > 1e-9:
+            return "unscored"
+        free = request["any_form"] and not any(_is_given(text, target) for text in request["given"])
+        return "correct" if request["alike"] or free else "unscored"
+    if relative is not None:
+        rounded = "." in request["gold"] + request["prediction"] or answer.is_rational != target.is_rational   # 79 for 25 pi
+        return "wrong" if relative > (_CLEARLY_DIFFERENT if rounded else 1e-9) else "unscored"
+    return "wrong" if request["one_right"] and _differ(answer, target) else "unscored"
+
+
+def _is_given(text: str, target: Any) -> bool:
+    """Whether an expression of the question has the value of the ground truth; one that can't be read might have."""
+    from math_verify import verify
+    expression = _read(text)
+    return expression is None or bool(verify(target, expression, timeout_seconds=None))
+
+
+def _differ(answer: Any, target: Any) -> bool:
+    """Whether two polynomials or rational functions of the same variables are certainly not the same."""
+    from sympy import Expr, together
+    if not (isinstance(answer, Expr) and isinstance(target, Expr) and answer.free_symbols):
+        return False
+    symbols = answer.free_symbols
+    if symbols != target.free_symbols or not (answer.is_rational_function(*symbols) and target.is_rational_function(*symbols)):
+        return False
+    return bool(together(answer - target).as_numer_denom()[0].expand() != 0)
 
 
 def _comparable(answer: Any, target: Any) -> bool:

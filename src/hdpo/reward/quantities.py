@@ -1,211 +1,294 @@
-"""Numbers as people write them: signs, separators, powers of ten, number words, fractions, currencies and units.
+"""Quantities: a number with a scale, a currency, a unit or a counted thing, and whether two of them are the same.
 
-`parse_quantity` reads a whole string or nothing; it never picks a number out of a sentence. `compare` says whether two
-quantities are equal, or that it can't tell (None), which is always the answer when units leave room for doubt.
+`parse_quantities` reads a whole string or nothing; it never picks a number out of a sentence. `compare` is True, False or
+None: can't tell, which is always the answer when units, scales, separators or roundings leave room for doubt.
 """
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
 
-Unit = tuple[str, Decimal]
-"""(dimension, factor to its base unit)"""
-
-_SYMBOLS = {   # case matters: mW is not MW
-    "length": "nm:1e-9 µm:1e-6 um:1e-6 mm:0.001 cm:0.01 dm:0.1 m:1 km:1000 in:0.0254 ft:0.3048 yd:0.9144 mi:1609.344",
-    "mass": "µg:1e-6 mg:0.001 g:1 kg:1000 lb:453.59237 lbs:453.59237 oz:28.349523125",
-    "time": "ns:1e-9 µs:1e-6 ms:0.001 s:1 sec:1 secs:1 min:60 mins:60 h:3600 hr:3600 hrs:3600",
-    "volume": "ml:1e-6 mL:1e-6 cl:1e-5 l:0.001 L:0.001 mm³:1e-9 cm³:1e-6 m³:1 mm^3:1e-9 cm^3:1e-6 m^3:1",
-    "area": "mm²:1e-6 cm²:1e-4 m²:1 km²:1e6 mm^2:1e-6 cm^2:1e-4 m^2:1 km^2:1e6 sqft:0.09290304 ha:1e4",
-    "speed": "m/s:1 km/h:0.2777777777777777778 kph:0.2777777777777777778 mph:0.44704",
-    "acceleration": "m/s²:1 m/s^2:1",
-    "celsius": "°C:1 ℃:1", "fahrenheit": "°F:1 ℉:1", "kelvin": "K:1",
-    "angle": "°:1 rad:57.29577951308232088",
-    "data": "B:1 KB:1e3 kB:1e3 MB:1e6 GB:1e9 TB:1e12",
-    "energy": "J:1 kJ:1e3 MJ:1e6", "power": "mW:0.001 W:1 kW:1e3 MW:1e6", "voltage": "mV:0.001 V:1 kV:1e3",
-    "current": "mA:0.001 A:1", "resistance": "Ω:1 kΩ:1e3", "frequency": "Hz:1 kHz:1e3 MHz:1e6 GHz:1e9",
-    "force": "N:1 kN:1e3", "pressure": "Pa:1 kPa:1e3 MPa:1e6",
-    "ratio": "%:0.01", "dollar": "$:1 US$:1 USD:1", "euro": "€:1 EUR:1", "pound": "£:1 GBP:1", "rupee": "₹:1 INR:1",
-    "yen": "¥:1 JPY:1",
-}
-_NAMES = {   # singular and plural, case ignored
-    "length": "millimeter:0.001 millimetre:0.001 centimeter:0.01 centimetre:0.01 meter:1 metre:1 kilometer:1000 "
-              "kilometre:1000 inch:0.0254 foot:0.3048 yard:0.9144 mile:1609.344",
-    "mass": "milligram:0.001 gram:1 kilogram:1000 kilo:1000 ounce:28.349523125",
-    "time": "millisecond:0.001 second:1 minute:60 hour:3600 day:86400 week:604800",
-    "volume": "milliliter:1e-6 millilitre:1e-6 liter:0.001 litre:0.001",
-    "angle": "degree:1 deg:1 radian:57.29577951308232088",
-    "celsius": "celsius:1", "fahrenheit": "fahrenheit:1", "kelvin": "kelvin:1",
-    "energy": "joule:1 kilojoule:1e3", "power": "watt:1 kilowatt:1e3 megawatt:1e6", "voltage": "volt:1",
-    "current": "ampere:1 amp:1", "resistance": "ohm:1", "frequency": "hertz:1", "force": "newton:1", "pressure": "pascal:1",
-    "ratio": "percent:0.01", "dollar": "dollar:1", "euro": "euro:1", "rupee": "rupee:1", "yen": "yen:1",
-}
-_IRREGULAR = {"inches": "inch", "feet": "foot"}
-
-
-def _table(source: dict[str, str]) -> dict[str, Unit]:
-    return {name: (dimension, Decimal(factor)) for dimension, text in source.items()
-            for name, _, factor in (item.partition(":") for item in text.split())}
-
-
-_BY_SYMBOL, _BY_NAME = _table(_SYMBOLS), _table(_NAMES)
-_MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "k": 10**3, "K": 10**3, "million": 10**6, "M": 10**6,
-                "billion": 10**9, "bn": 10**9, "trillion": 10**12}
-_ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_WORDS = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, start=2)}
+from hdpo.reward.asked import SCALES, Asked, names
+from hdpo.reward.numerals import NUMBER, Numeral, plain, readings
+from hdpo.reward.units import UNSURE, Unit, same_noun, unit_of
 
 _CURRENCY = r"US\$|[$€£¥₹]"
-_UNIT_WORD = r"(?:[^\W\d_]|[°%$€£¥₹℃℉])(?:[^\W\d_]|[°$/^²³]|(?<=\^)[23])*"
-_UNSURE = {"angle", "celsius", "fahrenheit", "kelvin"}   # "25 degrees" may be any of them, and 0 °C is 32 °F
+_UNIT_WORD = r"(?:[^\W\d_]|[°%$€£¥₹℃℉])(?:[^\W\d_]|[°$/²³]|\^[23])*"
 _QUANTITY = re.compile(
-    rf"(?P<sign>[+-]?)(?P<money>{_CURRENCY})?\s?(?P<sign2>[+-]?)"
-    r"(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-    r"(?P<power>[eE][+-]?\d{1,3}|\s?(?:×|x|\*|\\times|\\cdot)\s?10\s?\^\s?\{?[+-]?\d{1,3}\}?)?"
-    r"(?:\s?/\s?(?P<denominator>\d+))?"
-    r"(?:(?:\s?(?P<multiplier>hundred|thousand|million|billion|trillion|bn)|(?P<letter>[kKM]))(?![A-Za-z/]))?"
-    rf"\s?(?P<unit>{_UNIT_WORD}(?: {_UNIT_WORD}){{0,2}})?")
-_WORD_QUANTITY = re.compile(r"(?P<words>[a-z]+(?:[- ][a-z]+)?)")
-_TRANSLATE = str.maketrans("−–\u00a0\u202f\u2009", "--   ")
-_MAX_CHARS = 80   # nobody writes a number longer than this
+    rf"(?P<sign>[+-]\s?)?(?P<money>{_CURRENCY})?\s?(?P<sign2>[+-])?"
+    rf"(?P<number>\d{{1,9}}\s+\d{{1,30}}\s?/\s?\d{{1,30}}|\d{{0,9}}\\frac\s*\{{-?\d{{1,30}}\}}\s*\{{\d{{1,30}}\}}|"
+    rf"\d{{1,30}}\s?/\s?\d{{1,30}}|"
+    rf"10\s?\^\s?\{{?[+-]?\d{{1,3}}\}}?|{NUMBER.replace('?P<body>', '?:').replace('?P<power>', '?:')})"
+    r"(?:(?:[\s-]?(?P<scale>hundred|thousand|million|billion|trillion|dozen|lakh|crore|bn|mn)s?)(?![A-Za-z/])|"
+    r"(?P<letter>[kKMBTm])(?![A-Za-z/²³^]))?"
+    rf"(?P<gap>[\s-]?)(?P<unit>{_UNIT_WORD}(?: {_UNIT_WORD}){{0,2}})?")
+_LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "m": 10**6, "B": 10**9, "T": 10**12}
+_ORDINALS = {word: n for n, word in enumerate(
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
+    "sixteenth seventeenth eighteenth nineteenth twentieth".split(), start=1)}
+NOTHING = Asked()   # a question that isn't known
+ORDINAL, DECADE = "-th", "-s"   # no unit is written so
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number with what stood around it."""
+    """One reading of a number with what stood around it."""
 
-    value: Decimal             # in the unit it was written in
-    decimals: int              # digits after the point
-    digits: int                # significant digits
-    fraction: bool             # written as a/b
-    unit: Unit | None          # None: no unit, or one that isn't known
-    unit_text: str             # as written, "" when there was none
+    number: Numeral
+    unit: Unit | None = None   # None: no unit, or one that isn't known
+    unit_text: str = ""        # as written, "" when there was none
+    likely: bool = True        # as far as the unit goes; the number has its own doubts
 
     @property
-    def plain(self) -> bool:
+    def bare(self) -> bool:
         return not self.unit_text
 
 
-def unit_of(text: str) -> Unit | None:
-    if text in _BY_SYMBOL:
-        return _BY_SYMBOL[text]
-    name = " ".join(text.casefold().split()).removeprefix("degrees ").removeprefix("degree ")
-    name = _IRREGULAR.get(name, name)
-    return _BY_NAME.get(name) or (_BY_NAME.get(name[:-1]) if name.endswith("s") else None)
-
-
-def parse_quantity(text: str) -> Quantity | None:
-    """The quantity that is the WHOLE of `text`, or None. Codes such as "007" and approximations are not quantities."""
-    text = text.strip().translate(_TRANSLATE)
-    if not text or len(text) > _MAX_CHARS:
-        return None
+@lru_cache(maxsize=8192)
+def parse_quantities(text: str, warm: bool = False) -> tuple[Quantity, ...]:
+    """The readings of the quantity that is the WHOLE of `text`, likeliest first; () if it is none. `warm`: K is kelvin."""
+    text = plain(text)
+    if not text or len(text) > 80:
+        return ()
     if text[0].isalpha() and not text.startswith("US$"):
-        return _number_in_words(text)
+        return _in_words(text)
     match = _QUANTITY.fullmatch(text)
-    if not match or (match["sign"] and match["sign2"]):
-        return None
-    digits = match["number"].replace(",", "").replace(" ", "")
-    whole, _, decimals = digits.partition(".")
-    if len(whole) > 1 and whole[0] == "0":   # a code or a telephone number: its zeros are part of it
-        return None
-    try:
-        value = Decimal(digits) * (-1 if "-" in match["sign"] + match["sign2"] else 1)
-        if match["power"]:
-            exponent = re.sub(r".*?(?:\^|[eE])", "", match["power"]).strip(" {}")
-            value *= Decimal(10) ** int(exponent)
-        if match["denominator"]:
-            value /= Decimal(match["denominator"])
-    except (InvalidOperation, ZeroDivisionError):
-        return None
-    value *= _MULTIPLIERS.get(match["multiplier"] or match["letter"], 1)
-    unit_text = match["unit"] or ""
-    if match["money"] and unit_text:   # "$5 each", "$5 USD": let somebody else decide
-        return None
-    unit_text = unit_text or match["money"] or ""
-    significant = len((whole + decimals).lstrip("0"))
-    return Quantity(value, len(decimals), significant, bool(match["denominator"]), unit_of(unit_text), unit_text)
+    if not match or match["sign"] and match["sign2"] or match["gap"] == "-" and not match["unit"]:
+        return ()
+    sign = "-" if "-" in (match["sign"] or "") + (match["sign2"] or "") else ""
+    numbers = readings(sign + match["number"].strip())
+    unit, money = match["unit"] or "", match["money"] or ""
+    if not numbers or money and unit:   # "$5 each", "$5 USD": let somebody else decide
+        return ()
+    if match["scale"]:
+        numbers = tuple(n.scaled(SCALES[match["scale"]]) for n in numbers)
+    found = [_with_unit(number, unit or money, match["gap"]) for number in numbers]
+    return tuple(r for q in found for r in (_lettered(q, match["letter"], warm) if match["letter"] else [q]))
 
 
-def _number_in_words(text: str) -> Quantity | None:
-    match = _WORD_QUANTITY.fullmatch(text.casefold())
-    if not match:
+def _with_unit(number: Numeral, unit: str, gap: str) -> Quantity:
+    attached = not gap
+    if attached and unit in ("st", "nd", "rd", "th") and number.decimals == 0:
+        return Quantity(number, None, ORDINAL)
+    if attached and unit == "s" and number.style == "digits" and number.value % 10 == 0 and 20 <= number.value < 2100:
+        return Quantity(number, None, DECADE)
+    return Quantity(number, unit_of(unit) if unit else None, unit)
+
+
+def _lettered(quantity: Quantity, letter: str, warm: bool) -> list[Quantity]:
+    """Readings of "300K": a factor, or a unit. Money counts in millions, what is warm in kelvin."""
+    factor = replace(quantity, number=quantity.number.scaled(_LETTERS[letter]))
+    if quantity.unit_text:
+        return [factor] if letter != "m" or quantity.unit and quantity.unit[0] in ("dollar", "euro", "pound sterling") else []
+    unit = replace(quantity, unit=unit_of(letter), unit_text=letter)
+    if letter == "K":
+        return [unit] if warm else [factor, replace(unit, likely=False)]
+    if letter in "kM":
+        return [factor]
+    return [replace(unit, likely=letter == "m"), replace(factor, likely=False)]
+
+
+def _in_words(text: str) -> tuple[Quantity, ...]:
+    words = text.split(" ")
+    if text.casefold() in _ORDINALS:
+        n = Fraction(_ORDINALS[text.casefold()])
+        return (Quantity(Numeral(n, Fraction(1), 0, 2, "words"), None, ORDINAL),)
+    for count in range(len(words), max(len(words) - 4, 0), -1):
+        found = readings(" ".join(words[:count]))
+        if found:
+            unit = " ".join(words[count:])
+            if unit in ("or", "and", "to"):
+                return ()
+            return tuple(Quantity(n, unit_of(unit) if unit else None, unit) for n in found)
+    return ()
+
+
+def compare(predictions: tuple[Quantity, ...], golds: tuple[Quantity, ...], asked: Asked = NOTHING) -> bool | None:
+    """Whether two quantities are the same, over all their readings: the likely ones decide, the others may object."""
+    likely = [(p, g) for p in predictions for g in golds if _likely(p, asked) and _likely(g, asked)]
+    first = compare_one(*likely[0], asked) if likely else None
+    if first is True:
+        return True
+    if first is None and likely:
         return None
-    first, _, second = match["words"].replace("-", " ").partition(" ")
-    if first not in _WORDS:
+    others = [compare_one(p, g, asked) for p in predictions for g in golds]
+    return False if all(other is False for other in others) else None
+
+
+def _likely(quantity: Quantity, asked: Asked) -> bool:
+    return quantity.likely and (quantity.number.abroad if asked.foreign else quantity.number.likely)
+
+
+def compare_one(prediction: Quantity, gold: Quantity, asked: Asked) -> bool | None:
+    if prediction.bare != gold.bare:
+        return _one_unit(prediction, gold, asked)
+    if {prediction.unit_text, gold.unit_text} & {ORDINAL, DECADE} and prediction.unit_text != gold.unit_text:
         return None
-    value = _WORDS[first]
-    if second in _ONES[1:10] and value >= 20:
-        return Quantity(Decimal(value + _WORDS[second]), 0, 2, False, None, "")
-    return Quantity(Decimal(value), 0, 1, False, unit_of(second), second)
-
-
-def compare(prediction: Quantity, gold: Quantity, question: str = "") -> bool | None:
-    """Whether the prediction equals the gold quantity; None when the units leave room for doubt.
-
-    Tolerance: equal to one part in a million; or, when the coarser of the two has a decimal point and at least three
-    significant digits, equal after rounding to it (at most 0.5 %). Integers are never rounded.
-    """
-    if prediction.plain != gold.plain:
-        return _compare_one_unit(prediction, gold, question)
     if prediction.unit and gold.unit:
         if prediction.unit[0] != gold.unit[0]:
-            unsure = {prediction.unit[0], gold.unit[0]} <= _UNSURE or any(
+            unsure = {prediction.unit[0], gold.unit[0]} <= UNSURE or "yen or yuan" in (prediction.unit[0], gold.unit[0]) or any(
                 len(q.unit_text) == 1 and q.unit_text.isalpha() for q in (prediction, gold))   # "5m": metres or minutes?
             return None if unsure else False
         if prediction.unit[1] != gold.unit[1]:
-            a, b = prediction.value * prediction.unit[1], gold.value * gold.unit[1]
-            # other units mean other roundings: 1 mile for 1.6 km is a matter of taste, 1 mile for 5 km is not
-            return True if _same(a, b) else (None if _near(a, b) else False)
-    elif prediction.unit or gold.unit or _singular(prediction.unit_text) != _singular(gold.unit_text):
+            return _converted(prediction, gold, asked)
+    elif prediction.unit or gold.unit or not same_noun(prediction.unit_text, gold.unit_text):
         return None
-    return _same(prediction.value, gold.value) or _rounds_to(prediction, gold)
+    return same_number(prediction.number, gold.number, asked, with_unit=not gold.bare)
 
 
-def _compare_one_unit(prediction: Quantity, gold: Quantity, question: str) -> bool | None:
+def _converted(prediction: Quantity, gold: Quantity, asked: Asked) -> bool | None:
+    """Other units mean other roundings: 1 mile for 1.6 km is a matter of taste, 1 mile for 5 km is not."""
+    assert prediction.unit and gold.unit
+    a, b = prediction.number.value * prediction.unit[1], gold.number.value * gold.unit[1]
+    if a == b:
+        return None if asked.converts or asked.form or asked.text and _holds_quantity(asked.text, prediction) else True
+    return None if abs(a - b) <= abs(b) / 20 else False
+
+
+def _holds_quantity(text: str, quantity: Quantity) -> bool:
+    """Whether a question gives this very value in this very unit: then it was not worked out."""
+    for match in re.finditer(rf"(\d[\d.,]*)[\s-]?({_UNIT_WORD}(?: [a-z]+)?)", text):
+        numbers = readings(match[1].rstrip(".,"))
+        units = {unit_of(match[2]), unit_of(match[2].split(" ")[0])} - {None}
+        if quantity.unit in units and any(n.value == quantity.number.value for n in numbers):
+            return True
+    return False
+
+
+def _one_unit(prediction: Quantity, gold: Quantity, asked: Asked) -> bool | None:
     """Only one side names a unit: fine if the question asks in exactly that unit, or counts exactly that thing."""
-    with_unit = gold if prediction.plain else prediction
-    if _asks_in(question, with_unit):
-        return _same(prediction.value, gold.value) or _rounds_to(prediction, gold)
-    if with_unit.unit and with_unit.unit[0] == "ratio" and _same(
-            prediction.value * (prediction.unit or ("", Decimal(1)))[1], gold.value * (gold.unit or ("", Decimal(1)))[1]):
-        return True   # 45% and 0.45
-    return None
+    with_unit = gold if prediction.bare else prediction
+    if with_unit.unit_text in (ORDINAL, DECADE):   # the 1990s are no year
+        return False if with_unit.unit_text == DECADE and re.search(r"\byear\b", asked.text.casefold()) else None
+    if asked.scales and with_unit.number.scale == 1:
+        return None   # "how many thousand visitors": 45 visitors are not 45
+    if with_unit.unit and with_unit.unit[0] == "ratio":
+        return _percent(prediction, gold, asked)
+    return same_number(prediction.number, gold.number, asked, with_unit=True) if _asks_in(asked, with_unit) else None
 
 
-def _asks_in(question: str, quantity: Quantity) -> bool:
-    if not question:
+def _percent(prediction: Quantity, gold: Quantity, asked: Asked) -> bool | None:
+    a, b = (q.number.value * (q.unit or ("", Fraction(1)))[1] for q in (prediction, gold))
+    bare = prediction if prediction.bare else gold
+    as_said = same_number(prediction.number, gold.number, asked, with_unit=True)
+    if asked.percent:
+        return None if as_said is False and (a == b or abs(a - b) <= bare.number.ulp / 2) else as_said
+    if not asked.share or not 0 <= bare.number.value <= 1:
+        return None
+    if as_said is not False:   # 0.45% of something, or 0.45 of it
+        return None
+    return a == b or (None if abs(a - b) <= max(bare.number.ulp, Fraction(1, 100)) else False)
+
+
+_COUNTED = r"(?:(?!of\b|pairs?\b|dozen\b|thousand|million|billion|hundred)[a-z]+ ){0,2}"
+
+
+def _asks_in(asked: Asked, quantity: Quantity) -> bool:
+    if not asked.text:
         return False
+    low = asked.text.casefold()
     if quantity.unit is None:   # a counted thing: "how many red apples" makes "7 apples" the number 7
         noun = re.escape(quantity.unit_text.casefold())
-        return bool(re.search(rf"how many (?:(?!of\b)[a-z]+ ){{0,2}}{noun}\b", question.casefold()))
-    words = re.findall(rf"(?:km|m|cm|mm)[²³]|(?:km|m|cm|mm)\^[23]|km/h|m/s|°[CF]?|{_CURRENCY}|%|[^\W\d_]+", question)
-    named = {unit for word in words if word != "in" and (unit := unit_of(word)) and unit[0] == quantity.unit[0]}
-    return named == {quantity.unit}
+        return bool(re.search(rf"how many {_COUNTED}{noun}(?![\w-])", low))
+    explicit = _units_in(rf"(?:how many|\bin|[(\[](?:in )?|/)\s*({_UNIT_WORD}(?: [a-z]+){{0,2}})", asked.text)
+    own = {unit for unit in explicit if unit[0] == quantity.unit[0]}
+    if not own:
+        mentioned = _units_in(rf"(?<![\w'’-])({_UNIT_WORD})(?![\w'’])", asked.text, single_letters=False)
+        own = {unit for unit in mentioned if unit[0] == quantity.unit[0]}
+    return own == {quantity.unit}
 
 
-def _singular(noun: str) -> str:
-    return noun.casefold().removesuffix("s")
+def _units_in(pattern: str, text: str, single_letters: bool = True) -> set[Unit]:
+    found: set[Unit] = set()
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        words = match[1].split(" ")
+        for count in range(len(words), 0, -1):   # the longest name wins: square meters are no meters
+            name = " ".join(words[:count])
+            unit = unit_of(name) if name != "in" and (single_letters or len(name) > 1 or name in "%$€£¥₹°") else None
+            if unit:
+                found.add(unit)
+                break
+    return found
 
 
-def _same(a: Decimal, b: Decimal) -> bool:
-    return a == b or abs(a - b) <= abs(b) * Decimal("1e-6")
+def same_number(prediction: Numeral, gold: Numeral, asked: Asked, with_unit: bool = False) -> bool | None:
+    """Equal, different, or too near, too differently written or too differently scaled to tell."""
+    scaled = prediction.scale != gold.scale
+    if scaled and 1 in (prediction.scale, gold.scale):
+        return _one_scale(prediction, gold, asked)
+    if prediction.value == gold.value:
+        return _same_value(prediction, gold, asked, with_unit)
+    if asked.scales and prediction.scale == gold.scale == 1:
+        if any(gold.value * s == prediction.value or prediction.value * s == gold.value for s in asked.scales):
+            return None
+    rounded = _rounded(prediction, gold, asked)
+    return None if rounded and asked.code else rounded
 
 
-def _near(a: Decimal, b: Decimal) -> bool:
-    return abs(a - b) <= abs(b) * Decimal("0.05")
+def _same_value(prediction: Numeral, gold: Numeral, asked: Asked, with_unit: bool) -> bool | None:
+    a, b = prediction, gold
+    if a.style != b.style and (asked.form or "words" not in (a.style, b.style) and _repeats(asked, a)):
+        return None   # "write 1/8 as a decimal": 1/8 is no answer
+    if "fraction" in (a.style, b.style) and "mixed" in (a.style, b.style) and asked.form:
+        return None
+    if a.style == b.style and a.decimals != b.decimals:   # 3.10 and 3.1, 7 and 7.0
+        if asked.code == "surely" and 0 not in (a.decimals, b.decimals):
+            return False
+        if asked.code or asked.precise and not asked.measure:
+            return None
+        return True if with_unit or a.scale > 1 or asked.measure or 0 in (a.decimals, b.decimals) else None
+    return True
 
 
-def _rounds_to(a: Quantity, b: Quantity) -> bool:
-    coarse = min(a, b, key=lambda q: q.decimals)
-    if coarse.decimals < 1 or coarse.digits < 3 or a.fraction or b.fraction:
-        return False
-    scale = _scale(coarse)
-    return abs(a.value - b.value) <= scale / 2
+def _repeats(asked: Asked, number: Numeral) -> bool:
+    value = number.value
+    shown = f"{value.numerator}/{value.denominator}" if number.style == "fraction" else str(value)
+    if number.style == "fraction" and names(asked, rf"\frac{{{value.numerator}}}{{{value.denominator}}}"):
+        return True
+    return value.denominator != 1 and names(asked, shown if number.style == "fraction" else f"{float(value):g}")
 
 
-def _scale(quantity: Quantity) -> Decimal:
-    """One unit of the last digit written, also under a power of ten: 0.01 for 3.14, 10,000 for 3.14 million."""
-    exponent = quantity.value.adjusted() - (quantity.digits - 1)
-    return Decimal(1).scaleb(exponent)
+def _one_scale(prediction: Numeral, gold: Numeral, asked: Asked) -> bool | None:
+    """Only one of them says "million". If the question names that scale, the bare one is meant in it."""
+    scaled, bare = (prediction, gold) if prediction.scale > 1 else (gold, prediction)
+    meant = bare.scaled(scaled.scale)
+    as_meant = same_number(meant, scaled, asked) if bare is prediction else same_number(scaled, meant, asked)
+    if asked.scales == {scaled.scale}:
+        return as_meant
+    as_said = _rounded(prediction, gold, asked) if prediction.value != gold.value else True
+    if as_meant is not False:
+        return None   # an axis in millions: 83.2 and 83.2 million may be the same
+    return None if asked.scales and as_said is False else as_said
+
+
+def _rounded(prediction: Numeral, gold: Numeral, asked: Asked) -> bool | None:
+    """Different values: the same after rounding to the precision of the coarser one? Integers are never rounded."""
+    distance = abs(prediction.value - gold.value)
+    near = distance / abs(gold.value) if gold.value else Fraction(1)
+    if _is_rough(gold) and prediction.ulp < gold.ulp:
+        if 2 * distance <= gold.ulp:
+            sure = gold.digits >= 3 or gold.digits == 2 and (near <= Fraction(1, 100) or asked.precise)
+            return True if sure else None
+        return None if distance < gold.ulp else False
+    if _is_rough(prediction) and gold.ulp < prediction.ulp:
+        if 2 * distance <= prediction.ulp:
+            if gold.ulp and prediction.digits >= 3 and near <= Fraction(1, 200) and not asked.precise:
+                return True
+            return False if asked.precise and gold.decimals and prediction.decimals < gold.decimals else None
+        return None if distance < prediction.ulp else False
+    for round_one, other in ((gold, prediction), (prediction, gold)):   # 8,300,000 for 8,336,817
+        if round_one.style == "digits" and not round_one.decimals and 2 * distance <= _last_digit(round_one) > other.ulp:
+            return None
+    return False
+
+
+def _is_rough(number: Numeral) -> bool:
+    return number.style == "digits" and (number.decimals > 0 or number.scale > 1)
+
+
+def _last_digit(number: Numeral) -> Fraction:
+    """What the last digit before a run of three or more zeros is worth; 0 if there is no such run."""
+    zeros = re.search(r"0{3,}$", str(abs(number.value))) if number.value.denominator == 1 else None
+    return Fraction(10 ** len(zeros[0])) if zeros else Fraction(0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from hdpo.evaluation.extraction import as_list, choice_letter
 from hdpo.evaluation.items import CANT_SAY, Benchmark, Decision, Item, decided, lettered
 from hdpo.evaluation.published import Row
-from hdpo.reward.words import options_of
+from hdpo.reward.choice import options_of
 
 INSTRUCTION = "Choose the right option. Put its letter, and nothing else, into <answer></answer>."
 

@@ -13,7 +13,7 @@ from hdpo.evaluation.extraction import as_number, choice_letter, only_number, pl
 from hdpo.evaluation.items import CANT_SAY, Benchmark, Decision, Figures, Item, Mark, all_right, by_part, decided, mean
 from hdpo.evaluation.published import Row
 from hdpo.evaluation.statistics import Estimate
-from hdpo.reward.words import options_of
+from hdpo.reward.choice import options_of
 
 TOLERANCE = 0.001
 _SHORT = re.compile(r'"short[ _]answer"\s*:\s*("(?:[^"\\]|\\.)*"|[^,}\n]+)', re.IGNORECASE | re.DOTALL)

@@ -12,8 +12,8 @@ from hdpo.evaluation.extraction import choice_letter, choice_letters, plain
 from hdpo.evaluation.items import CANT_SAY, Benchmark, Decision, Figures, Item, Mark, by_part, decided, mean
 from hdpo.evaluation.published import Row
 from hdpo.evaluation.statistics import Estimate
+from hdpo.reward.choice import options_of
 from hdpo.reward.rules import rule_verdict
-from hdpo.reward.words import options_of
 from hdpo.types import Verdict
 
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hdpo.evaluation.benchmarks.choice import MultipleChoice
 from hdpo.evaluation.items import Item
 from hdpo.evaluation.published import Row
-from hdpo.reward.words import options_of
+from hdpo.reward.choice import options_of
 
 
 class VStar(MultipleChoice):
