@@ -15,7 +15,7 @@ from hdpo.errors import ConfigError
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
 FIELDS = """
-run.name run.folder run.seed run.deterministic run.resume run.hang_timeout_s run.stuck_timeout_s
+run.name run.folder run.seed run.deterministic run.resume run.hang_timeout_s run.stuck_timeout_s run.spool_gib
 model.path model.dtype model.attention model.gradient_checkpointing model.freeze model.lora_rank
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
 data.train data.val data.mix data.cache data.image_root data.insert_markers data.max_prompt_tokens data.bad_row data.shuffle
@@ -38,7 +38,7 @@ batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_toke
 sync.group_mib sync.checksum_every sync.canary_every sync.parity_tolerance checkpoint.every_steps checkpoint.keep
 checkpoint.best
 eval.every_steps eval.rows eval.before eval.after eval.label_before eval.label_after
-log.tensorboard log.wandb log.rollouts_every log.samples
+log.tensorboard log.wandb log.rollouts_every log.rollouts_gib log.samples
 """.split()
 
 

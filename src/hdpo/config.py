@@ -27,6 +27,10 @@ class RunConfig(Section):
     stuck_timeout_s: PositiveFloat = Field(
         5400.0, description="Time in which no rank enters another phase after which the run stops, seconds; above any phase.")
 
+    spool_gib: NonNegativeFloat = Field(
+        50.0, description="Size of the rollouts kept for a resume, GiB over all ranks; beyond it none are kept until the next "
+        "checkpoint; 0 is no limit.")
+
     @property
     def path(self) -> Path:
         return Path(self.folder) / self.name
@@ -248,6 +252,9 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard files.")
     wandb: bool = Field(False, description="Log to Weights & Biases too (WANDB_API_KEY).")
     rollouts_every: Number = Field(1, description="Steps between rollout dumps; 0 writes none.")
+    rollouts_gib: NonNegativeFloat = Field(
+        50.0, description="Size of all rollout dumps, GiB; where a dump's share is too small, later groups go without pictures, "
+        "then altogether; 0 is no limit.")
     samples: Number = Field(4, description="Trajectories shown in TensorBoard and in the report per step.")
 
 

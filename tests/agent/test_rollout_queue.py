@@ -316,7 +316,9 @@ def test_a_rank_without_groups_scores_packs_and_logs_nothing_without_complaint(
                        filler=Sample([1, 2], [0, 0], [0.0, 0.0], (), (), None))
     batch = make_train_batch([[], []], spec, World(), 2)
     assert [len(mini.micro_batches) for mini in batch.mini_batches] == [1, 1], "in step with the other ranks"
-    scalars = RunLog(config, World(), [], []).write(1, None, scored.groups, scored.advantages)
+    log = RunLog(config, World(), [], [])
+    scalars = log.write(1, None, scored.groups, scored.advantages)
+    log.close()
     assert not any(name.startswith("reward/") for name in scalars)
     assert read_rollouts(tmp_path / "run" / "rollouts" / "step_000001.parquet") == []
     scorer.close()

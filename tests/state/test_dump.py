@@ -9,8 +9,10 @@ import pytest
 from PIL import Image, ImageChops
 from synthetic_run import make_task, make_trajectory, score
 
+from hdpo.config import Config
 from hdpo.errors import DataError
-from hdpo.state.dump import encode_image, read_rollouts, write_rollouts
+from hdpo.ranks.world import World
+from hdpo.state.dump import RolloutDumps, encode_image, read_rollouts, write_rollouts
 from hdpo.types import EndReason, ToolCall
 
 
@@ -60,10 +62,47 @@ def test_pictures_are_bounded_and_the_prompt_is_stored_once_a_group(tmp_path):
     assert b"base64" not in dump(1).read_bytes()
 
 
-def test_only_the_asked_groups_keep_pictures(tmp_path):
-    rows = read_rollouts(write_rollouts(tmp_path / "a.parquet", [_group(0), _group(1)], step=1, image_groups=1))
-    assert [len(row.images) for row in rows] == [2, 1, 0, 0]
-    assert [row.num_prompt_images for row in rows] == [1, 1, 0, 0]
+def _photos(index, size=4, side=400):
+    """A group whose rollouts show the prompt's picture and a crop, of 200 KB each."""
+    pictures = tuple(Image.effect_noise((side, side), 90 + index + i).convert("RGB") for i in range(2))
+    return _group(index, size, images=pictures, image_keys=(f"prompt {index}", f"crop {index}"))
+
+
+def test_a_picture_is_encoded_and_stored_once_however_many_rollouts_show_it(tmp_path, monkeypatch):
+    from hdpo.state import dump
+    encoded = []
+    monkeypatch.setattr(dump, "encode_image", lambda image, side: (encoded.append(1), encode_image(image, side))[1])
+    one, many = (write_rollouts(tmp_path / f"{size}.parquet", [_photos(0, size)], step=1) for size in (1, 12))
+    assert len(encoded) == 4 and many.stat().st_size < 1.2 * one.stat().st_size
+    assert [len(row.images) for row in read_rollouts(many)] == [2] * 12
+
+
+def test_a_dump_within_a_limit_loses_later_pictures_first_and_then_later_groups(tmp_path):
+    groups = [_photos(i) for i in range(6)]
+    whole = write_rollouts(tmp_path / "whole.parquet", groups, step=1).stat().st_size
+    half = write_rollouts(tmp_path / "half.parquet", groups, step=1, byte_limit=whole // 2)
+    rows = read_rollouts(half)
+    assert half.stat().st_size <= 1.1 * whole / 2
+    kept = [len(row.images) for row in rows[::4]]
+    assert kept in ([2, 2, 2, 0, 0, 0], [2, 2, 0, 0, 0, 0]) and len(rows) == 24
+    few = read_rollouts(write_rollouts(tmp_path / "few.parquet", groups, step=1, byte_limit=7000,
+                                       advantages=[[float(i)] for i in range(24)]))
+    assert 0 < len(few) < 24 and not any(row.images for row in few) and [row.advantages for row in few] == [
+        [float(i)] for i in range(len(few))]
+    assert read_rollouts(write_rollouts(tmp_path / "none.parquet", groups, step=1, byte_limit=0)) == []
+
+
+def test_the_dumps_of_a_run_stay_within_their_size_and_none_is_starved_by_those_before(tmp_path):
+    gib = 6e6 / 2**30
+    config = Config.model_validate({"run": {"folder": str(tmp_path)}, "log": {"rollouts_gib": gib}, "optim": {"steps": 8}})
+    dumps = RolloutDumps(config, World())
+    sizes = []
+    for step in range(1, 9):
+        dumps.write(step, [_photos(i) for i in range(8)], None)
+        sizes.append((tmp_path / "run" / "rollouts" / f"step_{step:06d}.parquet").stat().st_size)
+        if step == 4:
+            dumps = RolloutDumps(config, World())     # a resumed run counts what is there
+    assert sum(sizes) <= 6.3e6 and min(sizes) > 0.6 * max(sizes)
 
 
 def test_text_no_encoder_can_hold_and_base64_do_not_stop_a_run(tmp_path):

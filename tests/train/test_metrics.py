@@ -78,7 +78,7 @@ def test_one_name_cannot_be_two_kinds():
         metrics.maximum("a", 1.0)
 
 
-def test_a_phase_adds_up_within_a_rank_and_the_slowest_rank_counts(monkeypatch):
+def test_a_phase_adds_up_within_a_rank_and_is_the_mean_over_ranks(monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 13.0, 0.0, 4.0])
     monkeypatch.setattr("hdpo.train.metrics.time.perf_counter", lambda: next(clock))
     fast, slow = Metrics(), Metrics()
@@ -89,7 +89,22 @@ def test_a_phase_adds_up_within_a_rank_and_the_slowest_rank_counts(monkeypatch):
         raise RuntimeError("the time of a failed phase still counts")
     found = _gathers([fast, slow])
     assert found.pop("memory/rollout_gb") > 0.01      # of this process, or of the device
-    assert found == {"time/rollout": 5.0}
+    assert found == {"time/rollout": (2.0 + 3.0 + 4.0) / 2}
+
+
+def test_phases_and_the_rest_add_up_to_the_wall_clock_of_the_step_over_ranks():
+    ranks = [Metrics(), Metrics()]
+    for number, metrics in enumerate(ranks):
+        for phase, seconds in (("rollout", 4.0 + number), ("score", 3.0 - number)):
+            metrics._merge(f"time/{phase}", "time", [seconds])
+        metrics.close_step(7.5)
+    found = _gathers(ranks)
+    assert found == {"time/rollout": 4.5, "time/score": 2.5, "time/other": 0.5, "time/step": 7.5}
+    metrics = Metrics()
+    metrics._merge("time/early", "time", [9.0])
+    metrics.add("loss", 1.0)
+    metrics.forget_times()
+    assert metrics.reduce_over_ranks() == {"loss": 1.0}
 
 
 def test_mismatch_counts_only_sampled_tokens_and_agrees_with_the_formulas():

@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from hdpo.agent.parse import extract_answer
+from hdpo.config import Config
 from hdpo.errors import DataError, boundary
+from hdpo.ranks.world import World
 from hdpo.types import Judgement, Reward, RewardedGroup, Task, ToolCall, Trajectory
 
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,([A-Za-z0-9+/=\r\n]{64,})")
@@ -74,29 +76,89 @@ _TYPES = {
 SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in dataclasses.fields(DumpedRollout)])
 
 
+class RolloutDumps:
+    """The dumps of a run, within log.rollouts_gib: what is left of it is shared equally by the dumps to come.
+
+    In the order of a rank's groups, a group whose pictures no longer fit into the dump's share is kept without them, and one
+    whose text does not fit is left out. What is written stays, and no run ends for its dumps' size.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._config, self._world = config, world
+        self._folder = config.run.path / "rollouts"
+        self._used: float | None = None      # bytes of this rank's share of the folder
+
+    def write(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None) -> None:
+        """This rank's part of the dump of `step`, counted from 1."""
+        world = self._world
+        if self._used is None:
+            self._used = sum(file.stat().st_size for file in self._folder.glob("*.parquet")) / world.size
+        part = write_rollouts(self._folder / f"step_{step:06d}.parquet", groups, step=step, rank=world.rank, world=world.size,
+                              advantages=advantages, byte_limit=self._limit(step))
+        self._used += part.stat().st_size
+
+    def _limit(self, step: int) -> int | None:
+        log = self._config.log
+        if not log.rollouts_gib or self._used is None:
+            return None
+        to_come = 1 + max(0, self._config.optim.steps - step) // log.rollouts_every
+        return int(max(0.0, log.rollouts_gib * 2**30 / self._world.size - self._used) / to_come)
+
+
 def write_rollouts(path: str | os.PathLike[str], groups: Sequence[RewardedGroup], *, step: int, rank: int = 0,
                    world: int = 1, advantages: Sequence[Sequence[float]] | None = None, image_side: int = 1024,
-                   image_groups: int | None = None) -> Path:
+                   byte_limit: int | None = None) -> Path:
     """Write this rank's part of `path`, for example `rollouts/step_000012.parquet`; returns the file written.
 
     With one rank the file is `path` itself, otherwise `step_000012.rank3.parquet`; `read_rollouts(path)` finds either.
-    `advantages` [B][C]: trajectories of group 0 first. `image_side`: longest side kept, pixels. `image_groups`: only
-    that many groups keep their pictures (None: all).
+    `advantages` [B][C]: trajectories of group 0 first. `image_side`: longest side kept, pixels. `byte_limit`: about so large
+    may the part be, see RolloutDumps (None: no limit).
     """
     rows: list[DumpedRollout] = []
-    for index, group in enumerate(groups):
-        side = image_side if image_groups is None or index < image_groups else 0
-        prompt_images: list[bytes] = []
-        for trajectory, judgement, reward in zip(group.trajectories, group.judgements, group.rewards, strict=True):
-            count = min(len(group.task.images), len(trajectory.images)) if side else 0
-            prompt_images = prompt_images or [encode_image(image, side) for image in trajectory.images[:count]]
-            images = prompt_images + [encode_image(image, side) for image in trajectory.images[count:] if side]
-            given = list(advantages[len(rows)]) if advantages is not None else []
-            rows.append(_dumped(step, trajectory, judgement, reward, given, images, count))
+    held, first = 0, 0
+    for group in groups:
+        given = [list(some) for some in advantages[first:first + len(group.rewards)]] if advantages is not None else [
+            [] for _ in group.rewards]
+        first += len(group.rewards)
+        text = sum(_text_bytes(trajectory) for trajectory in group.trajectories)
+        if byte_limit is not None and held + text > byte_limit:
+            continue
+        pictures = _Pictures(image_side)
+        shown = [pictures.of(trajectory, len(group.task.images)) for trajectory in group.trajectories]
+        if byte_limit is not None and held + text + pictures.nbytes > byte_limit:
+            shown, pictures.nbytes = [([], 0) for _ in shown], 0
+        held += text + pictures.nbytes
+        for trajectory, judgement, reward, own, (images, count) in zip(
+                group.trajectories, group.judgements, group.rewards, given, shown, strict=True):
+            rows.append(_dumped(step, trajectory, judgement, reward, own, images, count))
     part = _part(Path(path), rank, world)
     _remove_other_layout(Path(path), rank, world)
     _write(part, rows)
     return part
+
+
+class _Pictures:
+    """A group's pictures, each encoded once however many of its rollouts show it; `nbytes` of all of them."""
+
+    def __init__(self, side: int) -> None:
+        self._side, self.nbytes = side, 0
+        self._encoded: dict[str, bytes] = {}
+
+    def of(self, trajectory: Trajectory, in_prompt: int) -> tuple[list[bytes], int]:
+        """(the trajectory's pictures, how many of them are the prompt's)."""
+        keys = trajectory.image_keys or tuple(
+            f"{'' if i < in_prompt else trajectory.sample_index} {i}" for i in range(len(trajectory.images)))
+        for key, image in zip(keys, trajectory.images, strict=True):
+            if key not in self._encoded:
+                self._encoded[key] = encode_image(image, self._side)
+                self.nbytes += len(self._encoded[key])
+        return [self._encoded[key] for key in keys], min(in_prompt, len(keys))
+
+
+def _text_bytes(trajectory: Trajectory) -> int:
+    """About what a row takes without its pictures: 4 bytes a token for id, mask and log-prob compressed, and half its text."""
+    text = sum(map(len, trajectory.turns)) + sum(len(call.observation) for call in trajectory.calls)
+    return 4 * len(trajectory.token_ids) + text // 2 + 500
 
 
 def _dumped(step: int, trajectory: Trajectory, judgement: Judgement, reward: Reward, advantages: list[float],
@@ -176,7 +238,7 @@ def _write(path: Path, rows: Sequence[DumpedRollout]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd",
-                       use_dictionary=True, dictionary_pagesize_limit=2**26)
+                       use_dictionary=True, dictionary_pagesize_limit=2**30)   # pictures: each once
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

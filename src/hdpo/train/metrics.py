@@ -80,7 +80,8 @@ class Metrics:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the wall seconds of the block to `time/{phase}`, and note the memory held at its end as `memory/{phase}_gb`.
 
-        Over ranks the slowest and the fullest count: they are what a step costs.
+        Over ranks the mean counts, so that phases add up to the step (a rank that is early waits inside of some phase), and
+        the fullest of them. Phases must not hold one another.
         """
         start = time.perf_counter()
         try:
@@ -90,6 +91,17 @@ class Metrics:
                 torch.cuda.synchronize()    # a phase pays for the kernels it queued; a handful of phases a step
             self._merge(f"time/{phase}", "time", [time.perf_counter() - start])
             self.maximum(f"memory/{phase}_gb", memory_held() / 2**30)
+
+    def close_step(self, seconds: float) -> None:
+        """Add `time/step`, the wall clock of the step on this rank, and `time/other`, what no phase accounts for."""
+        timed = sum(float(parts[0]) for name, parts in self._parts.items() if self._kinds[name] == "time")
+        self._merge("time/other", "time", [seconds - timed])
+        self._merge("time/step", "time", [seconds])
+
+    def forget_times(self) -> None:
+        """Phases that were timed before the first step belong to none."""
+        for name in [name for name, kind in self._kinds.items() if kind == "time"]:
+            del self._kinds[name], self._parts[name]
 
     def add_mismatch(self, log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> None:
         """How far trainer (`log_probs`) and engine are apart on sampled tokens; all three [N] (or any equal shape).
@@ -120,12 +132,13 @@ class Metrics:
         self._kinds, self._parts = {}, {}
         kinds: dict[str, Kind] = {}
         merged: dict[str, list[float]] = {}
-        for rank_kinds, rank_values in gather(mine):
+        gathered = gather(mine)
+        ranks = len(gathered)
+        for rank_kinds, rank_values in gathered:
             for name, values in rank_values.items():
                 kinds[name] = kind = rank_kinds[name]
-                over_ranks: Kind = "max" if kind == "time" else kind
-                merged[name] = values if name not in merged else _combine(over_ranks, merged[name], values)
-        finished = {name: _finish(kinds[name], values) for name, values in merged.items()}
+                merged[name] = values if name not in merged else _combine(kind, merged[name], values)
+        finished = {name: _finish(kinds[name], values, ranks) for name, values in merged.items()}
         return {name: value for name, value in finished.items() if value is not None}
 
     def _merge(self, name: str, kind: Kind, values: list[Tensor | float]) -> None:
@@ -172,7 +185,9 @@ def _extreme(kind: Kind, a: Any, b: Any) -> Any:
     return a.clamp(min=b) if kind == "max" else a.clamp(max=b)
 
 
-def _finish(kind: Kind, values: list[float]) -> float | None:
+def _finish(kind: Kind, values: list[float], ranks: int) -> float | None:
+    if kind == "time":
+        return values[0] / ranks
     if kind == "mean":
         return values[0] / values[1] if values[1] else None     # nothing was counted: no number, rather than a zero
     if kind in _PERCENTILES:

@@ -70,17 +70,20 @@ def train(config: Config, parts: RlParts) -> bool:
         rollouts.stop = stop.event
         for step in log.steps(start, steps, "RL"):
             position = tasks.state()
-            checkpoints.check()
             with log.timed("sync"):
+                checkpoints.check()
                 send_weights(parts, step, position)
-            collected = collect(step, parts.spool.begin(step))
-            engine.sleep()
+            with log.timed("spool"):
+                known = parts.spool.begin(step)
+            collected = collect(step, known)
+            with log.timed("sleep"):
+                engine.sleep()
             if collected is None:
                 return leave(config, parts, step, position)
             rewarded, trained = collected
             with log.timed("pack"):
                 batch = make_batch(config, parts, trained)
-            stop_if_unscored(config, parts, step, position, rewarded.groups)
+                stop_if_unscored(config, parts, step, position, rewarded.groups)
             with log.timed("old_log_prob"):
                 old = old_log_probs(policy, batch, objective.log_probs, config.optim.ppo_epochs)
             lr = learning_rate(config.optim, step)
@@ -96,8 +99,9 @@ def train(config: Config, parts: RlParts) -> bool:
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
-                world.phase("save")
-                checkpoints.save(step + 1, tasks.state())
+                with log.timed("save"):
+                    log.finish()
+                    checkpoints.save(step + 1, tasks.state())
             if world.any(stop.requested) and step + 1 < steps:
                 return leave(config, parts, step + 1, tasks.state())
         checkpoints.finish()
@@ -157,10 +161,11 @@ def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> Non
     """Greedy rollouts of the held-out rows with the present weights; nothing without such rows. Collective."""
     if not config.data.val:
         return
-    parts.policy.world.phase("evaluation", step)
-    parts.sync.send(step)
-    result = parts.evaluator(label, step)
-    parts.engine.sleep()
+    with parts.log.timed("evaluation"):
+        parts.policy.world.phase("evaluation", step)
+        parts.sync.send(step)
+        result = parts.evaluator(label, step)
+        parts.engine.sleep()
     if result is not None:
         parts.checkpoints.note(step, result.scalars())
         for sink in parts.log.sinks:

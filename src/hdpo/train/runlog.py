@@ -1,7 +1,9 @@
 """One place that tells a run's story: progress line, metrics.jsonl, TensorBoard, rollout dumps."""
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -9,10 +11,13 @@ from tqdm import tqdm
 from hdpo.config import Config
 from hdpo.protocols import LogSink
 from hdpo.ranks.world import World
-from hdpo.state.dump import write_rollouts
+from hdpo.state.dump import RolloutDumps
 from hdpo.train.metrics import Metrics, memory_scalars
 from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars
 from hdpo.types import RewardedGroup
+
+SHOWN_IMAGES, SHOWN_SIDE = 8, 768
+"""Of a trajectory in TensorBoard: at most so many pictures, none longer than so many pixels."""
 
 
 class RunLog(Metrics):
@@ -24,6 +29,10 @@ class RunLog(Metrics):
         self.config, self.world, self.sinks, self.shown = config, world, list(sinks), list(shown)
         self._bar: tqdm | None = None
         self._step = 0
+        self._since: float | None = None       # when the last line was written
+        self._dumps = RolloutDumps(config, world)
+        self._thread = ThreadPoolExecutor(1, "hdpo-log")
+        self._writing: Future[None] | None = None
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -33,9 +42,11 @@ class RunLog(Metrics):
             yield
 
     def steps(self, start: int, end: int, what: str) -> Iterator[int]:
-        """Count steps start..end-1 with a progress bar on rank 0."""
+        """Count steps start..end-1 with a progress bar on rank 0. The clock of the first step starts here."""
         self._bar = tqdm(total=end, initial=start, desc=what, unit="step", dynamic_ncols=True,
                          disable=not self.world.is_main)
+        self.forget_times()
+        self._since = time.perf_counter()
         with self._bar:
             for self._step in range(start, end):
                 yield self._step
@@ -43,29 +54,47 @@ class RunLog(Metrics):
 
     def write(self, step: int, extra: dict[str, float] | None = None, groups: Sequence[RewardedGroup] | None = None,
               advantages: Sequence[Sequence[float]] | None = None) -> dict[str, float]:
-        """Reduce over ranks and write one line for `step` (counted from 1). Collective; returns the scalars."""
+        """Reduce over ranks and write one line for `step` (counted from 1). Collective; returns the scalars.
+
+        `time/step` is the wall clock since the line before: what comes after a line (evaluation, a checkpoint) is in the
+        next. Dump and pictures are written by a thread while the next step begins.
+        """
         scalars = {**(extra or {}), **memory_scalars()}
-        if groups is not None:
-            rows = self.world.gather(rollout_rows(groups, rank=self.world.rank, advantages=advantages))
-            hdpo = self.config.hdpo
-            scalars |= rollout_scalars([row for part in rows for row in part], weights=(hdpo.w_acc, hdpo.w_tool))
-            every = self.config.log.rollouts_every
-            if every and step % every == 0:
-                write_rollouts(self.config.run.path / "rollouts" / f"step_{step:06d}.parquet", groups, step=step,
-                               rank=self.world.rank, world=self.world.size, advantages=advantages)
-            self._show(step, groups)
+        with self.timed("log"):
+            self.finish()
+            if groups is not None:
+                rows = self.world.gather(rollout_rows(groups, rank=self.world.rank, advantages=advantages))
+                hdpo = self.config.hdpo
+                scalars |= rollout_scalars([row for part in rows for row in part], weights=(hdpo.w_acc, hdpo.w_tool))
+        now = time.perf_counter()
+        if self._since is not None:
+            self.close_step(now - self._since)
+        self._since = now
         scalars |= self.reduce_over_ranks(self.world.gather)
-        timings = {name: value for name, value in scalars.items() if name.startswith("time/")}
-        scalars["time/step"] = sum(timings.values())
-        for sink in self.sinks:
-            sink.write(step, scalars)
-        if self._bar is not None:
-            values = {label: scalars[name] for label, name in self.shown if name in scalars}
-            self._bar.set_postfix_str(" ".join(f"{label} {value:.3g}" for label, value in values.items()))
+        with self.timed("log"):
+            for sink in self.sinks:
+                sink.write(step, scalars)
+            if groups is not None:
+                self._writing = self._thread.submit(self._write_rollouts, step, groups, advantages)
+            if self._bar is not None:
+                values = {label: scalars[name] for label, name in self.shown if name in scalars}
+                self._bar.set_postfix_str(" ".join(f"{label} {value:.3g}" for label, value in values.items()))
         return scalars
 
+    def finish(self) -> None:
+        """Wait until the last step's dump is on the disk; raises what kept it from being written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write_rollouts(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None) -> None:
+        every = self.config.log.rollouts_every
+        if every and step % every == 0:
+            self._dumps.write(step, groups, advantages)
+        self._show(step, groups)
+
     def _show(self, step: int, groups: Sequence[RewardedGroup]) -> None:
-        """The first rollout of a few groups, as text and pictures."""
+        """The first rollout of a few groups, as text and small pictures."""
         for index, group in enumerate(groups[:self.config.log.samples] if self.sinks else []):
             trajectory, judgement = group.trajectories[0], group.judgements[0]
             parts = [group.task.question]
@@ -74,8 +103,11 @@ class RunLog(Metrics):
             parts.append(f"[{judgement.verdict.value} by {judgement.by}; truth: {group.task.ground_truth}]")
             for sink in self.sinks:
                 sink.write_text(step, f"rollouts/{index}", "\n\n".join(parts))
-                for number, image in enumerate(trajectory.images):
-                    sink.write_image(step, f"rollouts/{index}/image_{number + 1}", image)
+            for number, image in enumerate(trajectory.images[:SHOWN_IMAGES]):
+                small = image.copy()
+                small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+                for sink in self.sinks:
+                    sink.write_image(step, f"rollouts/{index}/image_{number + 1}", small)
 
     def note(self, text: str) -> None:
         """A line for the person at the terminal, once."""
@@ -83,5 +115,8 @@ class RunLog(Metrics):
             tqdm.write(text)
 
     def close(self) -> None:
+        """Raises what kept the last dump from being written, having closed everything."""
+        self._thread.shutdown()
         for sink in self.sinks:
             sink.close()
+        self.finish()

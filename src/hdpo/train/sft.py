@@ -49,8 +49,8 @@ def train(config: Config, parts: SftParts) -> bool:
             return [threads.submit(lambda number: encode(parts.chat, mine[number]), number) for number in range(len(mine))]
 
         for step in log.steps(start, steps, "SFT"):
-            checkpoints.check()
             with log.timed("data"):
+                checkpoints.check()
                 rows = demos.take(config.optim.rows_per_step)
                 samples = [row.result() for row in ahead or begin(rows)]
                 ahead = begin(demos.peek(config.optim.rows_per_step)) if step + 1 < steps else []
