@@ -28,7 +28,7 @@ from hdpo.train.canary import (
     measure,
     sampled,
 )
-from hdpo.types import Sample, Vision
+from hdpo.types import Sample
 
 CANARIES = 50
 KINDS = ("text", "long", "images", "tool_images")
@@ -136,7 +136,7 @@ def wrong_grid(row: Sample, seed: int) -> Sample:
         return row
     grid = row.vision.grid_thw.flip(1)[:, [2, 0, 1]] if seed else torch.tensor(
         [[t, h // 2, 2 * w] if h % 4 == 0 else [t, 2 * h, w // 2] for t, h, w in row.vision.grid_thw.tolist()])
-    return replace(row, vision=Vision(row.vision.pixels, grid))
+    return replace(row, vision=replace(row.vision, grid_thw=grid))
 
 
 @pytest.mark.parametrize("fault", [stale_head, shifted_rotary, wrong_grid])
