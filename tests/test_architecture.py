@@ -87,6 +87,7 @@ def test_each_room_says_what_it_holds_and_where_to_start(room: str) -> None:
 ADAPTERS_USE = {"maths", "words", "ranks", "packing", "state", "adapters"}
 ADAPTER_EXTRAS = {
     "agent.chat",              # one adapter opens the chat format of a model folder
+    "agent.spelled",           # where a generation ends
     "agent.families",          # what differs between model families: parameter names, positions
     "reward.verdict_cache",    # what a judge's verdict depends on, as a fingerprint
     "reward.judge_prompt",     # the words a judge is asked with

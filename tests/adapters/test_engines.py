@@ -267,6 +267,42 @@ def test_banned_ids_are_never_sampled_even_with_the_largest_logits(engine, model
     restore(engine, model)
 
 
+def test_a_generation_ends_with_the_token_that_completes_the_closing_tag_wherever_that_is_cut(engine, monkeypatch):
+    from hdpo.agent.spelled import SpelledTag
+
+    tag = SpelledTag("a>b", ["a", ">", "xa>", "b", "a>b!", "", ">ba", "aa"] * 34)
+    free = run(engine, {str(seed): text(seed, max_tokens=60) for seed in range(12)})
+    monkeypatch.setattr(engine, "_spelled_end", tag)
+    stopped = run(engine, {str(seed): text(seed, max_tokens=60) for seed in range(12)})
+    assert engine.num_unfinished() == 0
+    ended = 0
+    for name, completion in free.items():
+        said, ids = "", []
+        for token in completion.token_ids:
+            ids.append(token)
+            said += tag._texts[token] if token not in (END, TOOL_CALL_END) else ""
+            if "a>b" in said:
+                break
+        assert stopped[name].token_ids == ids and len(stopped[name].log_probs) == len(ids)
+        if "a>b" in said:
+            ended += 1
+            assert stopped[name].stop is StopReason.TOOL_CALL
+        else:
+            assert stopped[name].stop is completion.stop
+    assert ended > 6
+
+
+def test_log_probs_of_a_peaked_row_over_a_real_vocabulary_are_exact():
+    import torch
+
+    from hdpo.adapters.vllm_sampling import normalised
+
+    logits = torch.randn(4, 151_936, generator=torch.Generator().manual_seed(0)) * 2
+    logits[:, 7] += torch.tensor([14.0, 18.0, 22.0, 26.0])
+    exact = logits.double().log_softmax(-1)
+    assert (normalised(logits) - exact).abs().max() < 1e-5
+
+
 def test_incomplete_or_unknown_weights_are_refused(engine, model):
     state = model.state_dict()
     dropped = next(name for name in state if name.endswith("layers.1.mlp.down_proj.weight"))

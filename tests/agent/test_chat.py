@@ -192,7 +192,15 @@ def test_a_recording_of_another_shape_is_refused(chat: ChatFormat, change, messa
 
 def test_stop_and_banned_ids(chat: ChatFormat) -> None:
     assert raw(chat, list(chat.stop_ids)) == "</tool_call><|im_end|>"
-    assert {raw(chat, [i]) for i in chat.banned_ids} == set(SPECIAL) - {"<|im_end|>"}
+    known = chat._control.get_vocab_size()
+    assert {raw(chat, [i]) for i in chat.banned_ids if i < known} == set(SPECIAL) - {"<|im_end|>"}
+
+
+def test_ids_of_a_padded_head_are_banned_and_no_other(chat: ChatFormat) -> None:
+    padded = ChatFormat(chat.family, chat._template, chat._processor, 4096, 65536, head_size=1000)
+    known = chat._control.get_vocab_size()
+    assert [i for i in padded.banned_ids if i >= known] == list(range(known, 1000))
+    assert [i for i in padded.banned_ids if i < known] == [i for i in chat.banned_ids if i < known]
     assert chat.decode([*chat.encode_turn(CALL), chat.end_of_turn_id]) == CALL
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from hdpo.adapters.torchvision_shim import activate
 from hdpo.adapters.vllm_process import quiet, start_engine, undisturbed_process
+from hdpo.adapters.vllm_sampling import exact_log_probs, forbid, stop_at
 from hdpo.adapters.vllm_worker import compare_sums, forget_weights, reload
 from hdpo.agent.families import FAMILIES, Family
+from hdpo.agent.spelled import SpelledTag
 from hdpo.checksums import Checksum, Comparison
 from hdpo.config import RolloutConfig
 from hdpo.errors import ModelError
@@ -34,8 +36,8 @@ class VllmEngine:
     """`protocols.Engine` on an in-process vLLM.
 
     `model_path` is a Hugging Face folder. Generation ends at any of `stop_token_ids` (kept in the completion);
-    `tool_call_end_id` tells which of them closes a tool call. `banned_token_ids` get a bias of -100 nat, which leaves
-    them a probability below 1e-40. `min_pixels` and `max_pixels` must be those of the trainer's image processor.
+    `tool_call_end_id` tells which of them closes a tool call; `spelled_end` closes one too, with the token that completes it.
+    `banned_token_ids` are left out of the softmax. `min_pixels` and `max_pixels` must be those of the trainer's image processor.
     `dtype` is "auto" (bfloat16 on CUDA, float32 on CPU), "float32" or "bfloat16".
 
     Log-probs are those of the sampled ids at the sampling temperature (at temperature 0: of the greedy id at
@@ -47,8 +49,8 @@ class VllmEngine:
     """
 
     def __init__(self, model_path: str, *, config: RolloutConfig, max_model_len: int, stop_token_ids: Sequence[int],
-                 tool_call_end_id: int, banned_token_ids: Sequence[int] = (), image_limit: int = 1, min_pixels: int,
-                 max_pixels: int, dtype: str = "auto", seed: int = 0) -> None:
+                 tool_call_end_id: int, banned_token_ids: Sequence[int] = (), spelled_end: SpelledTag | None = None,
+                 image_limit: int = 1, min_pixels: int, max_pixels: int, dtype: str = "auto", seed: int = 0) -> None:
         if not os.path.isfile(os.path.join(model_path, "config.json")):
             raise ModelError(f"model.path: {model_path} has no config.json")
         activate()
@@ -57,7 +59,7 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self._stop_token_ids = list(stop_token_ids)
         self._tool_call_end_id = tool_call_end_id
-        self._ban = {token: -100.0 for token in banned_token_ids}
+        self._spelled_end = spelled_end
         self._version = 0
         self._cuda = torch.cuda.is_available()
         self._kv_asleep = self._forgotten = False
@@ -74,6 +76,9 @@ class VllmEngine:
             **_placement(config, self._cuda, self._owns_process_group))
         with undisturbed_process(), quiet():
             self._engine = start_engine(arguments)
+        if banned_token_ids:
+            self._engine.collective_rpc(forbid, args=(tuple(banned_token_ids),))
+        self._engine.collective_rpc(exact_log_probs)
         model = self._engine.model_config.hf_config
         self._tied, self._family = bool(model.tie_word_embeddings), FAMILIES[model.model_type]
 
@@ -98,12 +103,14 @@ class VllmEngine:
         parameters = SamplingParams(
             temperature=request.temperature, top_p=1.0, top_k=-1, min_p=0.0, seed=request.seed,
             max_tokens=request.max_tokens, stop_token_ids=self._stop_token_ids, ignore_eos=True,
-            logit_bias=self._ban or None, logprobs=0, flat_logprobs=True, detokenize=False,
+            logprobs=0, flat_logprobs=True, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY)
         try:
-            self._engine.add_request(request_id, prompt, parameters)
+            name = self._engine.add_request(request_id, prompt, parameters)
         except VLLMValidationError as exc:
             raise ValueError(str(exc)) from exc
+        if self._spelled_end is not None:
+            stop_at(self._engine, name, self._spelled_end)
 
     def step(self) -> list[tuple[str, Completion]]:
         """Advance every running request by at least one token; return those that finished."""
@@ -119,7 +126,9 @@ class VllmEngine:
         elif output.finish_reason == "length":
             stop = StopReason.LENGTH
         else:
-            stop = StopReason.TOOL_CALL if token_ids[-1] == self._tool_call_end_id else StopReason.END_OF_TURN
+            spelled = self._spelled_end is not None and output.stop_reason == self._spelled_end.tag
+            called = spelled or token_ids[-1] == self._tool_call_end_id
+            stop = StopReason.TOOL_CALL if called else StopReason.END_OF_TURN
         flat = output.logprobs   # the sampled id comes first in each position
         return Completion(token_ids, [flat.logprobs[i] for i in flat.start_indices], stop, self._version,
                           num_cached)

@@ -20,6 +20,7 @@ from hdpo.agent.families import FAMILIES, Family
 from hdpo.agent.images import bound_image, bounded_size, content_key, num_image_tokens
 from hdpo.agent.observation import cut_middle, images_that_fit
 from hdpo.agent.parse import TOOL_CALL_CLOSE
+from hdpo.agent.spelled import SpelledTag
 from hdpo.errors import ConfigError, DataError, ModelError
 from hdpo.pixels import PixelScale, expand, frame_patches
 from hdpo.types import Vision
@@ -31,14 +32,17 @@ class ChatFormat:
     """One model's tokenizer, image processor and image bounds. Made by `load_chat_format`; safe to use from threads.
 
     stop_ids    </tool_call> and <|im_end|>: where a generation ends
+    spelled_end </tool_call> as ordinary tokens may spell it: ends one too
     banned_ids  all other control tokens (vision placeholders, <|im_start|>, ...): never to be sampled, or the counts of
-                placeholders and images would part. Engine and trainer both leave them out of the softmax
+                placeholders and images would part; and ids of a padded head that no token has. Engine and trainer both leave
+                them out of the softmax
     min_pixels, max_pixels  the given bounds narrowed to those of the image processor, so that it resizes nothing
     image_token_id          None for a text-only model: prompts with images are refused, images of tools are left out
     """
 
-    def __init__(self, family: Family, tokenizer: Any, image_processor: Any, min_pixels: int, max_pixels: int) -> None:
-        """`image_processor` is None for a text-only model."""
+    def __init__(self, family: Family, tokenizer: Any, image_processor: Any, min_pixels: int, max_pixels: int,
+                 head_size: int = 0) -> None:
+        """`image_processor` is None for a text-only model. `head_size`: rows of its head, ids it could sample."""
         self.family = family
         self._template = tokenizer
         self._processor = image_processor
@@ -56,7 +60,11 @@ class ChatFormat:
         self._control_words = tuple(special)
         words = f"{family.name}\0{json.dumps(description)}\0{tokenizer.chat_template}"
         self._words = hashlib.sha256(words.encode()).hexdigest()
-        self.banned_ids = tuple(sorted(set(special.values()) - {self.end_of_turn_id}))
+        known = self._control.get_vocab(with_added_tokens=True).values()
+        unknown = set(range(head_size)).difference(known)
+        self.banned_ids = tuple(sorted(set(special.values()) - {self.end_of_turn_id} | unknown))
+        texts = self._control.decode_batch([[id] for id in range(max(known) + 1)], skip_special_tokens=True)
+        self.spelled_end = SpelledTag(TOOL_CALL_CLOSE, texts)
         self._image_words = "".join(family.image_words or ())
         self._image_block = self._encode(self._control, self._image_words)
         self._open, self._close = (self._encode(self._control, s) for s in family.observation_words)
@@ -256,7 +264,8 @@ def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatF
     if not folder.is_dir():
         raise ModelError(f"model.path: no such folder: {model_path}")
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        config = json.loads((folder / "config.json").read_text())
+        kind, head_size = config.get("model_type"), (config.get("text_config") or config).get("vocab_size") or 0
     except (OSError, ValueError) as exc:
         raise ModelError(f"{folder}: config.json is missing or unreadable ({exc.__class__.__name__})") from exc
     if kind not in FAMILIES:
@@ -271,4 +280,4 @@ def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatF
         raise ModelError(f"{folder}: the tokenizer has no chat template")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ModelError(f"{folder}: tokenizer.json is missing, a fast tokenizer is needed")
-    return ChatFormat(family, tokenizer, image_processor, min_pixels, max_pixels)
+    return ChatFormat(family, tokenizer, image_processor, min_pixels, max_pixels, head_size)

@@ -18,8 +18,8 @@ def open_engine(config: Config, chat: ChatFormat, closing: ExitStack) -> Engine:
     engine = make_engine(
         config.rollout.engine, config.model.path, config=config.rollout, max_model_len=config.max_model_len,
         stop_token_ids=chat.stop_ids, tool_call_end_id=chat.tool_call_end_id, banned_token_ids=chat.banned_ids,
-        image_limit=config.rollout.max_images, min_pixels=chat.min_pixels, max_pixels=chat.max_pixels,
-        dtype=config.model.dtype, seed=config.run.seed)
+        spelled_end=chat.spelled_end, image_limit=config.rollout.max_images, min_pixels=chat.min_pixels,
+        max_pixels=chat.max_pixels, dtype=config.model.dtype, seed=config.run.seed)
     closing.callback(engine.close)
     return engine
 

@@ -24,11 +24,11 @@ CHANNEL_NAMES = ("acc", "tool")
 
 @lru_cache(maxsize=4)
 def ban_bias(banned_ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor | None:
-    """[V] float32: -100 at ids the engine never samples, so that both normalise over the same set."""
+    """[V] float32: -inf at ids the engine never samples, so that both normalise over the same set."""
     if not banned_ids:
         return None
     bias = torch.zeros(vocabulary)
-    bias[list(banned_ids)] = -100.0
+    bias[list(banned_ids)] = float("-inf")
     return bias.to(device, non_blocking=True)
 
 
