@@ -1,6 +1,7 @@
 """Metrics: exact over any split, one transfer, resumable file; statistics of trajectories from gathered rows."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -12,7 +13,7 @@ from synthetic_run import make_task, make_trajectory, score
 
 from hdpo.errors import DataError
 from hdpo.train.metrics import JsonlSink, Metrics, memory_scalars, read_metrics
-from hdpo.train.rollout_metrics import behaviour, rollout_rows, rollout_scalars
+from hdpo.train.rollout_metrics import behaviour, rollout_rows, rollout_scalars, silence
 from hdpo.types import EndReason, ToolCall
 
 
@@ -223,6 +224,20 @@ def test_end_reasons_and_deciders_are_shares_of_all_rows():
     assert sum(value for name, value in scalars.items() if name.startswith("end/")) == pytest.approx(1.0)
     assert scalars["end/max_tokens"] == scalars["response_length/clip_ratio"] == 1 / 4
     assert scalars["score/unscored"] == 1 / 4 and scalars["score/by_rule"] == 3 / 4
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    ([(True, False, False, OK), (True, True, False, OK)], "no rollout is right"),
+    ([(True, True, True, OK), (True, True, True, OK)], "every rollout is right"),
+    ([(True, False, True, EndReason.INFRASTRUCTURE)], "no rollout has a verdict")])
+def test_a_step_that_can_move_nothing_says_why_and_any_other_says_nothing(rows, words):
+    rows = _rows(*rows)
+    still = [dataclasses.replace(row, advantages=(0.0, 0.0)) for row in rows]
+    if words.startswith("no rollout has"):
+        still = [dataclasses.replace(row, reward=dataclasses.replace(row.reward, scored=False)) for row in still]
+    assert silence(rollout_scalars(still)).startswith(words)
+    moved = [dataclasses.replace(rows[0], advantages=(0.0, 0.5)), *still[1:]]
+    assert not silence(rollout_scalars(moved)) and not silence(rollout_scalars(rows))     # rows: without any advantages
 
 
 def test_metrics_jsonl_is_valid_json_and_keeps_every_line_as_soon_as_it_is_written(tmp_path):

@@ -107,13 +107,14 @@ class ToolClient:
             if status == 200:
                 try:
                     return await self._off_loop(len(payload), _reply, payload)
-                except (WireError, ValueError, RecursionError) as exc:
+                except (WireError, ValueError, RecursionError) as exc:     # asked again: the server remembers its answer
                     oddities.count("tool/unreadable_answer")
-                    raise ToolServerError(f"{self.url}: not a tool server's answer: {text.one_line(exc)}") from exc
+                    status, problem = None, f"not a tool server's answer: {text.one_line(exc)}"
             if status in BUSY or (status == UNREACHED and patient):
                 waits += 1
             elif status in (None, UNREACHED) or status in BROKEN:
                 failures += 1
+                oddities.count("tool/failed_attempt")
                 if failures > self.retries:
                     raise ToolServerError(f"{self.url}: {problem} ({failures} attempts)")
             else:

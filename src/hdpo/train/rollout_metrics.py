@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -126,6 +126,8 @@ def rollout_scalars(rows: Sequence[RolloutRow], *, weights: tuple[float, float] 
             ("rollout_seconds", [row.seconds for row in rows])):
         scalars |= _mean_max_min(name, values)
     scalars |= _tool_scalars(rows) | _group_scalars(rows) | _advantage_scalars(scored, weights)
+    if given := [row.advantages for row in rows if row.advantages]:
+        scalars["hdpo/rows_with_signal"] = sum(map(any, given)) / len(given)
     if rows:
         ends, judges = Counter(row.end for row in rows), Counter(row.by for row in rows)
         scalars |= {f"end/{end.value}": ends[end] / len(rows) for end in EndReason}
@@ -134,6 +136,21 @@ def rollout_scalars(rows: Sequence[RolloutRow], *, weights: tuple[float, float] 
         cut = ends[EndReason.MAX_TOKENS] + ends[EndReason.CONTEXT_FULL]
         scalars["response_length/clip_ratio"] = cut / len(rows)
     return scalars
+
+
+def silence(scalars: Mapping[str, float]) -> str:
+    """Why no rollout of a step can move the policy, from the step's scalars; empty when some can, or outside of training."""
+    if scalars.get("hdpo/rows_with_signal", 1.0):
+        return ""
+    accuracy = scalars.get("reward/accuracy/mean")
+    if accuracy is None:
+        return "no rollout has a verdict"
+    if accuracy == 0:
+        ruled, answered = scalars["score/by_rule"], scalars["end/answered"]
+        return f"no rollout is right ({ruled:.0%} decided by rules, {answered:.0%} hold an answer)"
+    if accuracy == 1:
+        return "every rollout is right, and within each group with as many calls"
+    return "within each group all rollouts have the same reward"
 
 
 def _mean_max_min(name: str, values: list[float]) -> dict[str, float]:

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from hdpo import oddities
 from hdpo.config import Config
 from hdpo.protocols import LogSink
 from hdpo.ranks.world import World
 from hdpo.state.dump import RolloutDumps
 from hdpo.train.metrics import Metrics, memory_scalars
-from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars
+from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars, silence
 from hdpo.types import RewardedGroup
 
 SHOWN_IMAGES, SHOWN_SIDE = 8, 768
@@ -70,12 +71,15 @@ class RunLog(Metrics):
         if self._since is not None:
             self.close_step(now - self._since)
         self._since = now
+        self.totals(oddities.take())
         scalars |= self.reduce_over_ranks(self.world.gather)
         with self.timed("log"):
             for sink in self.sinks:
                 sink.write(step, scalars)
             if groups is not None:
                 self._writing = self._thread.submit(self._write_rollouts, step, groups, advantages)
+                if why := silence(scalars):
+                    self.note(f"step {step} has nothing to learn from: {why}")
             if self._bar is not None:
                 values = {label: scalars[name] for label, name in self.shown if name in scalars}
                 self._bar.set_postfix_str(" ".join(f"{label} {value:.3g}" for label, value in values.items()))
