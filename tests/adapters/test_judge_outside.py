@@ -61,7 +61,7 @@ def test_a_half_surrogate_pair_is_kept_as_text_and_the_cache_stays_open_for_all(
     assert [judges.ask(judge).by for _ in range(2)] == ["judge", "cache"]
     judges.background.run(judge.close())
     with sqlite3.connect(tmp_path / "v.sqlite", timeout=0.1) as other:   # nobody holds a transaction
-        assert other.execute("SELECT verdict, detail FROM verdicts").fetchall() == [("correct", "? it matches.\nCORRECT")]
+        assert other.execute("SELECT verdict, detail FROM verdicts").fetchall() == [("correct", "\ufffd it matches.\nCORRECT")]
         other.execute("DELETE FROM verdicts")
 
 

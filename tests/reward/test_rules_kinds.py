@@ -130,7 +130,9 @@ def test_no_that_belongs_to_another_word_is_no_answer() -> None:
         assert decide(said, "No", question) is WRONG and decide(said, "Yes", question) is WRONG, said
     assert never(WRONG, "Yes", question, "No doubt, it is open") and never(CORRECT, "No", question, "No doubt, it is open")
     assert decide("No, it is not.", "No", question) is CORRECT and decide("No, it is shut.", "No", question) is CORRECT
-    assert never(CORRECT, "No", question, "No way to tell", "No, or yes", "Nothing", "No people are there, but it is open")
+    assert never(CORRECT, "No", question, "No way to tell", "No, or yes", "Nothing", "No people are there, but it is open",
+                 "No. 5", "No-one knows", "No, it is open", "No, just kidding", "No (or not?)")
+    assert never(WRONG, "No", "Can the age be determined?", "It cannot be determined")   # here it is the answer
 
 
 def test_a_refusal_is_wrong_unless_the_truth_or_an_option_says_so() -> None:
@@ -148,6 +150,7 @@ def test_dates_are_days_whatever_their_order() -> None:
     assert all(decide(a, b, "When was it?") is CORRECT for a in same for b in same)
     assert all(decide(a, "24 December 2020", "When was it?") is WRONG for a in same)
     assert decide("3 April 2020", "03/04/2020") is UNSCORED and decide("3/4/2020", "03/04/2020") is CORRECT
+    assert never(WRONG, "2019-2020", "Which season?", "2019-20")
     assert decide("March 1952", "1952", "When?") is CORRECT and never(CORRECT, "March 1952", "When?", "1952")
     assert never(CORRECT, "1990", "What's the year?", "1990s")
 
@@ -168,6 +171,8 @@ def test_a_letter_that_looks_like_an_article_is_none() -> None:
      r"(\sqrt{2}+\sqrt{6})/4"),
     ("What is the product of x+1 and x+2?", "x^2+3x+2", ["(x+1)(x+2)", "(x+2)(1+x)"], "x^2 + 3x + 2"),
     ("Compute 2^10.", "1024", ["2^10", "2^{10}", r"4^5", "1023+1"], "1,024"),
+    ("Write 320000 in scientific notation.", r"3.2 \times 10^5", ["320000", r"32 \times 10^4"], "3.2e5"),
+    ("Convert 0.75 to a fraction.", "3/4", ["0.75", "75/100", "75%"], r"\frac{3}{4}"),
     ("Write 3/8 as a decimal.", "0.375", ["3/8", r"\frac{3}{8}", "6/16"], "0.375"),
     ("Convert 90 minutes to hours.", "1.5 hours", ["90 minutes", "90 min"], "1.5 h")])
 def test_a_question_restated_is_no_answer(question: str, truth: str, restated: list[str], worked_out: str) -> None:

@@ -29,6 +29,9 @@ def by_size(prediction: str, gold: str, asked: Asked) -> Found:
     said, true = ([int(n) for n in re.findall(r"\d+", plain(text))] for text in (prediction, gold))
     if said == true:
         return (True,)
+    ends = [(str(max(a, b)), str(min(a, b))) for a, b in zip(said, true, strict=False) if a != b]
+    if "-" in signs[0] and any(longer.endswith(shorter) for longer, shorter in ends):
+        return (None,)   # 2019-20 is 2019-2020
     if len(said) == len(true) and _SIZE_WORDS.search(asked.text.casefold()):
         return (False,)
     return (None if Counter(said) == Counter(true) or "-" not in signs[0] and prod(said) == prod(true) else False,)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hdpo.errors import HdpoError
+from hdpo.text import valid
 
 _MAX_WORDS = 300   # characters kept of what a provider says
 _TOO_LONG = re.compile(
@@ -55,7 +56,7 @@ def read_reply(response: Any) -> Reply:
     reason = choice.get("finish_reason")
     usage = response.get("usage")
     tokens = [_count(usage.get(name)) if isinstance(usage, Mapping) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    return Reply(valid_unicode(_content(message.get("content"))),
+    return Reply(valid(_content(message.get("content")), "judge"),
                  reason if reason in ("length", "content_filter") else "", *tokens)
 
 
@@ -109,11 +110,6 @@ def one_line(text: str) -> str:
     """Valid Unicode on one line, without escapes and direction marks, at most 300 characters."""
     text = "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn") else " " for c in text[:8 * _MAX_WORDS])
     return " ".join(text.split())[:_MAX_WORDS]
-
-
-def valid_unicode(text: str) -> str:
-    """`text` with half surrogate pairs replaced: they can be spelled in JSON, and no database or file holds them."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _code(response: Mapping[str, Any]) -> int:

@@ -33,6 +33,7 @@ _KNOWN_COMMANDS = frozenset(
     "frac dfrac tfrac sqrt pi cdot times div left right sin cos tan cot sec csc arcsin arccos arctan log ln exp infty theta "
     "alpha beta gamma delta lambda mu sigma phi omega le leq ge geq lt gt neq ne".split())
 _CALLS = re.compile(r"sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|√")
+_SUM = re.compile(r"(?<![\^_\d.])\d+\s*[-+×*]\s*\d+(?![\d.]*[a-zA-Z\\(])")   # 71+1: arithmetic that is left to the reader
 _TOKENS = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\?[a-zA-Z]+|[-+/^<>≤≥=,\[\]|]")
 
 
@@ -55,7 +56,8 @@ def equivalent(prediction: str, gold: str, question: str = "", time_limit_s: flo
     names = [set(re.findall(r"[A-Za-z]", _FUNCTION_WORDS.sub(" ", _COMMAND_WORDS.sub(" ", text or "")))) for text in pair]
     if names[0] != names[1] and {n.lower() for n in names[0]} & {n.lower() for n in names[0] ^ names[1]}:
         return Verdict.UNSCORED   # x and X
-    undone = set(_CALLS.findall(prediction)) - set(_CALLS.findall(gold))
+    undone = set(_CALLS.findall(prediction)) - set(_CALLS.findall(gold)) or (
+        _SUM.search(plain(prediction)) and not _SUM.search(plain(gold)))
     return _pool().ask({
         "prediction": pair[0], "gold": pair[1], "seconds": time_limit_s, "alike": alike, "any_form": not (asked.form or undone),
         "given": [] if alike else _expressions(question), "one_right": not asked.many_right})
@@ -64,7 +66,7 @@ def equivalent(prediction: str, gold: str, question: str = "", time_limit_s: flo
 def _tokens(text: str) -> list[str]:
     """Numbers, names and signs in no order: what writing the terms or factors in another order leaves as it is."""
     text = re.sub(r"\\[dt]frac", r"\\frac", plain(text).replace("**", "^"))
-    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text).replace("√", "sqrt").replace("π", "pi")
+    text = text.replace(r"\frac", " / ").replace("√", " sqrt ").replace("π", " pi ")
     return sorted(token.removeprefix("\\") for token in _TOKENS.findall(text) if token not in (r"\left", r"\right"))
 
 

@@ -14,12 +14,13 @@ from functools import lru_cache
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _PLAIN = str.maketrans({c: "-" for c in "−–‐‑﹣－"} | {c: " " for c in "\u00a0\u202f\u2009\u2007\u3000"} | {
     "⁄": "/", "＋": "+", "·": "×", "∙": "×", "’": "'"})
+_END = r"(?![a-zA-Z])"   # of a command's name
 _LATEX = [(re.compile(pattern), to) for pattern, to in (
-    (r"\\[dt]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"), (r"\\left|\\right|\\displaystyle", ""),
+    (r"\\[dt]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"), (rf"\\(?:left|right|displaystyle){_END}", ""),
     (r"\\(?:text|mathrm|textrm|mbox|textup)\s*\{([^{}]*)\}", r" \1 "), (r"\\[,;:! ]|~", " "), (r"\{,\}", ","),
-    (r"\\%", "%"), (r"\\\$", "$"), (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree\b", "°"), (r"\\(?:times|cdot)\b", "×"),
-    (r"\\pm\b", "±"), (r"\\le(?:q(?:slant)?)?\b", "≤"), (r"\\ge(?:q(?:slant)?)?\b", "≥"), (r"\\lt\b", "<"), (r"\\gt\b", ">"),
-    (r"\\(?:quad|qquad)\b", " "))]
+    (r"\\%", "%"), (r"\\\$", "$"), (rf"\^\s*\{{?\s*\\(?:circ|degree)\s*\}}?|\\degree{_END}", "°"),
+    (rf"\\(?:times|cdot){_END}", "×"), (rf"\\pm{_END}", "±"), (rf"\\le(?:q(?:slant)?)?{_END}", "≤"),
+    (rf"\\ge(?:q(?:slant)?)?{_END}", "≥"), (rf"\\lt{_END}", "<"), (rf"\\gt{_END}", ">"), (rf"\\(?:quad|qquad){_END}", " "))]
 
 
 @lru_cache(maxsize=8192)
@@ -52,7 +53,7 @@ class Numeral:
     ulp: Fraction          # what its last written digit is worth
     decimals: int          # digits behind the decimal sign
     digits: int            # significant digits
-    style: str             # "digits", "fraction", "mixed", "power" or "words"
+    style: str             # "digits", "scientific", "fraction", "mixed", "power" or "words"
     scale: int = 1         # the factor of a word behind it, 10**6 for "million"; already in value and ulp
     likely: bool = True    # the reading that one would take in an English text
     abroad: bool = True    # and in one with decimal commas
@@ -127,7 +128,8 @@ def _decimal(body: str, sign: int, power: str) -> tuple[Numeral, ...]:
         ulp = factor / 10 ** len(decimals)
         significant = (whole + decimals).lstrip("0")
         value = Fraction(digits if whole else f"0{digits}") * factor * sign
-        found.append(Numeral(value, ulp, len(decimals), max(len(significant), 1), "digits", likely=likely, abroad=abroad))
+        style = "scientific" if power else "digits"
+        found.append(Numeral(value, ulp, len(decimals), max(len(significant), 1), style, likely=likely, abroad=abroad))
     return tuple(found)
 
 

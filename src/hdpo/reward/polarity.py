@@ -5,23 +5,24 @@ import re
 
 YES_NO = {"yes": True, "no": False, "true": True, "false": False}
 
-_OPENING = re.compile(r"(yes|no|true|false)(?:$|\s*[,.;:!—–-]+\s*|"
+_OPENING = re.compile(r"(yes|no|true|false)(?:$|\s*[,.;:!—]+(?!\s*\d)\s*|\s+[–-]+\s+|"
                       r"\s+(?=(?:it|he|she|they|there|this|that|these|those|the|i|we)\b))")
 _TAKEN_BACK = re.compile(
     r"\b(?:yes|no|true|false|not|never|neither|nor|none|nope|yeah|yep|nah|but|though|although|however|unless|except|if|or|maybe|"
     r"perhaps|possibly|probably|likely|may|might|could|would|should|cannot|unable|unclear|unsure|uncertain|unknown|unlikely|"
     r"doubt\w*|wait|sorry|actually|rather|instead|otherwise|opposite|incorrect\w*|wrong\w*|guess\w*|assum\w*|suppos\w*|sure|know|"
     r"tell|determin\w*|insufficient|inconclusive|ambiguous|depends?|impossible|missing|unreadable|unavailable|blurr\w+|illegible|"
-    r"correction|scratch|mistake|hardly|barely|partly|partially|sometimes|n/a)\b|n't\b|[?/]")
+    r"correction|scratch|mistake|hardly|barely|partly|partially|sometimes|kidding|jok\w+|lied|lie|thought|"
+    r"reflection|reconsider\w*|contrary|reverse|mind|n/a)\b|n't\b|[?/]")
 _PLAIN_NO = re.compile(
     r"(?:it|he|she|they|there|this|that|these|those|the [a-z]+(?: [a-z]+)?) (?:is|are|was|were|does|do|did|has|have|"
     r"had)(?: not|n't)")
 
 
-def polarity(text: str) -> bool | None:
+def polarity(text: str, question: str = "") -> bool | None:
     """The yes or no an unwrapped answer begins with, if what follows is a sentence of its own that doesn't take it back.
 
-    "No idea", "No doubt, it is green" and "Yes and no" are neither.
+    "No idea", "No doubt, it is green", "Yes and no", and "No, it is open" where "is it open?" was asked, are neither.
     """
     low = text.casefold().replace("’", "'")
     match = _OPENING.match(low)
@@ -30,6 +31,9 @@ def polarity(text: str) -> bool | None:
     rest = low[match.end():].rstrip(" .!")
     said = YES_NO[match[1]]
     if _TAKEN_BACK.search(rest) and not (said is False and _PLAIN_NO.fullmatch(rest)):
+        return None
+    asked = re.findall(r"[a-z]+", question.casefold())
+    if said is False and asked and not _TAKEN_BACK.search(rest) and re.search(rf"\b{asked[-1]}\b", rest):
         return None
     return said
 
@@ -73,7 +77,10 @@ def may_mean_none(text: str) -> bool:
     return bool(_OF_THAT_KIND.search(text.casefold())) and text.casefold().strip() not in YES_NO
 
 
-def missing_thing(text: str) -> str:
-    """The noun of "No image was provided": if the question is about it, this is an answer. "" for other refusals."""
-    match = re.match(r"(?:there is )?no ([a-z]+)|.*?\b(information|data|answer|context|details?)\b", text.casefold())
-    return (match[1] or match[2]) if match else ""
+def is_about(question: str, refusal: str) -> bool:
+    """Whether a question asks for what a refusal says is lacking: then "It cannot be determined" is an answer."""
+    common = ("image", "pictu", "photo", "figur", "chart", "there", "this", "that", "from", "with", "canno", "answe")
+    stems = {word[:5] for word in re.findall(r"[a-z]{4,}", refusal.casefold())} - set(common)
+    noun = re.match(r"(?:there is )?no ([a-z]+)", refusal.casefold())
+    stems |= {noun[1][:5]} if noun else set()
+    return any(re.search(rf"\b{stem}", question.casefold()) for stem in stems)

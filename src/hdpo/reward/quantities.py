@@ -60,8 +60,8 @@ def parse_quantities(text: str, warm: bool = False) -> tuple[Quantity, ...]:
     sign = "-" if "-" in (match["sign"] or "") + (match["sign2"] or "") else ""
     numbers = readings(sign + match["number"].strip())
     unit, money = match["unit"] or "", match["money"] or ""
-    if not numbers or money and unit:   # "$5 each", "$5 USD": let somebody else decide
-        return ()
+    if not numbers or money and unit or unit.casefold().split(" ")[0].removesuffix("s") in SCALES:
+        return ()   # "$5 each", "83 thousand million": let somebody else decide
     if match["scale"]:
         numbers = tuple(n.scaled(SCALES[match["scale"]]) for n in numbers)
     found = [_with_unit(number, unit or money, match["gap"]) for number in numbers]
@@ -175,7 +175,7 @@ def _percent(prediction: Quantity, gold: Quantity, asked: Asked) -> bool | None:
     as_said = same_number(prediction.number, gold.number, asked, with_unit=True)
     if asked.percent:
         return None if as_said is False and (a == b or abs(a - b) <= bare.number.ulp / 2) else as_said
-    if not asked.share or not 0 <= bare.number.value <= 1:
+    if not asked.share or asked.form or not 0 <= bare.number.value <= 1:
         return None
     if as_said is not False:   # 0.45% of something, or 0.45 of it
         return None
@@ -220,8 +220,9 @@ def same_number(prediction: Numeral, gold: Numeral, asked: Asked, with_unit: boo
         return _one_scale(prediction, gold, asked)
     if prediction.value == gold.value:
         return _same_value(prediction, gold, asked, with_unit)
-    if asked.scales and prediction.scale == gold.scale == 1:
-        if any(gold.value * s == prediction.value or prediction.value * s == gold.value for s in asked.scales):
+    if prediction.scale == gold.scale == 1:
+        factors = asked.scales | ({100} if asked.percent else frozenset())
+        if any(gold.value * s == prediction.value or prediction.value * s == gold.value for s in factors):
             return None
     rounded = _rounded(prediction, gold, asked)
     return None if rounded and asked.code else rounded
@@ -229,13 +230,15 @@ def same_number(prediction: Numeral, gold: Numeral, asked: Asked, with_unit: boo
 
 def _same_value(prediction: Numeral, gold: Numeral, asked: Asked, with_unit: bool) -> bool | None:
     a, b = prediction, gold
-    if a.style != b.style and (asked.form or "words" not in (a.style, b.style) and _repeats(asked, a)):
+    if asked.form and (a.style != b.style or a.style == "scientific" and a.decimals != b.decimals):
+        return None   # 32 x 10^4 is no standard form
+    if a.style != b.style and "words" not in (a.style, b.style) and _repeats(asked, a):
         return None   # "write 1/8 as a decimal": 1/8 is no answer
-    if "fraction" in (a.style, b.style) and "mixed" in (a.style, b.style) and asked.form:
-        return None
     if a.style == b.style and a.decimals != b.decimals:   # 3.10 and 3.1, 7 and 7.0
-        if asked.code == "surely" and 0 not in (a.decimals, b.decimals):
+        if asked.code == "surely" and a.value.denominator > 1:
             return False
+        if 3 in (a.decimals, b.decimals) and abs(a.value) >= 1 and not asked.foreign:
+            return None   # 1.000 may be a thousand
         if asked.code or asked.precise and not asked.measure:
             return None
         return True if with_unit or a.scale > 1 or asked.measure or 0 in (a.decimals, b.decimals) else None
@@ -257,6 +260,8 @@ def _one_scale(prediction: Numeral, gold: Numeral, asked: Asked) -> bool | None:
     as_meant = same_number(meant, scaled, asked) if bare is prediction else same_number(scaled, meant, asked)
     if asked.scales == {scaled.scale}:
         return as_meant
+    if asked.scales and scaled.scale not in asked.scales:
+        return None
     as_said = _rounded(prediction, gold, asked) if prediction.value != gold.value else True
     if as_meant is not False:
         return None   # an axis in millions: 83.2 and 83.2 million may be the same
@@ -285,7 +290,7 @@ def _rounded(prediction: Numeral, gold: Numeral, asked: Asked) -> bool | None:
 
 
 def _is_rough(number: Numeral) -> bool:
-    return number.style == "digits" and (number.decimals > 0 or number.scale > 1)
+    return number.style in ("digits", "scientific") and (number.decimals > 0 or number.scale > 1)
 
 
 def _last_digit(number: Numeral) -> Fraction:

@@ -29,7 +29,7 @@ from hdpo.reward.dates import same_day, same_range, same_ratio, same_time
 from hdpo.reward.exact_rules import by_exact_maths, by_size
 from hdpo.reward.maths import equivalent, readable
 from hdpo.reward.numerals import plain
-from hdpo.reward.polarity import YES_NO, is_refusal, may_mean_none, missing_thing, polarity
+from hdpo.reward.polarity import YES_NO, is_about, is_refusal, may_mean_none, polarity
 from hdpo.reward.quantities import Quantity, compare, parse_quantities
 from hdpo.reward.words import normalise, same_text, unwrap
 from hdpo.types import Verdict
@@ -161,7 +161,7 @@ def _holds_a_number(answer: str) -> bool:
 
 def _yesno(answer: str, gold: str, asked: Asked, explicit: bool) -> RuleVerdict | None:
     target = YES_NO.get(normalise(gold))
-    said = polarity(answer) if target is not None else None
+    said = polarity(answer, asked.text) if target is not None else None
     if said is None:
         return None
     crossed = (normalise(gold) in ("yes", "no")) != answer.casefold().startswith(("yes", "no"))
@@ -173,8 +173,8 @@ def _refusal(answer: str, gold: str, asked: Asked, explicit: bool) -> RuleVerdic
         return None
     options = _options(asked.text)
     unknown = re.fullmatch(r"[A-J]", gold) and not (options and all(options.values()))
-    thing = missing_thing(answer)
-    if may_mean_none(gold) or unknown or any(map(may_mean_none, options.values())) or thing and thing in asked.text.casefold():
+    if may_mean_none(gold) or unknown or any(map(may_mean_none, options.values())) or is_about(
+            asked.text, answer):
         return CANT_SAY
     return _decided(False, "refusal")
 

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from hdpo.errors import ConfigError, JudgeError
 from hdpo.protocols import Judge
-from hdpo.reward.judge_reply import valid_unicode
+from hdpo.text import valid
 from hdpo.types import Judgement, Verdict
 
 _BUSY_S = 30.0          # how long one process waits for another one's transaction
@@ -97,7 +97,7 @@ class CachedJudge:
         try:
             judgement = await self._judge.judge(question, ground_truth, prediction)
             if judgement.verdict is not Verdict.UNSCORED:
-                self._unsaved[key] = (judgement.verdict.value, valid_unicode(judgement.detail[:_MAX_DETAIL]))
+                self._unsaved[key] = (judgement.verdict.value, valid(judgement.detail[:_MAX_DETAIL], "judge"))
                 if self._writer is None or self._writer.done():
                     self._writer = asyncio.create_task(self._write_all())
             return judgement

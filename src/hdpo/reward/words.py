@@ -75,7 +75,13 @@ def same_text(prediction: str, gold: str) -> bool | None:
 _ARTICLE = re.compile(r"(the|an|a) (?=\w\w)", re.IGNORECASE)
 
 
+_SMALL_WORDS = frozenset("no of to in on at by is as an or do go up we my me us it if so the and for von van de da di la".split())
+
+
 def _case_matters(a: str, b: str, previous: str) -> bool:
+    """`previous` is the word before, "" at the beginning: within a text "of" and "Of" are one word."""
+    if previous.isalpha() and len(previous) > 1 and a.casefold() in _SMALL_WORDS:
+        return False
     mixed = any(not (t.islower() or t.isupper() or t.istitle()) for t in (a, b))
     return len(a) <= 2 or len(a) <= 4 and (mixed or previous[-1:].isdigit()) or any(c.isdigit() for c in a)
 
