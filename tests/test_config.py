@@ -15,7 +15,8 @@ from hdpo.errors import ConfigError
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
 FIELDS = """
-run.name run.folder run.seed run.deterministic run.resume run.hang_timeout_s run.stuck_timeout_s run.spool_gib
+run.name run.folder run.seed run.deterministic run.resume run.resume_from run.allow run.hang_timeout_s run.stuck_timeout_s
+run.spool_gib
 model.path model.dtype model.attention model.gradient_checkpointing model.freeze model.lora_rank
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
 data.train data.val data.mix data.cache data.image_root data.insert_markers data.max_prompt_tokens data.bad_row data.shuffle
@@ -33,10 +34,10 @@ hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip
 hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.tool_norm hdpo.surrogate hdpo.entropy_coef
 hdpo.mask_truncated
 optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.reduce_dtype
-optim.offload optim.max_skipped optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
+optim.offload optim.max_skipped optim.epochs optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
 batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens batch.share_prompts
 sync.group_mib sync.checksum_every sync.canary_every sync.parity_tolerance checkpoint.every_steps checkpoint.keep
-checkpoint.best
+checkpoint.weights_every_steps checkpoint.best
 eval.every_steps eval.rows eval.before eval.after eval.label_before eval.label_after
 log.tensorboard log.wandb log.rollouts_every log.rollouts_gib log.samples
 """.split()

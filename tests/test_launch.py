@@ -20,8 +20,8 @@ from launching import BASE, ROOT, Running, accelerate, command, settings
 from hdpo.compose.checks import check_devices
 from hdpo.errors import ConfigError
 from hdpo.ranks.nodes import interface_towards
-from hdpo.state.checkpoint import step_folders
 from hdpo.state.dump import read_rollouts
+from hdpo.state.folders import step_folders
 from hdpo.toyworld.demo import cpu_environment
 from hdpo.toyworld.world import World
 from hdpo.train.metrics import read_metrics

@@ -22,6 +22,12 @@ class RunConfig(Section):
     deterministic: bool = Field(
         False, description="Step the engine only when no tool call is pending, so that a run repeats bit for bit (slower).")
     resume: bool = Field(True, description="Continue from the newest checkpoint in the run's folder; false puts those aside.")
+    resume_from: str = Field(
+        "", description="Continue from this checkpoint instead of the newest, a step of the run or a folder; later ones are put "
+        "aside. Followed once: after the next save the run goes on from its newest.")
+    allow: list[str] = Field(
+        default_factory=list, description="Settings that may differ from the checkpoint's, for example optim.lr; recorded in the "
+        "checkpoints that follow.")
     hang_timeout_s: NonNegativeFloat = Field(
         45.0, description="Silence of a rank after which the others name it and stop, seconds; 0 turns the watch off.")
     stuck_timeout_s: PositiveFloat = Field(
@@ -208,6 +214,8 @@ class OptimConfig(Section):
         "float32", description="Precision in which ranks add up a micro-batch's gradients; bfloat16 halves the bytes sent.")
     offload: bool = Field(False, description="Keep optimizer state and fp32 weights in host memory for good (slower updates).")
     max_skipped: Number = Field(3, description="Optimizer steps in a row that may be skipped for a loss or gradient not finite.")
+    epochs: NonNegativeFloat = Field(
+        0.0, description="Passes over the training rows, in place of optim.steps (SFT only); 0 leaves it to optim.steps.")
     rows_per_step: Count = Field(256, description="Demonstrations of one SFT step over all ranks (SFT only).")
     mini_batch_prompts: Count = Field(64, description="Prompts of one optimizer step over all ranks (RL only).")
     ppo_epochs: Count = Field(1, description="Passes over one rollout batch (RL only).")
@@ -236,6 +244,8 @@ class EngineSyncConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Count = Field(50, description="Steps between checkpoints; the last step is always saved.")
     keep: Number = Field(2, description="Newest checkpoints kept; 0 keeps all.")
+    weights_every_steps: Number = Field(
+        0, description="Steps between model folders in weights/, never removed and not to be resumed from; 0 is never.")
     best: str = Field("", description="Logged number, for example eval/accuracy, whose highest checkpoint is kept besides.")
 
 
@@ -291,6 +301,9 @@ class Config(Section):
             (self.max_model_len <= LARGEST, "data.max_prompt_tokens and rollout.max_response_tokens are too large together"),
             (self.data.val or not self.eval.every_steps,
              f"eval.every_steps ({self.eval.every_steps}) needs data.val: name files of held-out rows there (VAL_DATA)"))
+        known = {f"{section}.{field}" for section, info in type(self).model_fields.items() for field in info.default.model_dump()}
+        rules += tuple((name in known, f"run.allow: there is no setting {name}; `hdpo settings` lists them")
+                       for name in self.run.allow)
         for holds, problem in rules:
             if not holds:
                 raise ValueError(problem)

@@ -178,12 +178,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """The configuration of `hdpo COMMAND`, and its options print_config and dry_run. Raises ConfigError."""
+    """The configuration of `hdpo COMMAND`, and its options print_config, dry_run and steal_lock. Raises ConfigError."""
     parser = argparse.ArgumentParser(prog=f"hdpo {command}", description=description,
                                      epilog="`hdpo settings` lists every setting with its default and meaning.")
     add_config_options(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration as YAML and end")
     parser.add_argument("--dry-run", action="store_true", help="check data, model folder, tools and judge, then end")
+    parser.add_argument("--steal-lock", action="store_true", help="take the run's folder over from a process that is known to "
+                        "be gone, for example with its machine; one that still lives writes no more checkpoints")
     options = parser.parse_args(argv)
     return load_config(options.config, options.overrides), options
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import Running, accelerate, command
 
-from hdpo.state.checkpoint import step_folders
+from hdpo.state.folders import step_folders
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

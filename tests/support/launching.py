@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from hdpo.state.checkpoint import step_folders
+from hdpo.state.folders import step_folders
 from hdpo.toyworld.demo import cpu_environment
 from hdpo.toyworld.world import World
 

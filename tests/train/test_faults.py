@@ -17,8 +17,8 @@ from judge_server import JudgeServer, in_order, say
 from launching import Running, command, settings
 from tool_server import ToolServer
 
-from hdpo.state.checkpoint import step_folders
 from hdpo.state.dump import read_rollouts
+from hdpo.state.folders import step_folders
 from hdpo.toyworld.world import World
 from hdpo.train.metrics import read_metrics
 

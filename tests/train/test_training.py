@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, accelerate, rl_settings
 
-from hdpo.state.checkpoint import step_folders
 from hdpo.state.dump import read_rollouts
+from hdpo.state.folders import step_folders
 from hdpo.toyworld.demo import cpu_environment
 from hdpo.toyworld.world import World
 from hdpo.train.metrics import read_metrics

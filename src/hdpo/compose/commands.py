@@ -1,6 +1,7 @@
 """`hdpo sft`, `hdpo rl`, `hdpo eval`: settings from the command line, then a stage from start to end."""
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -20,7 +21,8 @@ def evaluate(argv: Sequence[str]) -> int:
     return _command("eval", "Greedy rollouts on held-out rows: accuracy and tool use, by family and by need.", argv, _evaluate)
 
 
-def _command(name: str, description: str, argv: Sequence[str], run: Callable[[Config], None]) -> int:
+def _command(name: str, description: str, argv: Sequence[str],
+             run: Callable[[Config, bool], None]) -> int:
     config, options = parse_run(name, description, argv)
     if options.print_config:
         if os.environ.get("RANK", "0") == "0":
@@ -31,29 +33,46 @@ def _command(name: str, description: str, argv: Sequence[str], run: Callable[[Co
         return dry_run(config, name)
     from hdpo.train.lifecycle import follow_launcher
     follow_launcher()
-    run(config)
+    run(config, options.steal_lock)
     return 0
 
 
-def _train_sft(config: Config) -> None:
+def _train_sft(config: Config, steal_lock: bool) -> None:
+    from hdpo.compose.folder import finished
     from hdpo.compose.stage import Stage
     from hdpo.train import sft
-    with Stage(config) as stage:
+    config = with_epochs(config)
+    if finished(config, "sft"):
+        return
+    with Stage(config, steal_lock) as stage:
         sft.train(config, stage.sft())
 
 
-def _train_rl(config: Config) -> None:
+def _train_rl(config: Config, steal_lock: bool) -> None:
+    from hdpo.compose.folder import finished
     from hdpo.compose.stage import Stage
     from hdpo.train import rl
-    with Stage(config) as stage:
+    if finished(config, "rl"):
+        return
+    with Stage(config, steal_lock) as stage:
         rl.train(config, stage.rl())
 
 
-def _evaluate(config: Config) -> None:
+def _evaluate(config: Config, steal_lock: bool) -> None:
     from hdpo.compose.stage import Stage
     from hdpo.evaluation.evaluate import format_table
-    with Stage(config) as stage:
+    with Stage(config, steal_lock) as stage:
         evaluator = stage.evaluation()
         result = evaluator(config.eval.label_after, 0)
         if evaluator.world.is_main and result is not None:
             print(format_table(result.summary))
+
+
+def with_epochs(config: Config) -> Config:
+    """optim.epochs as the number of steps that it is, for the rows there are. Raises DataError for files that can't be read."""
+    if not config.optim.epochs:
+        return config
+    from hdpo.data.tasks import check_columns
+    rows = check_columns(config.data.train, demonstrations=True)
+    steps = math.ceil(config.optim.epochs * rows / config.optim.rows_per_step)
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"steps": steps})})

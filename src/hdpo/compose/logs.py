@@ -7,7 +7,6 @@ from hdpo.config import Config
 from hdpo.errors import ConfigError, boundary
 from hdpo.protocols import LogSink
 from hdpo.ranks.world import World
-from hdpo.state.checkpoint import step_folders
 from hdpo.train.metrics import JsonlSink
 from hdpo.train.runlog import RunLog
 
@@ -21,19 +20,19 @@ def open_run_folder(config: Config, world: World, files: dict[str, str]) -> None
                 (config.run.path / name).write_text(text)
 
 
-def open_log(config: Config, world: World, shown: list[tuple[str, str]], closing: ExitStack) -> RunLog:
-    """`shown` are the figures of the progress line: (its name there, the metric)."""
+def open_log(config: Config, world: World, shown: list[tuple[str, str]], start_step: int, closing: ExitStack) -> RunLog:
+    """`shown` are the figures of the progress line: (its name there, the metric). `start_step` steps are done."""
     sinks: list[LogSink] = []
     if world.is_main:
-        folders = step_folders(config.run.path) if config.run.resume else []
-        first = int(folders[-1].name.removeprefix("step_")) + 1 if folders else 1
+        first = start_step + 1
         sinks.append(JsonlSink(config.run.path / "metrics.jsonl", resume_step=first))
         if config.log.tensorboard:
             from hdpo.adapters.tensorboard import TensorBoardSink
             sinks.append(TensorBoardSink(config.run.path / "tensorboard", resume_step=first))
         if config.log.wandb:
             from hdpo.adapters.wandb import WandbSink
-            sinks.append(WandbSink(config.run.name, config.run.path, config.model_dump(mode="json")))
+            sinks.append(WandbSink(config.run.name, config.run.path, config.model_dump(mode="json"),
+                                   resumed=start_step > 0))
     log = RunLog(config, world, sinks, shown)
     closing.callback(log.close)
     return log

@@ -19,6 +19,7 @@ from hdpo.packing.costs import work_model
 from hdpo.ranks.nodes import choose_interface
 from hdpo.ranks.world import World
 from hdpo.state.checkpoint import Checkpoints
+from hdpo.state.lock import RunLock
 from hdpo.types import Sample
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def plan_memory(config: Config) -> None:
             print("\n".join(lines), flush=True)
 
 
-def open_policy(config: Config, chat: ChatFormat, world: World, closing: ExitStack) -> tuple[DeepSpeedPolicy, Checkpoints]:
+def open_policy(config: Config, chat: ChatFormat, world: World, lock: RunLock | None,
+                closing: ExitStack) -> tuple[DeepSpeedPolicy, Checkpoints]:
     """Opens the process group and the run's folder, so it comes before all that needs either. Collective."""
     from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 
@@ -43,7 +45,7 @@ def open_policy(config: Config, chat: ChatFormat, world: World, closing: ExitSta
     closing.callback(policy.close)
     open_run_folder(config, policy.world, {"config.yaml": dump_config(config)})
     check_shared_folder(config.run.path, policy.world)
-    return policy, closing.enter_context(Checkpoints(policy, config))   # before the log, which goes on from the newest
+    return policy, closing.enter_context(Checkpoints(policy, config, lock))
 
 
 def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:

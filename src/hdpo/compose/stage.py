@@ -14,6 +14,7 @@ from typing import Any
 from hdpo.adapters.chat_format import open_chat
 from hdpo.background import freeze_heap
 from hdpo.compose.checks import check_devices, check_launcher, check_rl
+from hdpo.compose.folder import begin_run
 from hdpo.compose.logs import open_log, open_run_folder
 from hdpo.compose.policy import build_packing, open_policy, plan_memory
 from hdpo.compose.rollouts import open_engine, open_rollouts
@@ -42,9 +43,9 @@ RL_SHOWN = [("acc", "reward/accuracy/mean"), ("tools", "tool/rate"), ("needed", 
 class Stage(contextlib.ExitStack):
     """Everything one command holds open. Parts register how they are closed as they are opened."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, steal_lock: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._steal_lock = config, steal_lock
         self.world = World(limits=Limits(config.run.hang_timeout_s, config.run.stuck_timeout_s))
         self.callback(self.world.close)
         check_devices()
@@ -71,31 +72,33 @@ class Stage(contextlib.ExitStack):
     def sft(self) -> SftParts:
         config, chat = self.config, self.chat
         check_launcher()
+        lock = begin_run(config, "sft", self._steal_lock, self)
         demonstrations = DemonstrationStream(
             config.data.train, chat, config.data, seed=config.run.seed,
             max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
         self.callback(demonstrations.close)
-        policy, checkpoints = open_policy(config, chat, self.world, self)
-        log = open_log(config, policy.world, SFT_SHOWN, self)
+        policy, checkpoints = open_policy(config, chat, self.world, lock, self)
+        log = open_log(config, policy.world, SFT_SHOWN, checkpoints.start_step, self)
         return SftParts(policy, chat, build_packing(config, chat), demonstrations, log, checkpoints)
 
     def rl(self) -> RlParts:
         config, chat = self.config, self.chat
         check_launcher()
+        lock = begin_run(config, "rl", self._steal_lock, self)
         tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed)
         self.callback(tasks.close)
         held_out = self.held_out()
         check_rl(config, chat)
         check_tensor_parallel(config, self.world.size)
         plan_memory(config)
-        policy, checkpoints = open_policy(config, chat, self.world, self)
+        policy, checkpoints = open_policy(config, chat, self.world, lock, self)
         world = policy.world
         background, backend = open_tools(config, world, self)
         policy.park()      # the engine measures what device memory is left
         engine = open_engine(config, chat, self)
         rollouts = open_rollouts(config, chat, engine, backend, background, self)
         scorer = open_scorer(config, background, world, self)
-        log = open_log(config, world, RL_SHOWN, self)
+        log = open_log(config, world, RL_SHOWN, checkpoints.start_step, self)
         evaluator = Evaluator(config, rollouts, scorer, held_out, world)
         pixels = PixelPool(chat)
         self.callback(pixels.close)
@@ -103,11 +106,12 @@ class Stage(contextlib.ExitStack):
         spec = build_packing(config, chat)
         sync = WeightSync(policy, engine, chat, spec, config, log)
         return RlParts(policy, engine, chat, rollouts, scorer, tasks, evaluator, spec, sync, pixels, log, checkpoints,
-                       self.enter_context(Spool(config, world)))
+                       self.enter_context(Spool(config, world, checkpoints.content)))
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
         config, chat = self.config, self.chat
+        begin_run(config, "eval", self._steal_lock, self)
         check_tensor_parallel(config, self.world.size)
         choose_interface()
         world = self.world.connect()

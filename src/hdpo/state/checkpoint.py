@@ -10,7 +10,6 @@ data position is part of the state: the step after a resume is the step that wou
 """
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -22,6 +21,10 @@ from typing import Any, Protocol
 from hdpo.config import Config
 from hdpo.errors import CheckpointError
 from hdpo.ranks.world import World
+from hdpo.state import folders
+from hdpo.state.folders import hidden_folders, prune, put_aside, read_state, step_folders, step_of
+from hdpo.state.lock import RunLock
+from hdpo.state.same_run import check_same_run, content_of, record
 from hdpo.state.shards import (
     ShardReader,
     TrainingState,
@@ -31,16 +34,10 @@ from hdpo.state.shards import (
     set_rng_state,
     sync_folder,
 )
+from hdpo.state.starting import starting_point
 from hdpo.state.writing import Writing
 
 log = logging.getLogger(__name__)
-
-MAY_CHANGE = (
-    "run.", "log.", "eval.", "checkpoint.", "optim.steps", "optim.max_skipped", "optim.offload", "judge.", "tools.",
-    "batch.", "sync.", "reward.max_unscored", "data.cache", "data.image_root",
-    "rollout.max_num_seqs", "rollout.max_batched_tokens", "rollout.kv_cache_gib", "rollout.gpu_memory", "rollout.engine",
-    "rollout.tensor_parallel", "rollout.enforce_eager", "rollout.sleep", "rollout.image_cache_gib")
-"""Fields a resumed run may set differently: they do not change what is learned."""
 
 OTHERS_S, LEAVE_S = 60.0, 15.0
 """How long rank 0 waits for files of the others that say they have written them; for those of ranks that may be gone."""
@@ -61,26 +58,32 @@ class Saved(Protocol):
     def restore_state(self, reader: ShardReader) -> None: ...
 
 
-def step_folders(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"))
-
-
 class Checkpoints:
     """Saves and resumes one run. Collective but for `note`; close it (`with`) so that the last write is not cut off.
 
-    Opening a run sets damaged checkpoints aside, with a warning, so that it goes on from the newest good one.
+    Opening a run sets damaged checkpoints aside, with a warning, so that it goes on from the newest good one. `lock` is rank
+    0's hold on the folder: nothing is written once another process has taken it over. `content` is what `content_of` finds.
     """
 
-    def __init__(self, policy: Saved, config: Config) -> None:
-        self.policy, self.config, self.run, self.world = policy, config, config.run.path, policy.world
+    def __init__(self, policy: Saved, config: Config, lock: RunLock | None = None) -> None:
+        self.policy, self.config, self.run, self.world, self._lock = policy, config, config.run.path, policy.world, lock
         self._writing: Writing | None = None
         self._metric: tuple[int, float] = (-1, math.nan)
+        self._changes: list[dict[str, Any]] = []
+        self.new_rows = False      # whether the training rows are not those of the checkpoint (run.allow)
+        self.content: dict[str, str] = self.world.broadcast(content_of(config) if self.world.is_main else None)
         if self.world.is_main:
             self._clear(keep=config.run.resume)
         self.world.barrier()
         if config.run.resume:
             self._set_damaged_aside()
+        self.start: Path | None = self.world.broadcast(starting_point(config) if self.world.is_main else None)
+        self.start_step = int(read_state(self.start)["step"]) if self.start else 0
+        if self.start is not None and config.run.resume_from:
+            self._check_named(self.start)
+        self.world.barrier()
+        if self.world.is_main and self.start is not None:
+            self._rewind(self.start)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -105,14 +108,11 @@ class Checkpoints:
         final = self.run / "checkpoints" / f"step_{step:06d}"
         if self.world.broadcast(final.is_dir()):
             return final
-        partial = final.with_name(f".partial_{final.name}")
-        failure = _make_folder(partial) if self.world.is_main else ""
-        if failure := self.world.broadcast(failure):
-            raise _cannot_write(final, failure)
+        partial = self._begin(final)
         write_model, state = self.policy.export_model(partial), self.policy.snapshot_state()
         state.rng = rng_state()
         summary = {"step": step, "data": data, "world_size": self.world.size, "metric": self._metric_at(step),
-                   "config": self.config.model_dump(mode="json")}
+                   "config": self.config.model_dump(mode="json"), "content": self.content, "changes": self._changes}
 
         def commit() -> None:
             os.replace(partial, final)
@@ -121,6 +121,42 @@ class Checkpoints:
 
         self._writing = Writing(self.world, final, partial, write_model, state, summary, commit)
         return final
+
+    def save_due(self, step: int, data: dict[str, Any], before: Callable[[], object] = lambda: None) -> None:
+        """Save what is due after `step` steps: the weights alone, the whole state (after a call of `before`), or nothing."""
+        due, last = self.config.checkpoint, step == self.config.optim.steps
+        if due.weights_every_steps and step % due.weights_every_steps == 0:
+            self.save_weights(step)
+        if last or step % due.every_steps == 0:
+            before()
+            self.save(step, data)
+
+    def save_weights(self, step: int) -> Path:
+        """Copy the weights after `step` steps to weights/step_*, a model folder that is never removed, and write it while
+        training goes on. Raises as `save` does."""
+        self.finish()
+        final = self.run / "weights" / f"step_{step:06d}"
+        partial = self._begin(final)
+
+        def commit() -> None:
+            shutil.rmtree(partial / "trainer")      # where ranks met
+            shutil.rmtree(final, ignore_errors=True)    # of a life before this run went back to an earlier step
+            os.replace(partial, final)
+            sync_folder(final.parent)
+
+        self._writing = Writing(self.world, final, partial, self.policy.export_model(partial), TrainingState({}, {}, {}),
+                                {"step": step}, commit)
+        return final
+
+    def _begin(self, final: Path) -> Path:
+        """A hidden folder to write into, made by rank 0. Raises CheckpointError on every rank."""
+        partial = final.with_name(f".partial_{final.name}")
+        failure = ""
+        if self.world.is_main:
+            failure = (self._lock.lost() if self._lock is not None else "") or _make_folder(partial)
+        if failure := self.world.broadcast(failure):
+            raise _cannot_write(final, failure)
+        return partial
 
     def save_last(self, step: int, data: dict[str, Any]) -> None:
         """Save and wait until it is visible: the run is about to end."""
@@ -163,95 +199,62 @@ class Checkpoints:
     # -- resuming --------------------------------------------------------------------------------------------------
 
     def resume(self, make_room: Callable[[], None] = lambda: None) -> tuple[int, dict[str, Any] | None]:
-        """Load the newest checkpoint: (steps done, data position), or (0, None) on a fresh run. Any number of ranks.
+        """Load the state to go on from: (steps done, data position), or (0, None) on a fresh run. Any number of ranks.
 
-        `make_room` is called before anything is loaded.
+        `make_room` is called before anything is loaded. Raises CheckpointError for a state of another configuration.
         """
-        folders = self.world.broadcast(step_folders(self.run)) if self.config.run.resume else []
-        if not folders:
+        if self.start is None:
             return 0, None
-        state = read_state(folders[-1])
-        _check_same_run(folders[-1], state, self.config)
-        reader = ShardReader(folders[-1] / "trainer", state["world_size"])
+        state = read_state(self.start)
+        changes = check_same_run(self.start, state, self.config, self.content)
+        self._changes = record(state, changes)
+        self.new_rows = any(change.field.startswith("data.") or change.field == "run.seed" for change in changes)
+        for change in changes if self.world.is_main else []:
+            log.warning(change.line())
+        reader = ShardReader(self.start / "trainer", state["world_size"])
         make_room()
         self.policy.restore_state(reader)
         if (rng := reader.rng(self.world.rank)) is not None:
             set_rng_state(rng)
-        return int(state["step"]), state["data"]
+        return self.start_step, state["data"]
 
     def _clear(self, keep: bool) -> None:
         """Remove what a killed process left behind; without `keep`, checkpoints of a run that starts anew step aside."""
-        for left in (self.run / "checkpoints").glob(".p*_step_*"):    # .partial_ and .pruned_
-            _remove(left)
+        for left in [*hidden_folders(self.run / "checkpoints", "partial", "pruned"),
+                     *hidden_folders(self.run / "weights", "partial")]:
+            folders.remove(left)
         for folder in [] if keep else step_folders(self.run):
-            log.warning("run.resume is false: %s becomes %s", folder, _rename(folder, "replaced").name)
+            log.warning("run.resume is false: %s becomes %s", folder, put_aside(folder, "replaced").name)
+
+    def _rewind(self, start: Path) -> None:
+        """Put aside what came after the step that the run goes back to, so that those steps can be saved again."""
+        later = [folder for folder in step_folders(self.run) if step_of(folder) > self.start_step]
+        for folder in later:
+            log.warning("the run goes on from %s: %s becomes %s", start, folder, put_aside(folder, "replaced").name)
+        if later or start.parent != self.run / "checkpoints":
+            shutil.rmtree(self.run / "spool", ignore_errors=True)    # sampled by weights that are not these
+
+    def _check_named(self, start: Path) -> None:
+        """Raises CheckpointError when the checkpoint that `run.resume_from` names is damaged."""
+        for text in self.world.gather(_damage(start, self.world)):
+            if text:
+                raise CheckpointError(f"run.resume_from: {text}; name another checkpoint")
 
     def _set_damaged_aside(self) -> None:
         """Check the newest checkpoint's files, each rank its share; rename a damaged one and look at the one before."""
         aside: list[str] = []
-        while folders := self.world.broadcast(step_folders(self.run)):
-            found = [text for text in self.world.gather(_damage(folders[-1], self.world)) if text]
+        while there := self.world.broadcast([folder for folder in step_folders(self.run) if folders.has_state(folder)]):
+            found = [text for text in self.world.gather(_damage(there[-1], self.world)) if text]
             if not found:
                 break
             if self.world.is_main:
-                hidden = _rename(folders[-1], "damaged")
-                before = f"going on from {folders[-2].name}" if len(folders) > 1 else "there is no earlier one"
+                hidden = put_aside(there[-1], "damaged")
+                before = f"going on from {there[-2].name}" if len(there) > 1 else "there is no earlier one"
                 log.warning("checkpoint damaged: %s; it is now %s, %s", found[0], hidden.name, before)
             aside.append(found[0])
             self.world.barrier()
-        if aside and not folders:
+        if aside and not there:
             raise CheckpointError(f"no checkpoint of {self.run} is usable: {aside[-1]}; to start anew set run.name to a new name")
-
-
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` (0: none) and the one with the highest metric."""
-    folders = step_folders(run)
-    best = _best(folders)
-    for folder in folders[:-keep] if keep else []:
-        if folder != best:
-            _remove(_rename(folder, "pruned"))     # renamed first: a crash leaves no half checkpoint visible
-
-
-def _rename(folder: Path, why: str) -> Path:
-    """Hide a checkpoint under .{why}_{name}."""
-    hidden = folder.with_name(f".{why}_{folder.name}")
-    _remove(hidden)
-    return folder.rename(hidden)
-
-
-def _remove(folder: Path) -> None:
-    """A folder, or a link to one that somebody moved elsewhere: what it leads to is his and stays. What can't be removed stays
-    hidden with a warning, because a run must not end for it."""
-    try:
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(folder)
-    except OSError as exc:
-        log.warning("cannot remove %s (%s)", folder, exc.strerror or exc)
-
-
-def _best(folders: list[Path]) -> Path | None:
-    """The checkpoint with the highest value of the newest one's metric; of equals the newest."""
-    metrics = [_metric_of(folder) for folder in folders]
-    scored = [(metric["value"], folder) for metric, folder in zip(metrics, folders)
-              if metric.get("name") == metrics[-1].get("name") and metric.get("value") is not None]
-    return max(scored)[1] if scored else None
-
-
-def _metric_of(folder: Path) -> dict[str, Any]:
-    """Empty for a checkpoint that can't be read, for example behind a link that leads nowhere: it is no candidate."""
-    try:
-        return read_state(folder).get("metric") or {}
-    except CheckpointError:
-        return {}
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "trainer" / "state.json").read_text())
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{folder / 'trainer' / 'state.json'} cannot be read ({exc})") from exc
 
 
 def _damage(folder: Path, world: World) -> str:
@@ -276,17 +279,3 @@ def _make_folder(partial: Path) -> str:
 def _cannot_write(final: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"cannot write checkpoint {final}: {reason}; earlier checkpoints are intact; the same "
                            "command goes on from the newest when that is mended")
-
-
-def _check_same_run(folder: Path, state: dict[str, Any], config: Config) -> None:
-    now = flat_settings(config.model_dump(mode="json"))
-    then = flat_settings(Config().model_dump(mode="json")) | flat_settings(state["config"])   # older ones know fewer fields
-    for key in then.keys() | now.keys():
-        if then.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
-            raise CheckpointError(f"{folder} belongs to another configuration: {key} was {then.get(key)!r}, is {now.get(key)!r}; "
-                                  "set run.name to a new name, or run.resume=false")
-
-
-def flat_settings(tree: dict[str, Any]) -> dict[str, Any]:
-    """section.key -> value"""
-    return {f"{section}.{key}": value for section, fields in tree.items() for key, value in fields.items()}

@@ -31,7 +31,8 @@ from PIL import Image
 
 from hdpo.config import Config
 from hdpo.ranks.world import World
-from hdpo.state.checkpoint import MAY_CHANGE, flat_settings, step_folders
+from hdpo.state.folders import newest_step, numbered, step_of
+from hdpo.state.same_run import MAY_CHANGE, MUST_STAY, content_of, flat_settings
 from hdpo.types import EndReason, Task, ToolCall, Trajectory
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ _PLAIN = [field.name for field in dataclasses.fields(Trajectory) if field.name n
 class Spool:
     """One per rank. `add` may be called from any thread and returns at once; `begin` is collective."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, content: Mapping[str, str] | None = None) -> None:
+        """`content`: what lies behind the configuration's paths, where it is known already (Checkpoints.content)."""
         self._config, self._world, self._folder = config, world, config.run.path / "spool"
+        self._content = content_of(config) if content is None else content
         self._active = not config.run.deterministic
         self._known: Known = {}
         self._sampled = False
@@ -70,17 +73,17 @@ class Spool:
             self._writer.close()
         invalid = self._world.any(self._sampled)
         if self._world.is_main:
-            covered = int(([*step_folders(self._config.run.path)] or [Path("step_0")])[-1].name.removeprefix("step_"))
-            for folder in self._folder.glob("step_*"):
-                number = int(folder.name.removeprefix("step_"))
+            covered = newest_step(self._config.run.path)
+            for folder in numbered(self._folder):
+                number = step_of(folder)
                 if number < min(covered, step) or (invalid and number >= step):
                     shutil.rmtree(folder, ignore_errors=True)
         self._world.barrier()
-        self._known = spooled(self._config, step)
+        self._known = spooled(self._config, step, self._content)
         self._sampled = False
         self._world.barrier()       # every rank has listed the files before the first new one appears
         here = _step_folder(self._config.run.path, step)
-        self._writer = _Writer(_free_name(here, self._world.rank), _header(self._config, step))
+        self._writer = _Writer(_free_name(here, self._world.rank), _header(self._config, step, self._content))
         return self._known
 
     def add(self, trajectory: Trajectory) -> None:
@@ -91,23 +94,24 @@ class Spool:
                 self._writer.put(trajectory)
 
 
-def spooled(config: Config, step: int) -> Known:
-    """The rollouts of a step that are on the disk and were sampled under this configuration."""
-    return _Spooled(_step_folder(config.run.path, step), _header(config, step))
+def spooled(config: Config, step: int, content: Mapping[str, str] | None = None) -> Known:
+    """The rollouts of a step that are on the disk and were sampled under this configuration, from the same rows."""
+    content = content_of(config) if content is None else content
+    return _Spooled(_step_folder(config.run.path, step), _header(config, step, content))
 
 
 def _step_folder(run: Path, step: int) -> Path:
     return run / "spool" / f"step_{step:06d}"
 
 
-def _header(config: Config, step: int) -> dict[str, Any]:
-    return {"step": step, "settings": _settings_fingerprint(config)}
+def _header(config: Config, step: int, content: Mapping[str, str]) -> dict[str, Any]:
+    return {"step": step, "settings": _settings_fingerprint(config, content)}
 
 
-def _settings_fingerprint(config: Config) -> str:
+def _settings_fingerprint(config: Config, content: Mapping[str, str]) -> str:
     """Equal for configurations under which the same weights would sample the same rollouts."""
     flat = flat_settings(config.model_dump(mode="json"))
-    kept = {key: value for key, value in flat.items() if key == "run.seed" or not key.startswith(MAY_CHANGE)}
+    kept = {key: value for key, value in flat.items() if key in MUST_STAY or not key.startswith(MAY_CHANGE)} | dict(content)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

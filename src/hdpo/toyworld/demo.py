@@ -20,8 +20,11 @@ from pathlib import Path
 from hdpo.errors import HdpoError, UserError, boundary
 from hdpo.evaluation.evaluate import format_table
 from hdpo.shipped import launch_folder
-from hdpo.state.checkpoint import step_folders
+from hdpo.state.folders import step_folders
+from hdpo.state.lock import RunLock
 from hdpo.toyworld.world import make_world
+
+DEMO_LOCK = ".demo.lock"
 
 ABOUT = """\
 Trains a tiny Qwen3-VL on this machine: SFT on demonstrations that call a tool almost always, then HDPO. Writes
@@ -38,17 +41,47 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--set-sft", action="append", default=[], metavar="KEY=VALUE", help="override a setting of SFT")
     parser.add_argument("--set-rl", action="append", default=[], metavar="KEY=VALUE", help="override a setting of RL")
     parser.add_argument("--fresh", action="store_true", help="discard an earlier demo in the folder first")
+    parser.add_argument("--steal-lock", action="store_true", help="take the folder over from a demo that is known to be gone")
     options = parser.parse_args(argv)
     if options.ranks < 1:
         raise UserError(f"--ranks {options.ranks}: at least 1")
-    if options.fresh and options.run.exists():
-        if not (options.run / "world").is_dir():
-            raise UserError(f"--fresh: {options.run} holds no demo and stays as it is; remove it yourself or name another --run")
-        shutil.rmtree(options.run)
+    if options.fresh and options.run.exists() and not (options.run / "world").is_dir():
+        raise UserError(f"--fresh: {options.run} holds no demo and stays as it is; remove it yourself or name another --run")
     started = time.monotonic()
-    run_demo(options)
+    lock = hold(options.run, options.steal_lock)
+    try:
+        if options.fresh:
+            discard(options.run)
+        run_demo(options)
+    finally:
+        lock.release()
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes; report: {options.run / 'report.html'}")
     return 0
+
+
+def hold(run: Path, steal: bool) -> RunLock:
+    """Hold the folder for the whole demo; each stage holds its own for itself, and may have outlived an earlier demo.
+
+    Raises ConfigError that says who holds one of them.
+    """
+    lock = RunLock(run, steal, DEMO_LOCK)
+    try:
+        for folder in (run, run / "sft") if not steal else ():
+            if folder.is_dir():
+                RunLock(folder).release()
+    except HdpoError:
+        lock.release()
+        raise
+    return lock
+
+
+def discard(run: Path) -> None:
+    """Everything but the lock."""
+    for path in run.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != DEMO_LOCK:
+            path.unlink()
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -64,15 +97,16 @@ def run_demo(options: argparse.Namespace) -> None:
         (world / "done.json").write_text(json.dumps({"seed": options.seed}))
     sft = run / "sft"
     common = [f"run.seed={options.seed}"]
+    flags = ["--steal-lock"] if options.steal_lock else []
     launch("sft", "demo_sft.yaml", options.ranks, [
         *common, f"run.folder={run}", "run.name=sft", f"model.path={base}", f"data.train=[{world / 'demos.parquet'}]",
-        *options.set_sft])
+        *options.set_sft], flags)
     if not step_folders(sft):
         raise HdpoError(f"SFT left no checkpoint in {sft}")
     launch("rl", "demo_rl.yaml", options.ranks, [
         *common, f"run.folder={run.parent}", f"run.name={run.name}", f"model.path={step_folders(sft)[-1]}",
         f"data.train=[{world / 'train.parquet'}]", f"data.val=[{world / 'val.parquet'}]",
-        f"tools.text_index={world / 'facts.sqlite'}", f"tools.image_index={world / 'badges'}", *options.set_rl])
+        f"tools.text_index={world / 'facts.sqlite'}", f"tools.image_index={world / 'badges'}", *options.set_rl], flags)
     summary = json.loads((run / "summary.json").read_text())
     if "sft" in summary and "rl" in summary:
         print("\nHeld-out rows, after SFT → after HDPO:\n")
@@ -81,7 +115,7 @@ def run_demo(options: argparse.Namespace) -> None:
     write_report(run)
 
 
-def launch(command: str, config: str, ranks: int, overrides: Sequence[str]) -> None:
+def launch(command: str, config: str, ranks: int, overrides: Sequence[str], flags: Sequence[str] = ()) -> None:
     """Run one stage under accelerate, with its progress on this terminal. Raises HdpoError when it fails.
 
     A stage that was stopped politely has saved; the demo then stops too (exit status 130).
@@ -90,7 +124,7 @@ def launch(command: str, config: str, ranks: int, overrides: Sequence[str]) -> N
     arguments = [
         sys.executable, "-m", "hdpo.adapters.launcher", "--config_file", str(root / "accelerate" / "cpu2.yaml"),
         "--num_processes", str(ranks), "--main_process_port", "0", "-m", "hdpo", command, "--config",
-        str(root / "configs" / config)]
+        str(root / "configs" / config), *flags]
     for item in overrides:
         arguments += ["--set", item]
     process = subprocess.Popen(arguments, env=os.environ | cpu_environment(ranks))

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from hdpo.config import OptimConfig
 
@@ -65,6 +65,24 @@ def learning_rate(config: OptimConfig, step: int) -> float:
         return config.lr
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.lr * (0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done)
+
+
+class Stream(Protocol):
+    """A data stream as far as resuming goes (data/)."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def go_on(stream: Stream, position: dict[str, Any] | None, new_rows: bool) -> None:
+    """Continue where a checkpoint's data position says (None: at the beginning). Rows that are not the checkpoint's
+    (`new_rows`, which run.allow let through) are gone through from the beginning, as the epoch after the one that was cut off.
+    """
+    if position is not None and new_rows:
+        position = {**stream.state(), "epoch": position["epoch"] + 1, "position": 0}
+    if position is not None:
+        stream.restore(position)
 
 
 def due(step: int, every: int) -> bool:

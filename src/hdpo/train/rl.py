@@ -17,7 +17,7 @@ from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscor
 from hdpo.state.checkpoint import Checkpoints
 from hdpo.state.spool import Spool
 from hdpo.train.collect import Collector, Scored
-from hdpo.train.lifecycle import StopSignal, due, learning_rate
+from hdpo.train.lifecycle import StopSignal, due, go_on, learning_rate
 from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool, to_samples
@@ -55,8 +55,7 @@ def train(config: Config, parts: RlParts) -> bool:
         parts.policy, parts.engine, parts.rollouts, parts.tasks, parts.log, parts.checkpoints)
     world, steps = policy.world, config.optim.steps
     start, position = checkpoints.resume(engine.sleep)
-    if position is not None:
-        tasks.restore(position)
+    go_on(tasks, position, checkpoints.new_rows)
     objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
                               config.batch.head_chunk_tokens)
     guard = StepGuard(config.optim.max_skipped)
@@ -98,10 +97,8 @@ def train(config: Config, parts: RlParts) -> bool:
             guard.check(partial(checkpoints.save_last, step + 1, tasks.state()))
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
-            if step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
-                with log.timed("save"):
-                    log.finish()
-                    checkpoints.save(step + 1, tasks.state())
+            with log.timed("save"):
+                checkpoints.save_due(step + 1, tasks.state(), log.finish)
             if world.any(stop.requested) and step + 1 < steps:
                 return leave(config, parts, step + 1, tasks.state())
         checkpoints.finish()

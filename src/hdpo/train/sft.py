@@ -14,7 +14,7 @@ from hdpo.data.streams import Unread
 from hdpo.data.tasks import Demonstration, DemonstrationStream
 from hdpo.packing.batching import PackingSpec, make_train_batch
 from hdpo.state.checkpoint import Checkpoints
-from hdpo.train.lifecycle import StopSignal, due, learning_rate
+from hdpo.train.lifecycle import StopSignal, go_on, learning_rate
 from hdpo.train.objectives import SftObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.update import StepGuard, update
@@ -36,8 +36,7 @@ def train(config: Config, parts: SftParts) -> bool:
     policy, demos, log, world = parts.policy, parts.demonstrations, parts.log, parts.policy.world
     checkpoints, steps = parts.checkpoints, config.optim.steps
     start, position = checkpoints.resume()
-    if position is not None:
-        demos.restore(position)
+    go_on(demos, position, checkpoints.new_rows)
     objective = SftObjective(log, config.batch.head_chunk_tokens)
     guard = StepGuard(config.optim.max_skipped)
 
@@ -64,11 +63,10 @@ def train(config: Config, parts: SftParts) -> bool:
                 "data/skipped": len(demos.skipped)}))
             guard.check(partial(checkpoints.save_last, step + 1, demos.state()))
             stopping = world.any(stop.requested)
-            if stopping or step + 1 == steps or due(step + 1, config.checkpoint.every_steps):
-                with log.timed("save"):
-                    checkpoints.save(step + 1, demos.state())
+            with log.timed("save"):
+                checkpoints.save_due(step + 1, demos.state())
             if stopping and step + 1 < steps:
-                checkpoints.finish()
+                checkpoints.save_last(step + 1, demos.state())
                 log.note(f"stopped after step {step + 1}; the same command goes on from there")
                 return False
         checkpoints.finish()

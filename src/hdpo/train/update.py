@@ -56,8 +56,8 @@ class StepGuard:
             save()
             raise NonFiniteError(
                 f"{self.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite; the weights of "
-                "the last good step are saved. Lower optim.lr or optim.grad_clip, or look at the data of these steps "
-                "(optim.max_skipped is the limit)")
+                "the last good step are saved. Lower optim.lr or optim.grad_clip and go on with run.allow=[optim.lr,"
+                "optim.grad_clip], or look at the data of these steps (optim.max_skipped is the limit)")
 
 
 def old_log_probs(policy: Policy, batch: TrainBatch, log_probs: LogProbs, epochs: int) -> list[list[Tensor] | None]:
