@@ -13,8 +13,8 @@ _NO_CUT = "there is none: cut sampling would falsify the log-probs that are trai
 
 MEANT = {
     "optim.lr": "learning_rate actor_lr base_lr peak_lr max_lr step_size",
-    "optim.steps": "max_steps num_steps total_steps training_steps total_training_steps iterations epochs num_epochs "
-                   "num_train_epochs total_epochs",
+    "optim.steps": "max_steps num_steps total_steps training_steps total_training_steps iterations",
+    "optim.epochs": "num_epochs num_train_epochs total_epochs",
     "optim.schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler scheduler_type",
     "optim.warmup_steps": "warmup warmup_ratio lr_warmup lr_warmup_steps num_warmup_steps lr_warmup_steps_ratio",
     "optim.betas": "adam_beta1 adam_beta2 adam_betas beta1 beta2",

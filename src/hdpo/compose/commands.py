@@ -73,6 +73,6 @@ def with_epochs(config: Config) -> Config:
     if not config.optim.epochs:
         return config
     from hdpo.data.tasks import check_columns
-    rows = check_columns(config.data.train, demonstrations=True)
+    rows = check_columns(config.data.train, config.data, demonstrations=True)
     steps = math.ceil(config.optim.epochs * rows / config.optim.rows_per_step)
     return config.model_copy(update={"optim": config.optim.model_copy(update={"steps": steps})})

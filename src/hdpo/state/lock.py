@@ -40,14 +40,14 @@ _mine: dict[tuple[int, int], Holder] = {}
 class RunLock:
     """Holds `folder`, which is made when it is missing, until `release` or the process's end.
 
-    Raises ConfigError with one line that says who holds it. `steal` takes it all the same: a holder that still lives finds
+    Raises ConfigError with one line that says who holds it; `field` names the folder where it can't be written. `steal` takes it all the same: a holder that still lives finds
     out (`lost`) and must not write any more.
     """
 
-    def __init__(self, folder: Path, steal: bool = False, name: str = NAME) -> None:
+    def __init__(self, folder: Path, steal: bool = False, name: str = NAME, field: str = "run.folder") -> None:
         self.folder, self.path = folder, folder / name
         self._me = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), _command())
-        with boundary(ConfigError, f"run.folder: {folder} can't be written", OSError):
+        with boundary(ConfigError, f"{field} {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._stolen() if steal else self._taken()
             self._inode = _inode(self._file)

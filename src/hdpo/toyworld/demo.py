@@ -64,7 +64,7 @@ def hold(run: Path, steal: bool) -> RunLock:
 
     Raises ConfigError that says who holds one of them.
     """
-    lock = RunLock(run, steal, DEMO_LOCK)
+    lock = RunLock(run, steal, DEMO_LOCK, "--run")
     try:
         for folder in (run, run / "sft") if not steal else ():
             if folder.is_dir():
