@@ -302,7 +302,7 @@ class Config(Section):
             (self.data.val or not self.eval.every_steps,
              f"eval.every_steps ({self.eval.every_steps}) needs data.val: name files of held-out rows there (VAL_DATA)"))
         known = {f"{section}.{field}" for section, info in type(self).model_fields.items() for field in info.default.model_dump()}
-        allowed = [(name in known, f"run.allow: there is no setting {name}; `hdpo settings` lists them") for name in self.run.allow]
+        allowed = [(name in known, f"run.allow: there is no setting {name} (`hdpo settings`)") for name in self.run.allow]
         for holds, problem in (*rules, *allowed):
             if not holds:
                 raise ValueError(problem)

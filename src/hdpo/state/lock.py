@@ -40,8 +40,8 @@ _mine: dict[tuple[int, int], Holder] = {}
 class RunLock:
     """Holds `folder`, which is made when it is missing, until `release` or the process's end.
 
-    Raises ConfigError with one line that says who holds it; `field` names the folder where it can't be written. `steal` takes it all the same: a holder that still lives finds
-    out (`lost`) and must not write any more.
+    Raises ConfigError with one line that says who holds it; `field` names the folder where it can't be written. `steal`
+    takes it all the same: a holder that still lives finds out (`lost`) and must not write any more.
     """
 
     def __init__(self, folder: Path, steal: bool = False, name: str = NAME, field: str = "run.folder") -> None:
