@@ -109,6 +109,25 @@ def test_a_step_is_kept_until_a_checkpoint_covers_it_and_later_ones_only_while_n
         assert [path.name for path in folder.iterdir()] == []
 
 
+def test_beyond_its_size_the_spool_keeps_what_it_has_until_a_checkpoint_lets_go(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = killed_in_step(config(tmp_path / "size"), 0, trajectory(1, 0)).stat().st_size
+    c = config(tmp_path, run={"spool_gib": 2.5 * one / 2**30})
+    with Spool(c, World()) as spool:
+        for step in range(6):
+            spool.begin(step)
+            spool.add(trajectory(1, 0))
+    assert caplog.text.count("until the next checkpoint") == 3
+    kept = sorted(path.parent.name for path in c.run.path.rglob("*.spool") if path.stat().st_size > one / 2)
+    assert kept == ["step_000000", "step_000001", "step_000002"]
+    with Spool(c, World()) as spool:
+        assert [list(spool.begin(step)) for step in range(3)] == [[(1, 0)]] * 3
+    (c.run.path / "checkpoints" / "step_000005").mkdir(parents=True)
+    killed_in_step(c, 6, trajectory(1, 0))
+    with Spool(c, World()) as spool:
+        assert list(spool.begin(6)) == [(1, 0)]
+
+
 def test_a_full_disk_costs_the_spool_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     c = config(tmp_path)
     c.run.path.mkdir(parents=True)

@@ -7,6 +7,9 @@ checkpoint, which are those that sampled the step's rollouts, and takes what it 
 taken as a whole from its spool, the same update follows and the next step's spool is good too (to the rounding of that
 update); after a step for which anything was sampled, later spools are discarded.
 
+Beyond run.spool_gib, of which each rank has an equal share, nothing more is kept until a checkpoint lets steps go: later
+steps without those before are of no use, so it is the first ones that stay.
+
 A record is complete or ignored: its length and CRC-32 stand before it. Pictures are written once per content and file.
 Deterministic runs do not use it: rollouts repeat bit for bit only in the same batches.
 """
@@ -17,6 +20,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import queue
 import shutil
@@ -83,8 +87,15 @@ class Spool:
         self._sampled = False
         self._world.barrier()       # every rank has listed the files before the first new one appears
         here = _step_folder(self._config.run.path, step)
-        self._writer = _Writer(_free_name(here, self._world.rank), _header(self._config, step, self._content))
+        self._writer = _Writer(_free_name(here, self._world.rank), _header(self._config, step, self._content), self._room())
         return self._known
+
+    def _room(self) -> float:
+        """Bytes that this rank may still keep."""
+        if not self._config.run.spool_gib:
+            return math.inf
+        held = sum(file.stat().st_size for file in self._folder.glob(f"step_*/rank_{self._world.rank:05d}.*.spool"))
+        return self._config.run.spool_gib * 2**30 / self._world.size - held
 
     def add(self, trajectory: Trajectory) -> None:
         """Keep a finished trajectory. One that failed on our side is not kept: a resumed run tries it again."""
@@ -121,9 +132,11 @@ def _settings_fingerprint(config: Config, content: Mapping[str, str]) -> str:
 class _Writer:
     """Appends to one file in a thread. Losing the spool costs sampling again, never the run: errors are one warning."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self._path, self._header = path, header
+    def __init__(self, path: Path, header: dict[str, Any], room: float) -> None:
+        """`room`: bytes that may be written."""
+        self._path, self._header, self._room = path, header, room
         self._queue: queue.SimpleQueue[Trajectory | None] = queue.SimpleQueue()
+        self._full = False
         self._written: set[str] = set()      # tasks and pictures that are in the file
         self._thread = threading.Thread(target=self._run, name="hdpo-spool", daemon=True)
         self._thread.start()
@@ -153,7 +166,11 @@ class _Writer:
             _append(file, {"kind": "header", **self._header}, b"")
             trajectory: Trajectory | None = first
             while trajectory is not None:
-                self._append(file, trajectory)
+                if file.tell() < self._room:
+                    self._append(file, trajectory)
+                elif not self._full:
+                    self._full = True
+                    log.warning("rollouts are not kept for a resume until the next checkpoint: run.spool_gib is used up")
                 if self._queue.empty():
                     file.flush()
                     os.fdatasync(file.fileno())
