@@ -25,7 +25,7 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-gpu fuzz test-faults test-sandbox sft rl eval sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-gpu fuzz test-faults test-sandbox sft rl eval eval-demo sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (9 to 20 minutes on 2 cores)
@@ -58,8 +58,11 @@ sft: install ## SFT on this node: make sft CONFIG=launch/configs/metis_8b_sft.ya
 rl: install ## HDPO on this node: make rl CONFIG=launch/configs/metis_8b_rl.yaml ARGS="--set model.path=..."
 	$(LAUNCH) launch/train_rl.py --config $(or $(CONFIG),launch/configs/metis_8b_rl.yaml) $(ARGS)
 
-eval: install ## evaluate a model folder: make eval ARGS="--set model.path=... --set data.val=[...]"
+eval: install ## evaluate a model folder: make eval ARGS="--set model.path=... --benchmarks vstar --data FOLDER" (README)
 	$(LAUNCH) launch/evaluate.py --config $(or $(CONFIG),launch/configs/metis_8b_rl.yaml) $(ARGS)
+
+eval-demo: install ## three miniature benchmarks, with and without tools, with the checkpoint of `make demo` (a minute)
+	$(BIN)/hdpo eval-demo $(ARGS)
 
 sandbox: install ## build the sandbox image (BASE=image to build on; without one a Debian base is bootstrapped)
 	PYTHON="$(abspath $(BIN))/python" sandbox/build.sh

@@ -16,6 +16,7 @@ COMMANDS = {
     "sft": ("hdpo.compose.commands:sft", "supervised fine-tuning on recorded tool trajectories"),
     "rl": ("hdpo.compose.commands:rl", "HDPO reinforcement learning"),
     "eval": ("hdpo.compose.commands:evaluate", "greedy rollouts on held-out rows: accuracy and tool use"),
+    "eval-demo": ("hdpo.toyworld.eval_demo:main", "three miniature benchmarks with the demo's checkpoint, in both arms"),
     "score": ("hdpo.compose.score:main", "answers to benchmarks, by their official rules, without a model"),
     "report": ("hdpo.report.page:main", "write a run's report.html"),
     "settings": ("hdpo.config_file:main", "every setting with its default and meaning"),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from hdpo import errors
 from hdpo.cli import main
 
 Rows = list[dict[str, Any]]
@@ -78,6 +79,7 @@ def scored(name: str, data: Path, answers: Any, capsys: Any, *options: str) -> d
 def refused(arguments: list[str], capsys: Any) -> str:
     """The one line that `hdpo` ends with, with status 2."""
     capsys.readouterr()
+    errors._said.clear()         # a process says a thing once
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error, error

@@ -76,12 +76,14 @@ class _Run:
     known: Mapping[tuple[int, int], Trajectory]
     on_finished: OnFinished | None
     most_live: int
+    keep: bool = True
     group: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
     claimed: dict[int, Task] = field(default_factory=dict)        # by prompt: `tasks` may read a task anew whenever it is asked
     prompts: dict[int, asyncio.Task[Segment]] = field(default_factory=dict)
     ready: deque[Key] = field(default_factory=deque)     # of claimed prompts, not yet started
     live: int = 0
     done: dict[Key, Trajectory] = field(default_factory=dict)
+    left: dict[int, int] = field(default_factory=dict)            # trajectories of a prompt that have yet to end
     clocks: dict[Key, asyncio.Timeout] = field(default_factory=dict)
     stopped: bool = False
     lags: list[float] = field(default_factory=list)
@@ -112,13 +114,14 @@ class Rollouts:
     def collect(self, tasks: Sequence[Task], *, group_size: int, temperature: float, step: int, weight_version: int,
                 queue: PromptQueue | None = None, first_index: int = 0,
                 known: Mapping[tuple[int, int], Trajectory] | None = None, on_finished: OnFinished | None = None,
-                ) -> list[tuple[Trajectory, ...]]:
+                keep: bool = True) -> list[tuple[Trajectory, ...]]:
         """group_size trajectories of each of `tasks` that `queue` gives to this rank (None: of all), in their order.
 
         The k-th task is prompt number first_index + k of the step: `Trajectory.index`. `known` holds trajectories of this
         very step, by (index, sample index): they are taken as they are instead of being sampled.
         `on_finished` is called on the background loop for every trajectory, sampled or known, the moment it is there, but
-        not for those that `stop` cut short. Groups that it kept from starting as a whole are not returned.
+        not for those that `stop` cut short. Groups that it kept from starting as a whole are not returned. Without `keep`
+        nothing is returned, and a trajectory with its pictures is forgotten as soon as `on_finished` had it.
 
         Raises DataError for a task that cannot be shown; KeyboardInterrupt and failures of the engine abort all requests,
         close all trajectories and are raised again.
@@ -128,7 +131,7 @@ class Rollouts:
         queue = queue or static_queue()
         pump = EnginePump(self._engine, self._background.loop, deterministic=self._deterministic)
         run = _Run(pump, tasks, queue, first_index, group_size, temperature, step, weight_version, known or {}, on_finished,
-                   most_live=self._most_live(len(tasks) * group_size, queue.ranks))
+                   most_live=self._most_live(len(tasks) * group_size, queue.ranks), keep=keep)
         outcome = self._background.submit(self._collect(run))
         outcome.add_done_callback(lambda _: pump.close())
         try:
@@ -197,12 +200,13 @@ class Rollouts:
                 else:
                     run.ready.append(key)
             if run.ready:
-                run.claimed[index] = task
+                run.claimed[index], run.left[index] = task, len(run.ready)
                 run.prompts[index] = run.group.create_task(self._player.prompt(task))
         return True
 
     def _finish(self, run: _Run, key: Key, trajectory: Trajectory) -> None:
-        run.done[key] = trajectory
+        if run.keep:
+            run.done[key] = trajectory
         if run.on_finished is not None and not (run.stopped and trajectory.end is EndReason.ABORTED):
             run.on_finished(trajectory)
 
@@ -221,6 +225,9 @@ class Rollouts:
                 log.warning("task %s, rollout %d: %s: %s", live.task.id, key.sample, end.value, live.error)
             self._finish(run, key, live.record(end, run.weight_version))
             run.live -= 1
+            run.left[key.prompt] -= 1
+            if not run.left[key.prompt]:
+                del run.claimed[key.prompt], run.prompts[key.prompt]
             self._fill(run)    # before `ended`: a deterministic pump must not step between the two
         finally:
             run.pump.ended(key)

@@ -18,7 +18,13 @@ def rl(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    return _command("eval", "Greedy rollouts on held-out rows: accuracy and tool use, by family and by need.", argv, _evaluate)
+    """Benchmarks where --benchmarks names some, else data.val."""
+    if any(argument.startswith("--benchmarks") for argument in argv):
+        from hdpo.compose.benchmarks import main
+        return main(argv)
+    return _command("eval", "Greedy rollouts on the held-out rows of data.val: accuracy and tool use, by family and by need. "
+                    "With --benchmarks A,B --data FOLDER published benchmarks instead: hdpo eval --benchmarks all --help.",
+                    argv, _evaluate)
 
 
 def _command(name: str, description: str, argv: Sequence[str],

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hdpo.config import Config
-from hdpo.config_file import load_config
+from hdpo.config_file import add_config_options, load_config
 from hdpo.errors import UserError, boundary
 from hdpo.evaluation import table
 from hdpo.evaluation.benchmarks import BENCHMARKS, open_benchmarks
@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
             closing.callback(lambda: background.run(judge.close()))
         found = score(benchmarks, options.data, options.predictions, judge=judge, background=background,
                       against=options.against, rules_only=options.rules_only)
-    _show(found, {benchmark.name: benchmark.title for benchmark in benchmarks}, options)
+    show(found, {benchmark.name: benchmark.title for benchmark in benchmarks}, paper=options.paper, against=options.against,
+         json=[options.json], markdown=options.markdown)
     return 0
 
 
@@ -62,9 +63,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--paper", action="store_true", help="show the paper's Qwen3-VL-8B beside")
     parser.add_argument("--rules-only", action="store_true",
                         help="without a judge: score the parts of a benchmark that rules decide, and leave out the rest")
-    parser.add_argument("--config", help="YAML file; its judge is asked where rules can't decide")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override one setting, for example --set judge.base_url=http://HOST:PORT/v1")
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 
@@ -74,19 +73,26 @@ def _cached_beside(config: Config, predictions: Path) -> Config:
     return config.model_copy(update={"judge": config.judge.model_copy(update={"cache": cache})})
 
 
-def _show(found: Scoring, titles: dict[str, str], options: argparse.Namespace) -> None:
-    cells = table.figures(found.records, titles, paper=options.paper)
+def show(found: Scoring, titles: dict[str, str], *, paper: bool, against: Path | None, json: Sequence[Path | None],
+         markdown: Path | None) -> None:
+    """Print the tables and write the files that are named."""
+    cells = table.figures(found.records, titles, paper=paper)
     print(table.text(cells))
     for note in table.notes(found.records):
         print(f"  {note}")
+    tools = table.tools(found.records, titles, found.overall)
+    if tools:
+        print("\n" + table.text(tools))
+    for line in table.wisdom(found.records, titles, found.overall):
+        print(line)
     if found.against:
-        print(f"\nAgainst {options.against}:\n" + table.text(table.comparison(found.against, titles)))
+        print(f"\nAgainst {against}:\n" + table.text(table.comparison(found.against, titles)))
     records = {name: {**record, **({"against": found.against[name]} if found.against else {})}
                for name, record in found.records.items()}
     with boundary(UserError, "the figures can't be written", OSError):
-        if options.json:
-            write_json(options.json, records)
+        for path in filter(None, json):
+            write_json(path, records)
             if found.audit:
-                options.json.with_suffix(".audit.jsonl").write_text(audit_lines(found.audit), encoding="utf-8")
-        if options.markdown:
-            options.markdown.write_text(table.markdown(cells), encoding="utf-8")
+                path.with_suffix(".audit.jsonl").write_text(audit_lines(found.audit), encoding="utf-8")
+        if markdown:
+            markdown.write_text(table.markdown(cells) + ("\n" + table.markdown(tools) if tools else ""), encoding="utf-8")

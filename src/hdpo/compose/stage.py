@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hdpo.adapters.chat_format import open_chat
+from hdpo.agent.rollout import Rollouts
 from hdpo.background import freeze_heap
 from hdpo.compose.checks import check_devices, check_launcher, check_rl
 from hdpo.compose.folder import begin_run
@@ -124,6 +125,33 @@ class Stage(contextlib.ExitStack):
         rollouts = open_rollouts(config, chat, engine, backend, background, self)
         return Evaluator(config, rollouts, open_scorer(config, background, world, self), held_out, world)
 
+    def benchmarks(self) -> BenchmarkParts:
+        """The ranks are connected; engine and tools are opened by `open`, when there is something to roll out."""
+        check_tensor_parallel(self.config, self.world.size)
+        choose_interface()
+        world = self.world.connect()
+        open_run_folder(self.config, world, {})
+        return BenchmarkParts(self)
+
     def held_out(self) -> Sequence[Task]:
         config = self.config
         return read_tasks(config.data.val, self.chat, config.data, config.eval.rows) if config.data.val else []
+
+
+class BenchmarkParts:
+    """What `hdpo eval --benchmarks` rolls out with: one engine, tools, and rollouts whose calls run or are refused."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def open(self) -> None:
+        """Load the model. Collective."""
+        stage = self._stage
+        self.background, self._backend = open_tools(stage.config, stage.world, stage)
+        self._engine = open_engine(stage.config, stage.chat, stage)
+
+    def rollouts(self, refuse: bool) -> Rollouts:
+        config = self._stage.config
+        if refuse:
+            config = config.model_copy(update={"tools": config.tools.model_copy(update={"allowed": []})})
+        return open_rollouts(config, self._stage.chat, self._engine, self._backend, self.background, self._stage)

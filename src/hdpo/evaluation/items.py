@@ -21,8 +21,8 @@ from hdpo.types import Verdict
 class Item:
     """One question. `cluster` is shared by items that stand or fall together; `parts` are the categories it counts in.
 
-    `image` is the picture's cell or path as it stands in the file (None where pictures were not read). An item that is
-    `dropped` (the reason, in words) has an id and is never scored.
+    `image` is the path of its picture as it stands in the file; None where the row holds the picture itself, which is read
+    when it is needed. An item that is `dropped` (the reason, in words) has an id and is never scored.
     """
 
     id: str
@@ -35,6 +35,8 @@ class Item:
     extra: Mapping[str, Any] = field(default_factory=dict)
     image: Any = None
     dropped: str = ""
+    file: Path | None = None     # where its row is, and the number of the row there
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +108,20 @@ class Benchmark:
     def files(self, folder: Path) -> list[Path]:
         return find_files(folder, self.layouts, self.exclude)
 
-    def items(self, folder: Path, images: bool = False) -> Iterator[Item]:
+    def items(self, folder: Path) -> Iterator[Item]:
         """Items in the order of the published files, with unique ids. Raises DataError."""
         seen: dict[str, int] = {}
         for file in self.files(folder):
             first = True
-            for row in read_rows(file, images or self.hashes_images):
+            for row in read_rows(file, self.hashes_images):
                 if first:
                     for names in self.required:
                         row.require(*names)
                 first = False
                 for item in self.parse(row):
                     count = seen[item.id] = seen.get(item.id, 0) + 1
-                    yield item if count == 1 else replace(item, id=f"{item.id}#{count}")
+                    yield replace(item, id=item.id if count == 1 else f"{item.id}#{count}", file=file, row=row.number,
+                                  image=item.image if is_path(item.image) else None)
 
     def parse(self, row: Row) -> Iterator[Item]:
         raise NotImplementedError
@@ -136,6 +139,10 @@ class Benchmark:
     def prompt(self, item: Item) -> str:
         """The user's text, in this project's own words."""
         raise NotImplementedError
+
+    def bare(self, item: Item) -> str:
+        """The question and its options alone, for a model whose own prompt says how to answer."""
+        return item.question + "".join(f"\n{letter}. {text}" for letter, text in item.options.items() if text)
 
     def figures(self, marks: Sequence[Mark]) -> Figures:
         return Figures(mean(marks), {}, by_part(marks))
@@ -195,6 +202,12 @@ def by_part(marks: Sequence[Mark]) -> dict[str, Estimate]:
 def lettered(row: Row, columns: Sequence[str] = LETTERS[:15]) -> dict[str, str]:
     """Options from columns A, B, C, ...; empty cells are no options."""
     return {name[-1].upper(): row.text(name) for name in columns if row.text(name)}
+
+
+def is_path(cell: Any) -> bool:
+    """Whether a picture's cell is the path of a file, and not the picture."""
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    return isinstance(cell, str) and len(cell) < 1024 and cell.lower().endswith(suffixes)
 
 
 def picture_key(cell: object) -> str:

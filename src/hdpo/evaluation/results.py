@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hdpo.evaluation.arms import paired, tool_use, wisdom
 from hdpo.evaluation.items import Benchmark, Figures, Item, Mark
 from hdpo.evaluation.predictions import TOOLS, Prediction
 from hdpo.evaluation.statistics import Estimate
@@ -67,6 +68,9 @@ def result_of(benchmark: Benchmark, items: Mapping[str, Item], marks: Mapping[st
 def record(result: Result) -> dict[str, Any]:
     """What --json holds of a benchmark: the main arm's figures, and every arm's under "arms" where there are several."""
     found = arm_record(result, result.main)
+    pairs = paired({arm: r.marks for arm, r in result.arms.items()}, {arm: r.predictions for arm, r in result.arms.items()})
+    if pairs:
+        found["wisdom"] = wisdom(pairs)
     if len(result.arms) > 1:
         found["arms"] = {arm: arm_record(result, arm) for arm in result.arms}
     return found
@@ -84,7 +88,7 @@ def arm_record(result: Result, name: str) -> dict[str, Any]:
         "arm": name, "rows": result.rows, "answers": len(arm.marks), "samples": 1 + max((m.sample for m in arm.marks), default=0),
         "clusters": score.clusters, "detectable": score.detectable, "by": dict(sorted(by.items())),
         "variant_intervals": {name: _interval(estimate) for name, estimate in figures.variants.items()},
-        "notes": result.missing(name), "prompt_version": result.benchmark.prompt_version,
+        "tool_use": tool_use(arm.predictions), "notes": result.missing(name), "prompt_version": result.benchmark.prompt_version,
         **figures.extra, **({"settings": dict(result.settings)} if result.settings else {})}
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from hdpo.background import BackgroundLoop
 from hdpo.errors import DataError
-from hdpo.evaluation.items import Benchmark, Item, Unit
+from hdpo.evaluation.arms import Samples, paired, tool_use, wisdom
+from hdpo.evaluation.items import Benchmark, Item, Mark, Unit
 from hdpo.evaluation.marking import audit_records, mark_all
-from hdpo.evaluation.predictions import read_predictions
+from hdpo.evaluation.predictions import Prediction, read_predictions
 from hdpo.evaluation.results import Result, record, result_of
 from hdpo.evaluation.statistics import compare
 from hdpo.protocols import Judge
@@ -23,7 +24,9 @@ class Scoring:
 
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     against: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overall: dict[str, Any] = field(default_factory=dict)     # tool use and wisdom over all benchmarks
     audit: list[dict[str, Any]] = field(default_factory=list)
+    marks: dict[str, dict[str, Sequence[Mark]]] = field(default_factory=dict)
 
 
 def read_items(benchmark: Benchmark, data: Path) -> dict[str, Item]:
@@ -41,26 +44,38 @@ def ids(benchmarks: Sequence[Benchmark], data: Path) -> Iterator[str]:
 
 
 def score(benchmarks: Sequence[Benchmark], data: Path, predictions: Path, *, judge: Judge | None = None,
-          background: BackgroundLoop | None = None, against: Path | None = None, rules_only: bool = False) -> Scoring:
-    """Figures of the answers in `predictions`. Raises DataError for what can't be read, UserError for a missing judge."""
+          background: BackgroundLoop | None = None, against: Path | None = None, rules_only: bool = False,
+          settings: Mapping[str, Any] | None = None, items: Mapping[str, Mapping[str, Item]] | None = None) -> Scoring:
+    """Figures of the answers in `predictions`. `items`: the rows by benchmark where they have been read already.
+
+    Raises DataError for what can't be read, UserError for a missing judge.
+    """
     scoring = Scoring()
+    questions: list[Samples] = []
+    answers: dict[str, list[Prediction]] = {}
     for benchmark in benchmarks:
-        items = read_items(benchmark, data)
-        result = _result(benchmark, items, predictions, judge, background, rules_only)
+        rows = items[benchmark.name] if items is not None else read_items(benchmark, data)
+        result = _result(benchmark, rows, predictions, judge, background, rules_only, settings)
         scoring.records[benchmark.name] = record(result)
+        scoring.marks[benchmark.name] = {arm: found.marks for arm, found in result.arms.items()}
+        questions += paired(scoring.marks[benchmark.name], {arm: found.predictions for arm, found in result.arms.items()})
+        for arm, found in result.arms.items():
+            answers.setdefault(arm, []).extend(found.predictions)
         for arm, found in result.arms.items():
             scoring.audit += audit_records(benchmark, arm, found.marks)
         if against is not None:
-            other = _result(benchmark, items, against, judge, background, rules_only)
+            other = _result(benchmark, rows, against, judge, background, rules_only)
             scoring.against[benchmark.name] = compared(benchmark, result, other)
+    scoring.overall = {"tool_use": {arm: tool_use(found) for arm, found in answers.items()},
+                       **({"wisdom": wisdom(questions)} if questions else {})}
     return scoring
 
 
 def _result(benchmark: Benchmark, items: Mapping[str, Item], file: Path, judge: Judge | None,
-            background: BackgroundLoop | None, rules_only: bool) -> Result:
+            background: BackgroundLoop | None, rules_only: bool, settings: Mapping[str, Any] | None = None) -> Result:
     found = read_predictions(file, benchmark.name, items)
     marks = {arm: mark_all(benchmark, items, answers, judge, background, rules_only=rules_only) for arm, answers in found.items()}
-    return result_of(benchmark, items, marks, found)
+    return result_of(benchmark, items, marks, found, settings)
 
 
 def compared(benchmark: Benchmark, first: Result, second: Result) -> dict[str, Any]:

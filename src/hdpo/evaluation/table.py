@@ -61,3 +61,41 @@ def comparison(compared: Mapping[str, Mapping[str, Any]], titles: Mapping[str, s
 
 def notes(records: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     return [f"{name}: {note}" for name, found in records.items() for note in found["notes"]]
+
+
+def tools(records: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], overall: Mapping[str, Any]) -> Cells:
+    """Tool use by benchmark and arm; nothing where no answer says how many calls it made."""
+    lines = [["tool use", "arm", "score", "rate", "calls", "failed", "answers", "by tool"]]
+    for name, found in records.items():
+        arms = found.get("arms") or {found["arm"]: found}
+        lines += [_tool_line(titles[name], arm, part["score"], part["tool_use"]) for arm, part in arms.items()]
+    if len(records) > 1:
+        lines += [_tool_line("all", arm, None, use) for arm, use in overall.get("tool_use", {}).items()]
+    lines = [line for line in lines if line]
+    return lines if len(lines) > 1 else []
+
+
+def _tool_line(title: str, arm: str, score: float | None, use: Mapping[str, Any]) -> list[str]:
+    if not use["answers"]:
+        return []
+    by_tool = ", ".join(f"{name} {value:.2f}" for name, value in use["by_tool"].items())
+    return [title, arm, percent(score), percent(use["tool_rate"]), f"{use['calls_per_question']:.2f}",
+            percent(use["failed_share"]),
+            str(use["answers"]), by_tool]
+
+
+def wisdom(records: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], overall: Mapping[str, Any]) -> Sequence[str]:
+    """One line per benchmark with both arms, and one for all of them."""
+    found = [(titles[name], record["wisdom"]) for name, record in records.items() if "wisdom" in record]
+    if len(found) > 1 and "wisdom" in overall:
+        found.append(("all", overall["wisdom"]))
+    return [f"{title}: " + ", ".join(_wise(values)) for title, values in found]
+
+
+def _wise(values: Mapping[str, Any]) -> Sequence[str]:
+    shown = [f"{name.replace('_', ' ')} {percent(values[name])} ({spread({'ci95': values[name + '_ci95']})})"
+             for name in ("needed", "unneeded", "undecidable", "needed_call", "missed_call", "blind_call")
+             if values.get(name) is not None]
+    rescue = (f"rescued {values['rescued']}, harmed {values['harmed']} of {values['questions']} "
+              f"(McNemar p {values['mcnemar_p']:.3g})")
+    return [f"p0 {percent(values['p0'])}", f"p1 {percent(values['p1'])}", *shown, rescue]

@@ -133,7 +133,7 @@ def write_rollouts(path: str | os.PathLike[str], groups: Sequence[RewardedGroup]
             rows.append(_dumped(step, trajectory, judgement, reward, own, images, count))
     part = _part(Path(path), rank, world)
     _remove_other_layout(Path(path), rank, world)
-    _write(part, rows)
+    write_rows(part, rows)
     return part
 
 
@@ -231,7 +231,8 @@ def _storable(text: str) -> str:
     return short.encode("utf-8", "replace").decode()
 
 
-def _write(path: Path, rows: Sequence[DumpedRollout]) -> None:
+def write_rows(path: Path, rows: Sequence[DumpedRollout]) -> None:
+    """Write rows as they are, whole or not at all."""
     columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
     columns["calls"] = [_storable(json.dumps(calls)) for calls in columns["calls"]]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,7 @@ class MultipleChoice(Benchmark):
         return CANT_SAY if letter is None else decided(letter == item.gold, letter)
 
     def prompt(self, item: Item) -> str:
-        options = "\n".join(f"{letter}. {text}" for letter, text in item.options.items() if text)
-        return f"{item.question}\n{options}\n{INSTRUCTION}" if options else f"{item.question}\n{INSTRUCTION}"
+        return f"{self.bare(item)}\n{INSTRUCTION}"
 
     def parse(self, row: Row) -> Iterator[Item]:
         options = self.options(row)

@@ -58,10 +58,12 @@ class MathVerse(Benchmark):
     def judged(self, item: Item) -> tuple[str, str]:
         return item.question + RULE, item.gold
 
+    def bare(self, item: Item) -> str:
+        return item.extra["shown"] or "Read the question in the picture and answer it."
+
     def prompt(self, item: Item) -> str:
-        question = item.extra["shown"] or "Read the question in the picture and answer it."
         form = "the letter of the right option" if "multi" in item.kind else "the answer"
-        return f"{question}\nPut {form}, and nothing else, into <answer></answer>."
+        return f"{self.bare(item)}\nPut {form}, and nothing else, into <answer></answer>."
 
     def figures(self, marks: Sequence[Mark]) -> Figures:
         shown = [mark for mark in marks if mark.item.extra["version"] != "Text Only"]

@@ -59,13 +59,15 @@ class MathVista(Benchmark):
     def judged(self, item: Item) -> tuple[str, str]:
         return item.question, item.gold
 
+    def bare(self, item: Item) -> str:
+        unit = f" (Unit: {item.extra['unit']})" if item.extra["unit"] else ""
+        options = "".join(f"\n({letter}) {text}" for letter, text in item.options.items())
+        return f"{item.extra['plain'] or item.question}{unit}{options}"
+
     def prompt(self, item: Item) -> str:
         form = {"choice": "the letter of the right option", "integer": "a whole number", "list": "a list such as [1, 2]",
                 "float": f"a number with {item.extra['precision']} decimal{'s' * (item.extra['precision'] != 1)}"}
-        unit = f" (Unit: {item.extra['unit']})" if item.extra["unit"] else ""
-        options = "".join(f"\n({letter}) {text}" for letter, text in item.options.items())
-        return (f"{item.extra['plain'] or item.question}{unit}{options}\n"
-                f"Put {form.get(item.kind, 'a short answer')}, and nothing else, into <answer></answer>.")
+        return f"{self.bare(item)}\nPut {form.get(item.kind, 'a short answer')}, and nothing else, into <answer></answer>."
 
 
 def chosen(said: str, options: dict[str, str] | Any) -> str | None:
