@@ -64,6 +64,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rules-only", action="store_true",
                         help="without a judge: score the parts of a benchmark that rules decide, and leave out the rest")
     add_config_options(parser)
+    parser.add_argument("--steal-lock", action="store_true",
+                        help="take the folder over from a process that is known to be gone")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration as YAML and end")
     return parser.parse_args(argv)
 
@@ -92,7 +94,7 @@ def _run(config: Config, plan: Any, benchmarks: Sequence[Benchmark], options: ar
     from hdpo.compose.stage import Stage
     from hdpo.evaluation.kept import Kept, check_settings
     from hdpo.evaluation.runner import Runner, selected, settings_of
-    with Stage(config) as stage:
+    with Stage(config, options.steal_lock) as stage:
         parts = stage.benchmarks()
         world, folder = stage.world, config.run.path / "benchmarks"
         settings = settings_of(config, plan, stage.chat, benchmarks)

@@ -127,6 +127,7 @@ class Stage(contextlib.ExitStack):
 
     def benchmarks(self) -> BenchmarkParts:
         """The ranks are connected; engine and tools are opened by `open`, when there is something to roll out."""
+        begin_run(self.config, "eval", self._steal_lock, self)
         check_tensor_parallel(self.config, self.world.size)
         choose_interface()
         world = self.world.connect()
