@@ -2,7 +2,7 @@
 # Starts a local judge: an OpenAI-compatible vLLM server for any Hugging Face model folder or name.
 #   launch/start_judge.sh MODEL [PORT] [further `vllm serve` options]
 # Then: export JUDGE_BASE_URL=http://HOST:PORT/v1  and try it with: hdpo judge --check
-# JUDGE_API_KEY, if set, is required of clients.
+# JUDGE_API_KEY, if set, is required of clients; without it the judge is for this machine alone.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then echo "usage: launch/start_judge.sh MODEL [PORT] [vllm options]" >&2; exit 2; fi
@@ -14,6 +14,13 @@ shift; [ $# -gt 0 ] && shift
 options=(--port "$port" --max-model-len "${JUDGE_MAX_MODEL_LEN:-8192}" --enable-prefix-caching)
 if [ -n "${JUDGE_API_KEY:-}" ]; then
     export VLLM_API_KEY=$JUDGE_API_KEY   # not an argument: those are visible to every user of the machine
+else
+    case " $* " in
+    *" --host 127.0.0.1 "* | *" --host=127.0.0.1 "* | *" --host localhost "* | *" --host=localhost "*) ;;
+    *" --host"* | *" --uds"*)
+        echo "start_judge.sh: --host without JUDGE_API_KEY: anyone could use the judge; set the key" >&2; exit 2 ;;
+    esac
+    options+=(--host 127.0.0.1)
 fi
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 PATH="$(dirname "$python"):$PATH"

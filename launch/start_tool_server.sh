@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Start a tool server in the background and print its URL, as the reference's script does.
 # Usage: launch/start_tool_server.sh [PORT] [WORKERS]      PORT 0 takes a free one; WORKERS are cells running at once
-# Keys and SEARCH_PROVIDER come from the environment; further options in TOOL_SERVER_ARGS.
+# Keys and SEARCH_PROVIDER come from the environment; further options in TOOL_SERVER_ARGS. Clients need HDPO_TOOL_SERVER_TOKEN;
+# without it a token is made that clients of the same user on this machine find. TOOL_SERVER_ARGS=--no-token asks for none.
 # The log is TOOL_SERVER_LOG, or tool_server.log in RUN_FOLDER/RUN_NAME (runs/).
 set -euo pipefail
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"

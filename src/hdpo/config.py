@@ -119,6 +119,8 @@ class ToolsConfig(Section):
     sandbox: Literal["process", "docker", "docker-strict"] = Field(
         "process", description="Where the run's own tool server executes Python; process is no security boundary, "
         "docker-strict gives each session a container of its own.")
+    i_trust_the_model: bool = Field(False, description="Run the process sandbox even where the machine forbids user namespaces: "
+                                    "the model's code then has this user's files and processes in reach.")
     call_timeout_s: PositiveFloat = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
     python_timeout_s: PositiveFloat = Field(20.0, description="Wall clock of one Python cell, seconds.")
     retries: Number = Field(

@@ -150,6 +150,15 @@ def test_text_of_models_tools_and_data_stays_text(tmp_path):
     assert page.text.count("<script>alert(1)</script>") >= 12, "shown, in every place, as text"
 
 
+def test_the_name_of_a_stage_stays_text(tmp_path):
+    run, stage = write_run(tmp_path / "run", steps=1), "<script>alert(1)<b>"
+    (run / "eval" / "rl.parquet").rename(run / "eval" / f"{stage}.parquet")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({stage if name == "rl" else name: part for name, part in summary.items()}))
+    page = Page(write_report(run).read_text())
+    assert "script" not in {tag for tag, _ in page.tags} and page.text.count(stage) >= 2
+
+
 def test_a_picture_of_an_unknown_kind_is_left_out(tmp_path, run):
     from hdpo.report.rollouts import task_card
 

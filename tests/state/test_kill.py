@@ -147,14 +147,15 @@ class Sandbox:
         (log,) = run.path.glob("tool_server_*.log")
         url = re.findall(r"http://\S+", log.read_text())[-1]
         cell = "import subprocess; open('f', 'w').write('x'); subprocess.Popen(['sleep', '1000'])"
-        assert post(url, {"trajectory_ids": ["t"], "actions": [python(cell)]})[1]["valids"] == [True]
+        token = {"Authorization": f"Bearer {self.server.environ()['HDPO_TOOL_SERVER_TOKEN']}"}
+        assert post(url, {"trajectory_ids": ["t"], "actions": [python(cell)]}, token)[1]["valids"] == [True]
         (container,) = containers(self.server.pid)
         self.processes = family(psutil.Process(container.attrs["State"]["Pid"]))
         assert len(self.processes) == 4       # template, supervisor, session, sleep
         assert self.folders()
 
     def folders(self) -> list[Path]:
-        return list(Path(tempfile.gettempdir()).glob(f"hdpo-sandbox-{self.server.pid}-*"))
+        return list(Path(tempfile.gettempdir()).glob(f"hdpo-sandbox-*-{self.server.pid}-*"))
 
     def check_gone(self) -> None:
         """The container and everything in it."""

@@ -17,6 +17,7 @@ from PIL import Image
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.client import ToolClient
 from hdpo.toolserver.process import start_tool_server
+from hdpo.toolserver.token import token_for
 from hdpo.types import Task
 
 
@@ -52,9 +53,10 @@ def all_gone(processes: list[psutil.Process], seconds: float = 20.0) -> bool:
 
 
 def post(url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any], Any]:
-    """(status, JSON body, headers) of the answer."""
+    """(status, JSON body, headers) of the answer; `headers` beside the usual ones, a server's own token among them."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(f"{url}/get_observation", data, headers or {})
+    usual = {"Content-Type": "application/json", "Authorization": f"Bearer {token_for(url)}"}
+    request = urllib.request.Request(f"{url}/get_observation", data, {**usual, **(headers or {})})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response), response.headers

@@ -27,6 +27,7 @@ from hdpo.protocols import ToolResult
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.toolserver.process import start_tool_server
 from hdpo.toolserver.text_search import build_text_index
+from hdpo.toolserver.token import token_for
 
 
 def badge(seed: int) -> Image.Image:
@@ -100,7 +101,8 @@ def test_health_lists_the_tools(server: ToolServer) -> None:
 
 def test_metrics_count_calls_by_tool_and_outcome(server: ToolServer) -> None:
     server.talk(python("1"), python("1/0"), "no call", trajectory="metrics")
-    text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    request = urllib.request.Request(f"{server.url}/metrics", headers={"Authorization": f"Bearer {token_for(server.url)}"})
+    text = urllib.request.urlopen(request).read().decode()
     for line in ('hdpo_tool_calls_total{tool="python",outcome="ok"}', 'hdpo_tool_calls_total{tool="python",outcome="failed"}',
                  'hdpo_tool_calls_total{tool="none",outcome="failed"}', 'hdpo_tool_call_seconds_bucket{tool="python",le="+Inf"}',
                  "hdpo_tool_trajectories ", "# TYPE hdpo_tool_call_seconds histogram"):
@@ -344,7 +346,8 @@ def test_sigterm_answers_the_running_call_and_ends_cleanly() -> None:
     started = subprocess.Popen([sys.executable, "-c", f"""
 import json, urllib.request
 body = json.dumps({{"trajectory_ids": ["d"], "actions": [{python("import time; time.sleep(1); print('drained')")!r}]}})
-print(urllib.request.urlopen("{running.url}/get_observation", body.encode()).read().decode())
+headers = {{"Content-Type": "application/json", "Authorization": "Bearer {token_for(running.url)}"}}
+print(urllib.request.urlopen(urllib.request.Request("{running.url}/get_observation", body.encode(), headers)).read().decode())
 """], stdout=subprocess.PIPE, text=True)
     assert until(lambda: wait_until_healthy(running.url)["concurrent_requests"] == 1)
     running.process.terminate()

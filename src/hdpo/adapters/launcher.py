@@ -30,6 +30,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from hdpo.errors import USER_STATUS, WORLD_STATUS, ConfigError, UserError
+from hdpo.keys import hide
 from hdpo.ranks.nodes import join_timeout_s, wait_for_master
 from hdpo.shipped import launch_folder, shipped_file
 
@@ -75,12 +76,15 @@ class Agent(LocalElasticAgent):
 def _is_rank(process: psutil.Process) -> bool:
     try:
         return "LOCAL_RANK" in process.environ()
+    except psutil.AccessDenied:      # it hides its environment (keys.py), as ranks do
+        return True
     except psutil.Error:
         return False
 
 
 def main(argv: Sequence[str]) -> int:
     """Launch; returns the exit status."""
+    hide()      # the keys in its environment are for the ranks
     parser = launch_command_parser()
     parser.error = lambda message: sys.exit(   # type: ignore[method-assign, assignment]
         _say(f"{message} (python -m hdpo.adapters.launcher --help lists the options)", 2))

@@ -12,7 +12,6 @@ import asyncio
 import email.utils
 import functools
 import json
-import os
 import random
 import re
 import time
@@ -25,6 +24,7 @@ import openai
 
 from hdpo.config import JudgeConfig
 from hdpo.errors import ConfigError, JudgeError
+from hdpo.keys import key
 from hdpo.reward.judge_prompt import REMINDER, SYSTEM, build_prompt, parse_verdict, prompt_version
 from hdpo.reward.judge_reply import ProviderError, is_too_long, one_line, read_reply, refused_options, words_of
 from hdpo.reward.outage import Deadline, Outage, WentDownError
@@ -56,7 +56,7 @@ class OpenAIJudge:
         if config.votes < 1 or config.concurrency < 1:
             raise ConfigError("judge.votes and judge.concurrency must be at least 1")
         self.config = config
-        self._key = api_key or os.environ.get("JUDGE_API_KEY") or _NO_KEY
+        self._key = api_key or key("JUDGE_API_KEY") or _NO_KEY
         self._backoff_s = backoff_s
         self._options: dict[str, Any] = {   # an endpoint that refuses one of them does without it from then on
             "temperature": 0.0 if config.votes == 1 else 0.7, "max_tokens": config.max_tokens, "seed": 0, **config.extra_body}
@@ -254,7 +254,7 @@ def open_judges(config: JudgeConfig) -> list[OpenAIJudge]:
         if not (model and at and url.startswith(("http://", "https://"))):
             raise ConfigError(f"judge.panel: {member!r} is not MODEL@URL, as in Qwen3-32B@http://host:8000/v1")
         own = config.model_copy(update={"model": model, "base_url": url, "panel": []})
-        judges.append(OpenAIJudge(own, os.environ.get(f"JUDGE_API_KEY_{number}") or _NO_KEY))
+        judges.append(OpenAIJudge(own, key(f"JUDGE_API_KEY_{number}") or _NO_KEY))
     return judges
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdpo.errors import ConfigError
+from hdpo.keys import key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +36,7 @@ def check_wandb() -> None:
 
 
 class WandbSink:
-    """Logs to project `hdpo` under the run's name; the key is read by wandb itself from WANDB_API_KEY.
+    """Logs to project `hdpo` under the run's name; the key is WANDB_API_KEY's, or what `wandb login` has left.
 
     `config` is the run's configuration without secrets. `resumed`: the run goes on from a checkpoint. WANDB_MODE=offline keeps
     everything in `folder`. Raises ConfigError when wandb is not installed, and nothing else.
@@ -47,9 +48,11 @@ class WandbSink:
         self._wandb, self._failed = wandb, False
         identity = _identity(Path(folder) / ID_FILE, resumed)
 
+        secret = {"api_key": key("WANDB_API_KEY")} if key("WANDB_API_KEY") else {}     # it has left the environment
+
         def open_run(**mode: Any) -> Any:
             run = wandb.init(project="hdpo", name=name, id=identity, resume="allow", dir=str(folder), config=config,
-                             settings=wandb.Settings(silent=True, init_timeout=REACH_S), **mode)
+                             settings=wandb.Settings(silent=True, init_timeout=REACH_S, **secret), **mode)
             run.define_metric("step")
             run.define_metric("*", step_metric="step")
             return run

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from hdpo.config import Config
 from hdpo.config_file import dump_config, parse_run
+from hdpo.keys import withdraw
 
 
 def sft(argv: Sequence[str]) -> int:
@@ -30,6 +31,7 @@ def evaluate(argv: Sequence[str]) -> int:
 def _command(name: str, description: str, argv: Sequence[str],
              run: Callable[[Config, bool], None]) -> int:
     config, options = parse_run(name, description, argv)
+    withdraw()
     if options.print_config:
         if os.environ.get("RANK", "0") == "0":
             print(dump_config(config), end="")

@@ -1,7 +1,6 @@
 """The tool server's client, and the server of this node when the configuration names none."""
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 
 from hdpo.background import BackgroundLoop
@@ -16,18 +15,18 @@ def open_tools(config: Config, world: World, closing: ExitStack) -> tuple[Backgr
     tools = config.tools
     background = BackgroundLoop()
     closing.callback(background.close)
-    url = tools.url
+    url, token = tools.url, ""
     if not url:
-        mine = _start_tool_server(config, world, closing) if world.local_rank == 0 else ""
-        url = next(u for node, u in world.gather((world.node, mine)) if node == world.node and u)
+        mine = _start_tool_server(config, world, closing) if world.local_rank == 0 else None
+        url, token = next(server for node, server in world.gather((world.node, mine)) if node == world.node and server)
     wait_until_healthy(url, timeout=30.0)
-    client = ToolClient(url, timeout=tools.call_timeout_s, retries=tools.retries,
-                        token=os.environ.get("HDPO_TOOL_SERVER_TOKEN"))
+    client = ToolClient(url, timeout=tools.call_timeout_s, retries=tools.retries, token=token)
     closing.callback(lambda: background.run(client.close(), timeout=10))
     return background, client
 
 
-def _start_tool_server(config: Config, world: World, closing: ExitStack) -> str:
+def _start_tool_server(config: Config, world: World, closing: ExitStack) -> tuple[str, str]:
+    """(URL, token)."""
     tools = config.tools
     options = [
         "--tools", ",".join(tools.allowed), "--sandbox", tools.sandbox, "--python-timeout", str(tools.python_timeout_s),
@@ -36,7 +35,8 @@ def _start_tool_server(config: Config, world: World, closing: ExitStack) -> str:
     for flag, value in (("--text-index", tools.text_index), ("--image-index", tools.image_index),
                         ("--image-cache", tools.image_cache)):
         options += [flag, value] if value else []
+    options += ["--i-trust-the-model"] if tools.i_trust_the_model else []
     config.run.path.mkdir(parents=True, exist_ok=True)
     server = KeptToolServer(options, config.run.path / f"tool_server_{world.node}.log")
     closing.callback(server.stop)
-    return server.url
+    return server.url, server.token

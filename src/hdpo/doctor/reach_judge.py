@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import urllib.error
 import urllib.request
 from http import HTTPStatus
@@ -12,6 +11,7 @@ from typing import Any
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config
 from hdpo.errors import UserError
+from hdpo.keys import key
 from hdpo.reward.judge_reply import one_line, words_of
 from hdpo.types import Judgement, Verdict
 
@@ -36,10 +36,10 @@ def ask_one(config: Config) -> list[str]:
     background, judges = BackgroundLoop(), open_judges(settings)
     lines = []
     try:
-        for judge, (url, model, key) in zip(judges, _judges(config), strict=True):
+        for judge, (url, model, secret) in zip(judges, _judges(config), strict=True):
             said: Judgement = background.run(judge.judge("What is the capital of France?", "Paris", "It is Paris."))
             if said.verdict is Verdict.UNSCORED:
-                raise UserError(f"judge: {url} gives no verdict: {one_line(said.detail)}{_unlisted(url, model, key)}")
+                raise UserError(f"judge: {url} gives no verdict: {one_line(said.detail)}{_unlisted(url, model, secret)}")
             right = said.verdict is Verdict.CORRECT
             lines.append("one question asked and judged" if right else
                          "it calls a right answer wrong: see `hdpo judge` with the same settings")
@@ -52,10 +52,10 @@ def ask_one(config: Config) -> list[str]:
 
 def _judges(config: Config) -> list[tuple[str, str, str]]:
     """(address, model or "", key) of each judge."""
-    found = [(config.judge.base_url, config.judge.model, os.environ.get("JUDGE_API_KEY") or "EMPTY")]
+    found = [(config.judge.base_url, config.judge.model, key("JUDGE_API_KEY") or "EMPTY")]
     for number, member in enumerate(config.judge.panel, start=2):
         model, _, url = member.partition("@")
-        found.append((url, model, os.environ.get(f"JUDGE_API_KEY_{number}") or "EMPTY"))
+        found.append((url, model, key(f"JUDGE_API_KEY_{number}") or "EMPTY"))
     return found
 
 

@@ -176,7 +176,8 @@ def _trajectories(folder: Path, stages: list[str]) -> str:
         found.append({row.task_id: row for row in reversed(rows)})
     cards = [task_card(why, [(_name(stage), rows[task]) for (stage, _), rows in zip(dumps, found, strict=True)])
              for task, why in chosen]
-    return f'<section><h2>The same tasks, {" and ".join(_name(stage) for stage, _ in dumps)}</h2>{"".join(cards)}</section>'
+    names = " and ".join(escape(_name(stage)) for stage, _ in dumps)
+    return f'<section><h2>The same tasks, {names}</h2>{"".join(cards)}</section>'
 
 
 def _curves(metrics: Sequence[dict[str, Any]]) -> str:

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import hmac
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -16,8 +15,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from aiohttp import web
 
 from hdpo.errors import HdpoError, UserError
+from hdpo.keys import hide
+from hdpo.toolserver.gate import objection, own_hosts, unpacked
 from hdpo.toolserver.lens import ROUTE as QUERY_IMAGES
 from hdpo.toolserver.settings import Settings, parse_arguments
+from hdpo.toolserver.token import VARIABLE, forget_token, leave_token, token_file
 from hdpo.toolserver.tools import Toolbox, make_toolbox
 from hdpo.toolserver.wire import WireError, parse_request, response_json
 
@@ -31,6 +33,8 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.token = settings.token      # a server that is given none makes one as soon as it knows its port
+        self.hosts = own_hosts(settings.host, settings.public_url, settings.allowed_hosts)
         self.toolbox: Toolbox
         self.open_calls = 0
         self.draining = False
@@ -57,7 +61,7 @@ class Server:
             raise _refusal(web.HTTPTooManyRequests, f"{self.open_calls} calls are waiting")
         started = time.monotonic()
         try:
-            calls = parse_request(json.loads(await request.read()))
+            calls = parse_request(json.loads(unpacked(request, await request.read())))
         except WireError as exc:
             return _invalid(exc.field, exc.message)
         except (ValueError, RecursionError) as exc:
@@ -97,13 +101,11 @@ class Server:
         return web.Response(body=data, content_type="image/png", headers={"Cache-Control": "no-store"})
 
     @web.middleware
-    async def authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """With a token set, everything but /health and query images, whose names are secrets themselves, needs it."""
-        if self.settings.token and request.path != "/health" and not request.path.startswith(QUERY_IMAGES):
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.settings.token.encode()):
-                return web.json_response({"detail": "missing or wrong bearer token"}, status=401)
-        return await handler(request)
+    async def guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Everything but /health and query images, whose names are secrets themselves, needs the token."""
+        open_to_all = request.path == "/health" or request.path.startswith(QUERY_IMAGES)
+        refusal = objection(request, self.hosts, self.token, open_to_all)
+        return await handler(request) if refusal is None else refusal
 
     async def drained(self) -> None:
         """Refuse new calls and wait until the open ones are answered, at most `drain_s`."""
@@ -128,7 +130,7 @@ SERVER: web.AppKey[Server] = web.AppKey("server", Server)
 def make_app(settings: Settings) -> web.Application:
     """The application; its tools are built when it starts and closed when it ends."""
     server = Server(settings)
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[server.authorised])
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[server.guarded])
     app[SERVER] = server
     app.router.add_post("/get_observation", server.get_observation)
     app.router.add_get("/health", server.health)
@@ -141,7 +143,7 @@ def make_app(settings: Settings) -> web.Application:
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM, SIGINT or the end of the parent process; then drain and clean up."""
     app = make_app(settings)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, auto_decompress=False)      # see gate.unpacked
     await runner.setup()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -149,15 +151,40 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     try:
         with _watched(settings.parent_pid, loop, stop):
-            await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
-            host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            url = f"http://{host}:{runner.addresses[0][1]}"
-            log.info("%s on %s", ", ".join(app[SERVER].toolbox.tools), url)
-            print(url, flush=True)
-            await stop.wait()
-            await app[SERVER].drained()
+            listener = _listen(settings)
+            port = listener.getsockname()[1]
+            with _token(app[SERVER], port):
+                await web.SockSite(runner, listener, backlog=1024).start()
+                host = f"[{settings.host}]" if ":" in settings.host else settings.host
+                url = f"http://{host}:{port}"
+                log.info("%s on %s", ", ".join(app[SERVER].toolbox.tools), url)
+                print(url, flush=True)
+                await stop.wait()
+                await app[SERVER].drained()
     finally:
         await runner.cleanup()
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+
+
+@contextlib.contextmanager
+def _token(server: Server, port: int) -> Iterator[None]:
+    """A server that was given no token has one of its own while it runs. Raises UserError where it can't be left."""
+    if server.token or server.settings.no_token:
+        yield
+        return
+    try:
+        server.token = leave_token(port)
+    except OSError as exc:
+        raise UserError(f"no place for this server's token ({exc}): set {VARIABLE}, or --no-token") from None
+    log.info("clients of this user find the token in %s; others need it in %s", token_file(port), VARIABLE)
+    try:
+        yield
+    finally:
+        forget_token(port)
 
 
 @contextlib.contextmanager
@@ -178,18 +205,12 @@ def _watched(pid: int, loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> 
         os.close(fd)
 
 
-def _hide_environment() -> None:
-    """Make this process undumpable, so that others of the same user can't read its environment and memory (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the server. Returns the exit status: 2 for bad input, 1 when it could not start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         settings = parse_arguments(argv)
-        _hide_environment()
+        hide()
         asyncio.run(serve(settings))
     except HdpoError as exc:
         print(f"hdpo tool-server: {exc}", file=sys.stderr)

@@ -23,6 +23,7 @@ import aiohttp
 from hdpo import oddities, text
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
+from hdpo.toolserver.token import token_for
 from hdpo.toolserver.wire import Call, Reply, WireError, parse_response, request_json
 from hdpo.types import Task
 
@@ -44,7 +45,8 @@ class ToolClient:
     """One per process. Its methods run in one event loop; the HTTP session is created by the first of them.
 
     `timeout` is the deadline of one call with all its attempts, seconds, which an outage of the server may last; `retries`
-    are further attempts after a connection broke or the server failed; `token` is sent as a bearer token.
+    are further attempts after a connection broke or the server failed; `token` is sent as a bearer token, by default that of
+    the environment or of this user's server on this machine.
     """
 
     def __init__(self, url: str, timeout: float = 400.0, retries: int = 2, token: str | None = None) -> None:
@@ -52,6 +54,7 @@ class ToolClient:
         self.url = url.removesuffix("/get_observation")   # REMOTE_TOOL_SERVER_URL may name the route, as the reference's
         self.timeout = timeout
         self.retries = retries
+        token = token or token_for(self.url)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._session: aiohttp.ClientSession | None = None
         self._known: dict[str, bool] = {}    # trajectories whose images the server has: whether it holds a session, too

@@ -23,7 +23,7 @@ class OwnedFolder:
 
     def __init__(self, kind: str) -> None:
         self.id = uuid.uuid4().hex
-        self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-"))
+        self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-{os.getpid()}-"))
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         os.write(self._lock, self.id.encode())

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hdpo.errors import ToolServerError
+from hdpo.keys import environment_with_keys, key
+from hdpo.toolserver.token import VARIABLE, new_token
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +24,13 @@ def start_tool_server(options: Sequence[str] = (), log: str | Path = os.devnull,
     """(process, URL) once it listens. It ends with this process, however that ends; what it says is appended to `log`.
 
     It has a session of its own: Ctrl-C at the terminal reaches the trainer, which needs its tools until it has left the step.
-    Raises ToolServerError with the last line of the log when it does not start.
+    Raises ToolServerError with the last line of the log when it does not start. `environment` replaces this process's, with the
+    keys that were withdrawn from it.
     """
     command = [sys.executable, "-m", "hdpo.toolserver.app", "--parent-pid", str(os.getpid()), *options]
     with open(log, "a") as said:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True,
-                                  env=environment)
+                                  env=environment_with_keys() if environment is None else environment)
     assert server.stdout is not None
     url = server.stdout.readline().strip()
     if not url.startswith("http"):
@@ -41,11 +44,13 @@ class KeptToolServer:
     """A tool server that is started again, at the same address, whenever it ends and nobody stopped it.
 
     Calls wait for it meanwhile; trajectories whose sessions it held end as failures of ours (see sessions.py). Raises
-    ToolServerError when it does not start the first time.
+    ToolServerError when it does not start the first time. `token` is what it will ask its clients for.
     """
 
     def __init__(self, options: Sequence[str], said: str | Path) -> None:
-        self._server, self.url = start_tool_server(options, said)
+        self.token = key(VARIABLE) or new_token()
+        self._environment = {**environment_with_keys(), VARIABLE: self.token}
+        self._server, self.url = start_tool_server(options, said, self._environment)
         self._options, self._said = [*options, "--port", self.url.rsplit(":", 1)[1]], said
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._keep, name="hdpo-tool-server", daemon=True)
@@ -79,7 +84,7 @@ class KeptToolServer:
                 if self._stopped.is_set():
                     return
                 try:
-                    self._server, _ = start_tool_server(self._options, self._said)
+                    self._server, _ = start_tool_server(self._options, self._said, self._environment)
                     wait = 1.0
                 except ToolServerError as exc:
                     log.warning("%s", exc)

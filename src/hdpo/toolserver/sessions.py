@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,8 +18,10 @@ from hdpo.errors import InfrastructureError
 from hdpo.toolserver.wire import Reply
 
 log = logging.getLogger(__name__)
-REMEMBERED_REPLIES = 4
-"""Answered request ids kept per trajectory; calls are sequential, so a retry can only concern the newest."""
+REMEMBERED_IDS = 64
+"""Answered request ids kept per trajectory. Calls are sequential, so a retry can only concern the newest, whose reply is kept;
+an older one is known and not executed again."""
+FORGOTTEN = Reply("Tool unavailable: this call was answered before, and so was a later one", valid=False, infrastructure=True)
 
 
 class SandboxError(InfrastructureError):
@@ -76,18 +78,22 @@ class Trajectory:
     session_open: bool = False
     image_searches: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    replies: OrderedDict[str, asyncio.Task[Reply]] = field(default_factory=OrderedDict)
+    replies: OrderedDict[str, asyncio.Task[Reply]] = field(default_factory=OrderedDict)    # the last, and what is not done
+    answered: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED_IDS))
     used: float = field(default_factory=time.monotonic)
 
     def once(self, request_id: str, work: Callable[[], Coroutine[Any, Any, Reply]]) -> asyncio.Task[Reply]:
         """The task that answers `request_id`; started now unless it was before. Empty ids are never the same."""
         self.used = time.monotonic()
         task = self.replies.get(request_id) if request_id else None
+        if task is None and request_id in self.answered:
+            return asyncio.ensure_future(_forgotten())
         if task is None:
             task = asyncio.ensure_future(self._in_turn(work))
+            for older in [name for name, reply in self.replies.items() if reply.done()]:
+                del self.replies[older]
+                self.answered.append(older)
             self.replies[request_id or uuid.uuid4().hex] = task
-            while len(self.replies) > REMEMBERED_REPLIES:
-                self.replies.popitem(last=False)
         return task
 
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> Reply:
@@ -100,6 +106,10 @@ class Trajectory:
     @property
     def busy(self) -> bool:
         return any(not task.done() for task in self.replies.values())
+
+
+async def _forgotten() -> Reply:
+    return FORGOTTEN
 
 
 class Sessions:

@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hdpo.errors import ConfigError
+from hdpo.toolserver.token import LOOPBACK, VARIABLE
 
 TOOLS = ("python", "text_search", "image_search")
 SANDBOXES = ("process", "docker", "docker-strict")
 LENS_URL = "https://google.serper.dev/lens"
-TOKEN_VARIABLE = "HDPO_TOOL_SERVER_TOKEN"
 EXAMPLES = f"""\
 examples:
   hdpo tool-server                                      python sessions only, on a free port of this machine
   hdpo tool-server --text-index wiki.db --image-index photos/     all three tools, nothing leaves the machine
   SEARCH_PROVIDER=serper SERPER_API_KEY=... hdpo tool-server --port 30080
-  {TOKEN_VARIABLE}=... hdpo tool-server --host 0.0.0.0 --port 30080   for other machines; clients send the token
+  {VARIABLE}=... hdpo tool-server --host 0.0.0.0 --port 30080   for other machines; clients send the token
+  hdpo tool-server --port 30080 --no-token              for clients that send none, such as the reference's trainer
 
 The line http://HOST:PORT on standard output says that the server is ready; everything else goes to standard error.
+Every call needs a token. Given none, the server makes one, and clients of the same user on this machine find it.
 Search keys (SERPER_API_KEY, SERPAPI_API_KEY, BRIGHTDATA_API_TOKEN with BRIGHTDATA_ZONE) are read from the environment
 of this process and never reach the model's code.
 """
@@ -55,7 +57,10 @@ class Settings:
     max_image_searches: int = 1        # per trajectory
     drain_s: float = 30.0              # time for running calls after SIGTERM
     parent_pid: int = 0                # end when that process ends
-    token: str = ""                    # bearer token; required beyond loopback
+    token: str = ""                    # bearer token; empty: the server makes one
+    no_token: bool = False             # ask for none; on loopback only
+    allowed_hosts: tuple[str, ...] = ()   # further names of this server
+    i_trust_the_model: bool = False    # process sandbox without user namespaces
 
     def __post_init__(self) -> None:
         if self.search_cache == "replay" and not self.search_cache_file:
@@ -67,8 +72,11 @@ class Settings:
         for tool in self.tools:
             if tool not in TOOLS:
                 raise ConfigError(f"--tools: unknown tool {tool}; known are {', '.join(TOOLS)}")
-        if not self.token and self.host not in ("127.0.0.1", "localhost", "::1"):
-            raise ConfigError(f"--host {self.host} is reachable from other machines: set {TOKEN_VARIABLE}")
+        if self.no_token and self.token:
+            raise ConfigError(f"--no-token contradicts {VARIABLE}")
+        outside = f"--host {self.host}" if self.host not in LOOPBACK else "--public-url" if self.public_url else ""
+        if outside and not self.token:
+            raise ConfigError(f"{outside} is reachable from other machines: set {VARIABLE}")
 
     @property
     def search_deadline_s(self) -> float:
@@ -120,6 +128,10 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--max-image-searches", type=int, default=default.max_image_searches,
         help="image searches per trajectory; later ones get a fixed reply (%(default)s)")
     add("--drain", type=float, default=default.drain_s, help="seconds for running calls after SIGTERM (%(default)s)")
+    add("--no-token", action="store_true", help="ask for no token: any process of this machine can run code here then")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="further name under which clients call this server")
+    add("--i-trust-the-model", action="store_true", help="run the process sandbox even where the machine forbids user "
+        "namespaces, which leaves the model's code with your files and processes in reach")
     add("--parent-pid", type=int, default=0, help="end when this process ends")
     args = parser.parse_args(argv)
     return Settings(
@@ -131,4 +143,5 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
         image_index=args.image_index, search_cache=args.search_cache, search_cache_file=args.search_cache_file,
         search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain,
-        parent_pid=args.parent_pid, token=environment.get(TOKEN_VARIABLE, ""))
+        parent_pid=args.parent_pid, token=environment.get(VARIABLE, ""), no_token=args.no_token,
+        allowed_hosts=tuple(args.allow_host), i_trust_the_model=args.i_trust_the_model)

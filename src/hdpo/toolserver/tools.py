@@ -184,7 +184,7 @@ def _make_text_search(settings: Settings) -> TextProvider | None:
 def _make_sandbox(settings: Settings) -> Sandbox:
     if settings.sandbox == "process":
         from hdpo.toolserver.backends.process_sandbox import ProcessSandbox
-        return ProcessSandbox()
+        return ProcessSandbox(trusted=settings.i_trust_the_model)
     from hdpo.toolserver.backends.docker_sandbox import DockerSandbox
     return DockerSandbox(settings.sandbox_image, "strict" if settings.sandbox == "docker-strict" else "shared",
                          memory_mib=settings.container_memory_mib, cpus=settings.container_cpus)
