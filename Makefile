@@ -25,7 +25,7 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-gpu fuzz test-faults test-sandbox sft rl eval eval-demo sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (9 to 20 minutes on 2 cores)
@@ -42,6 +42,9 @@ fuzz: install ## 2,000 random edits of the shipped configurations: one line or s
 
 test-faults: install ## kill -9 a run of two ranks at ten random moments (about 15 minutes)
 	$(TEST_ENV) HDPO_KILLS=10 $(BIN)/python -m pytest -q tests/state/test_kill.py $(ARGS)
+
+soak: install ## 2,000 rollouts against tool server, search, judge and data that are odd in 5 % of their answers (ARGS=-s shows counts)
+	$(TEST_ENV) HDPO_SOAK=2000 $(BIN)/python -m pytest -q tests/train/test_soak.py $(ARGS)
 
 lint: install ## flake8 and isort
 	$(BIN)/flake8 src launch sandbox tests benchmarks

@@ -5,8 +5,8 @@ import json
 from typing import Any
 
 import pytest
+from odd_files import BROKEN
 from scripted import ScriptedEngine, ScriptedTools
-from test_pictures import BROKEN
 from test_rollout import ANSWER, task
 
 from hdpo import oddities, text

@@ -5,10 +5,10 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from odd_files import BROKEN, chunk, corners, encoded, header, png
 from PIL import EpsImagePlugin, Image
 
 import hdpo
@@ -19,36 +19,10 @@ from hdpo.errors import DataError
 SANDBOX = Path(__file__).parents[2] / "sandbox"
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png(*chunks: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
-
-
-def header(width: int, height: int, bits: int = 8, colour: int = 2) -> bytes:
-    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-
-
 def turned(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
-
-
-def corners() -> Image.Image:
-    """40 x 24, another colour in each quarter."""
-    image = Image.new("RGB", (40, 24), (200, 30, 30))
-    for box, colour in (((20, 0, 40, 12), (30, 200, 30)), ((0, 12, 20, 24), (30, 30, 200)), ((20, 12, 40, 24), (220, 220, 40))):
-        image.paste(colour, box)
-    return image
 
 
 def test_trainer_tool_server_and_sandbox_read_one_file() -> None:
@@ -113,14 +87,6 @@ def test_the_pixel_limit_holds_for_what_pillow_would_decode(first: tuple[int, in
             reader(data, "picture")
     with pytest.raises(DataError, match="40 x 24 pixels are too many"):
         decode_image(encoded(corners(), "PNG"), "tool picture", max_pixels=959)
-
-
-BROKEN = {
-    "an empty profile behind the pixels": png(header(1, 1), chunk(b"IDAT", zlib.compress(bytes(4))), chunk(b"iCCP", b"")),
-    "DDS": b"DDS |" + bytes(200), "a page": b"%PDF-1.4\n1 0 obj", "a film": b"\0\0\0\x18ftypmp42" + bytes(100),
-    "an icon with a picture inside": encoded(corners(), "ICO"), "git lfs": b"version https://git-lfs.github.com/spec/v1\n",
-    "HTML": b"<!doctype html><title>404</title>", "nothing": b"", "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-}
 
 
 @pytest.mark.parametrize("name", BROKEN)
