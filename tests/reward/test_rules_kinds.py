@@ -93,10 +93,11 @@ def test_percent_is_a_share_only_where_a_share_is_asked_for() -> None:
 
 
 def test_rounding_follows_the_precision_of_the_truth() -> None:
-    assert decide("2/3", "0.67", "What is the slope?") is CORRECT and decide("0.667", "0.67") is CORRECT
+    assert decide("2/3", "0.67", "What is the slope?") is CORRECT and never(WRONG, "0.67", "", "0.667")
     assert decide("8,336,817", "8.3 million", "How many live there?") is CORRECT
     assert decide("0.214", "0.21", "Round to two decimals.") is CORRECT
-    assert never(CORRECT, "0.67", "", "0.7", "0.66", "0.6") and decide("8.6 million", "8.3 million") is WRONG
+    assert never(CORRECT, "0.67", "", "0.7", "0.66", "0.6") and never(CORRECT, "8.5", "", "8.52")
+    assert decide("8.6 million", "8.3 million") is WRONG
     assert decide("2008", "2010", "What is the year?") is WRONG and decide("8.3", "8", "How many?") is WRONG
 
 
@@ -169,6 +170,7 @@ def test_a_letter_that_looks_like_an_article_is_none() -> None:
     ("Simplify $\\sqrt{72}$.", r"6\sqrt{2}", [r"\sqrt{72}", r"\sqrt{71+1}", r"2\sqrt{18}", r"\sqrt{2 \cdot 36}"], r"6 \sqrt{2}"),
     ("What is sin(5pi/12)?", r"\frac{\sqrt{6}+\sqrt{2}}{4}", [r"\sin(5\pi/12)", "sin(5pi/12)", r"\cos(\pi/12)"],
      r"(\sqrt{2}+\sqrt{6})/4"),
+    ("Solve 2y = 4x + 2 for y.", "y=2x+1", ["y=(4x+2)/2", r"y=\frac{4x+2}{2}"], "y = 1+2x"),
     ("What is the product of x+1 and x+2?", "x^2+3x+2", ["(x+1)(x+2)", "(x+2)(1+x)"], "x^2 + 3x + 2"),
     ("Compute 2^10.", "1024", ["2^10", "2^{10}", r"4^5", "1023+1"], "1,024"),
     ("Write 320000 in scientific notation.", r"3.2 \times 10^5", ["320000", r"32 \times 10^4"], "3.2e5"),

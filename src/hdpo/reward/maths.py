@@ -58,9 +58,10 @@ def equivalent(prediction: str, gold: str, question: str = "", time_limit_s: flo
         return Verdict.UNSCORED   # x and X
     undone = set(_CALLS.findall(prediction)) - set(_CALLS.findall(gold)) or (
         _SUM.search(plain(prediction)) and not _SUM.search(plain(gold)))
-    return _pool().ask({
-        "prediction": pair[0], "gold": pair[1], "seconds": time_limit_s, "alike": alike, "any_form": not (asked.form or undone),
-        "given": [] if alike else _expressions(question), "one_right": not asked.many_right})
+    given = [] if alike else _expressions(question)
+    any_form = not (asked.form or undone or names[1] and given)   # an expression of variables may be turned in many ways
+    return _pool().ask({"prediction": pair[0], "gold": pair[1], "seconds": time_limit_s, "alike": alike, "any_form": any_form,
+                        "given": given, "one_right": not asked.many_right})
 
 
 def _tokens(text: str) -> list[str]:

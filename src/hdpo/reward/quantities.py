@@ -274,7 +274,8 @@ def _rounded(prediction: Numeral, gold: Numeral, asked: Asked) -> bool | None:
     near = distance / abs(gold.value) if gold.value else Fraction(1)
     if _is_rough(gold) and prediction.ulp < gold.ulp:
         if 2 * distance <= gold.ulp:
-            sure = gold.digits >= 3 or gold.digits == 2 and (near <= Fraction(1, 100) or asked.precise)
+            rounds = asked.precise or near <= Fraction(1, 100) and (prediction.style == "fraction" or gold.scale > 1)
+            sure = gold.digits >= 3 or gold.digits == 2 and rounds   # 2/3 for 0.67, but who knows about 8.52 for 8.5
             return True if sure else None
         return None if distance < gold.ulp else False
     if _is_rough(prediction) and gold.ulp < prediction.ulp:

@@ -100,7 +100,7 @@ def unit_of(text: str) -> Unit | None:
     if named:
         return named
     folded = _FOLDED.get(text.casefold(), set())
-    return next(iter(folded)) if len(folded) == 1 and len(text) > 1 and text.casefold() not in ("pm", "am", "ml") else None
+    return next(iter(folded)) if len(folded) == 1 and len(text) > 1 and text.casefold() not in ("pm", "am", "ml", "cal") else None
 
 
 def same_noun(a: str, b: str) -> bool:
