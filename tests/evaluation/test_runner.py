@@ -38,7 +38,8 @@ def _arguments(miniatures, run, *more: str) -> list[str]:
             "--system", str(miniatures / "tools.txt"), "--system-plain", str(miniatures / "plain.txt"), "--samples", "2",
             "--config", "launch/configs/demo_rl.yaml", *more,
             *settings(run__folder=run, run__name="r", model__path=BASE, rollout__engine="hf", rollout__max_num_seqs=4,
-                      data__cache=miniatures / "cache")]
+                      data__cache=miniatures / "cache", tools__text_index=miniatures / "world/facts.sqlite",
+                      tools__image_index=miniatures / "world/badges")]
 
 
 def _kept(run) -> int:

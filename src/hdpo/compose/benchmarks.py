@@ -13,7 +13,7 @@ from hdpo.evaluation.benchmarks import BENCHMARKS, open_benchmarks
 from hdpo.evaluation.items import Benchmark, Item
 from hdpo.evaluation.marking import check_judge
 from hdpo.evaluation.predictions import NO_TOOLS, TOOLS
-from hdpo.evaluation.score import read_items
+from hdpo.evaluation.score import place_of, read_items
 
 ABOUT = f"""Roll benchmarks out with a model folder (--set model.path=...) and score them by their official rules. FOLDER/NAME/
 holds the published files of benchmark NAME. Everything is written into RUN/benchmarks; the same command goes on after a stop.
@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     plan = _plan(options, config)
     check_judge(benchmarks, bool(config.judge.base_url) and config.reward.judge, rules_only=options.rules_only)
     for benchmark in benchmarks:
-        benchmark.files(options.data / benchmark.name)      # a wrong folder is named before anything is loaded
-        next(iter(benchmark.items(options.data / benchmark.name)), None)
+        next(iter(benchmark.items(place_of(benchmark, options.data))),
+             None)    # a wrong folder is named before anything is loaded
     if options.against is not None and not options.against.is_file():
         raise UserError(f"--against {options.against}: no such file of predictions")
     from hdpo.train.lifecycle import follow_launcher
@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hdpo eval", description=ABOUT)
     parser.add_argument("--benchmarks", required=True, metavar="A,B", help='names with commas between them, or "all"')
-    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="folder with a folder per benchmark")
+    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER",
+                        help="folder with a folder per benchmark; for one benchmark also a dataset's name, owner/name[:split]")
     parser.add_argument("--limit", type=int, default=0, metavar="N",
                         help="about N questions of each, whole problems, spread over it; figures are of these alone")
     parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers per question and arm (%(default)s: greedy)")

@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hdpo score", description=ABOUT)
     parser.add_argument("--benchmarks", required=True, metavar="A,B", help='names with commas between them, or "all"')
-    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="folder with a folder per benchmark")
+    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER",
+                        help="folder with a folder per benchmark; for one benchmark also a dataset's name, owner/name[:split]")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help='JSON Lines: {"id", "answer", "calls", "arm", "sample"}')
     parser.add_argument("--ids", action="store_true", help="print the id of every row in the order of the files, and end")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures as JSON")

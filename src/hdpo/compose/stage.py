@@ -26,6 +26,7 @@ from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
 from hdpo.doctor.memory_plan import check_tensor_parallel
 from hdpo.errors import ConfigError, DataError
 from hdpo.evaluation.evaluate import Evaluator
+from hdpo.evaluation.runner import bounded_sequences
 from hdpo.ranks.nodes import choose_interface
 from hdpo.ranks.watchdog import Limits
 from hdpo.ranks.world import World
@@ -152,7 +153,7 @@ class BenchmarkParts:
         self._engine = open_engine(stage.config, stage.chat, stage)
 
     def rollouts(self, refuse: bool) -> Rollouts:
-        config = self._stage.config
+        config = bounded_sequences(self._stage.config, self._stage.chat.max_pixels)
         if refuse:
             config = config.model_copy(update={"tools": config.tools.model_copy(update={"allowed": []})})
         return open_rollouts(config, self._stage.chat, self._engine, self._backend, self.background, self._stage)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hdpo.evaluation.extraction import LETTERS
-from hdpo.evaluation.published import Row, find_files, read_rows
+from hdpo.evaluation.published import Row, find_files, read_dataset, read_rows
 from hdpo.evaluation.statistics import Estimate, estimate
 from hdpo.types import Verdict
 
@@ -35,7 +35,7 @@ class Item:
     extra: Mapping[str, Any] = field(default_factory=dict)
     image: Any = None
     dropped: str = ""
-    file: Path | None = None     # where its row is, and the number of the row there
+    source: Path | str | None = None     # the file or dataset its row is in, and the number of the row there
     row: int = 0
 
 
@@ -97,6 +97,8 @@ class Benchmark:
     layouts: Sequence[Sequence[str]] = ()
     """File patterns of each published layout; the first layout that is there is read."""
     exclude: str = ""
+    hub_splits: Sequence[str] = ("test",)
+    """Splits of the published dataset, in their numbers' order."""
     required: Sequence[tuple[str, ...]] = (("question",), ("answer",))
     """Columns that every row has, each under one of its published names."""
     judge: Literal["fallback", "maths", "required"] = "fallback"
@@ -108,20 +110,23 @@ class Benchmark:
     def files(self, folder: Path) -> list[Path]:
         return find_files(folder, self.layouts, self.exclude)
 
-    def items(self, folder: Path) -> Iterator[Item]:
-        """Items in the order of the published files, with unique ids. Raises DataError."""
+    def items(self, folder: Path | str) -> Iterator[Item]:
+        """Items in the order of the published files, or of the dataset of this name, with unique ids. Raises DataError."""
         seen: dict[str, int] = {}
-        for file in self.files(folder):
-            first = True
-            for row in read_rows(file, self.hashes_images):
-                if first:
-                    for names in self.required:
-                        row.require(*names)
-                first = False
+        sources = self.splits(folder) if isinstance(folder, str) else self.files(folder)
+        for source in sources:
+            rows = read_dataset(source, self.hashes_images) if isinstance(source, str) else read_rows(source, self.hashes_images)
+            for number, row in enumerate(rows):
+                for names in self.required if number == 0 else ():
+                    row.require(*names)
                 for item in self.parse(row):
                     count = seen[item.id] = seen.get(item.id, 0) + 1
-                    yield replace(item, id=item.id if count == 1 else f"{item.id}#{count}", file=file, row=row.number,
+                    yield replace(item, id=item.id if count == 1 else f"{item.id}#{count}", source=source, row=row.number,
                                   image=item.image if is_path(item.image) else None)
+
+    def splits(self, dataset: str) -> list[str]:
+        """The splits of a published dataset, as `datasets` names them; a name with a split of its own is taken as it is."""
+        return [dataset] if ":" in dataset else [f"{dataset}:{split}" for split in self.hub_splits]
 
     def parse(self, row: Row) -> Iterator[Item]:
         raise NotImplementedError

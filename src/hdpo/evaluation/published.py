@@ -109,6 +109,15 @@ def read_rows(file: Path, images: bool = True) -> Iterator[Row]:
             yield Row(values, file, number, key)
 
 
+def read_dataset(name: str, images: bool = True) -> Iterator[Row]:
+    """Rows of a dataset on the hub, "owner/name:split", through `datasets`. Raises DataError for one that can't be had."""
+    from hdpo.data.store import open_rows
+    rows = open_rows([name])
+    columns = [column for column in rows.columns if images or column_key(column) not in IMAGE_COLUMNS]
+    for number in range(len(rows)):
+        yield Row(rows.row(number, columns), Path(name), number)
+
+
 Keyed = tuple[str, Any]
 
 

@@ -19,21 +19,21 @@ from hdpo.types import Task
 class Pictures:
     """The encoded pictures of items: from the row itself through the memory-mapped copy of its file, or from the file named."""
 
-    def __init__(self, folder: Path, cache: str = "") -> None:
-        self._folder, self._cache = folder, cache
-        self._stores: dict[Path, RowStore] = {}
+    def __init__(self, folder: Path | str, cache: str = "") -> None:
+        self._folder, self._cache = Path(folder), cache
+        self._stores: dict[Path | str, RowStore] = {}
 
     def read(self, item: Item) -> tuple[bytes, ...]:
         """Raises DataError for a picture that is missing or broken. An item without one has none."""
-        if item.file is None:
+        if item.source is None:
             return ()
-        folders = [item.file.parent, self._folder, *(self._folder / name for name in ("images", "image"))]
+        folders = [Path(item.source).parent, self._folder, *(self._folder / name for name in ("images", "image"))]
         if isinstance(item.image, str):
             found = encoded_images(item.image, folders)
         else:
-            if item.file not in self._stores:
-                self._stores[item.file] = open_rows([str(item.file)], cache=self._cache)
-            store = self._stores[item.file]
+            if item.source not in self._stores:
+                self._stores[item.source] = open_rows([str(item.source)], cache=self._cache)
+            store = self._stores[item.source]
             row = store.row(item.row, [name for name in store.columns if column_key(name) in (*IMAGE_COLUMNS, "imagepath")])
             cells = [cell for cell in row.values() if cell not in (None, "")]
             found = encoded_images(next((cell for cell in cells if not is_path(cell)), cells[0] if cells else None), folders)

@@ -13,13 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.rollout import PromptQueue, Rollouts
+from hdpo.agent.rollout import LIVE_PER_SEQUENCE, PromptQueue, Rollouts
 from hdpo.config import Config
 from hdpo.evaluation.items import Benchmark, Item
 from hdpo.evaluation.kept import Kept, record_of
 from hdpo.evaluation.predictions import NO_TOOLS, TOOLS
 from hdpo.evaluation.prompts import system_prompt, version
 from hdpo.evaluation.questions import Pictures, Question, Questions, chosen
+from hdpo.evaluation.score import place_of
 from hdpo.ranks.world import World
 from hdpo.train.collect import prompt_queue
 from hdpo.train.lifecycle import StopSignal
@@ -27,6 +28,9 @@ from hdpo.types import Trajectory
 
 REFERENCE_PIXELS = 16384 * 32 * 32
 REFERENCE_TURNS = 11        # tool calls and the answer after the last
+PICTURE_BYTES, ENCODED_BYTES, FEWEST_SEQUENCES = 1 << 30, 4 << 20, 8
+"""Memory of a rank for the pictures of live trajectories, what an encoded picture takes, and what is kept running anyhow."""
+
 ABSENT, REFUSED = "absent", "refused"
 
 
@@ -72,6 +76,13 @@ def comparable(settings: Mapping[str, Any]) -> str:
                           else "the setting of published tables")
 
 
+def bounded_sequences(config: Config, max_pixels: int) -> Config:
+    """With as many sequences at once as PICTURE_BYTES hold the pictures of, encoded and as the model may see them at most."""
+    room = PICTURE_BYTES // int(LIVE_PER_SEQUENCE * (ENCODED_BYTES + 3 * max_pixels))
+    count = min(config.rollout.max_num_seqs, max(FEWEST_SEQUENCES, room))
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_num_seqs": count})})
+
+
 @dataclass(slots=True)
 class Runner:
     """One evaluation. `rollouts` makes the rollouts of an arm, whose tools may be refused."""
@@ -101,7 +112,7 @@ class Runner:
     def _questions(self, benchmarks: Sequence[Benchmark], items: Mapping[str, Mapping[str, Item]], data: Path) -> list[Question]:
         found = []
         for benchmark in benchmarks:
-            pictures = Pictures(data / benchmark.name, self.config.data.cache)
+            pictures = Pictures(place_of(benchmark, data), self.config.data.cache)
             found += [Question(benchmark, item, pictures)
                       for item in chosen(list(items[benchmark.name].values()), self.plan.limit)]
         return found

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,17 +30,23 @@ class Scoring:
     marks: dict[str, dict[str, Sequence[Mark]]] = field(default_factory=dict)
 
 
+def place_of(benchmark: Benchmark, data: Path) -> Path | str:
+    """FOLDER/NAME, or the dataset that `data` names where there is no such folder."""
+    text = str(data)
+    return text if not data.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", text) else data / benchmark.name
+
+
 def read_items(benchmark: Benchmark, data: Path) -> dict[str, Item]:
     """Every published row by id, without its picture. Raises DataError for a folder without rows."""
-    items = {item.id: item for item in benchmark.items(data / benchmark.name)}
+    items = {item.id: item for item in benchmark.items(place_of(benchmark, data))}
     if not items:
-        raise DataError(f"{data / benchmark.name}: the published files hold no rows")
+        raise DataError(f"{place_of(benchmark, data)}: the published files hold no rows")
     return items
 
 
 def ids(benchmarks: Sequence[Benchmark], data: Path) -> Iterator[str]:
     for benchmark in benchmarks:
-        for item in benchmark.items(data / benchmark.name):
+        for item in benchmark.items(place_of(benchmark, data)):
             yield item.id
 
 

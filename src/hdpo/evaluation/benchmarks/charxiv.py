@@ -57,6 +57,7 @@ _REASONING_RULE = {
 
 class _CharXiv(Benchmark):
     judge = "required"
+    hub_splits = ("validation",)
     exclude = r"(?i)(?:^|[/_-])test[-_.]"
 
     def __init__(self) -> None:

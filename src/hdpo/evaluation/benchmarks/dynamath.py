@@ -21,6 +21,7 @@ _SHORT = re.compile(r'"short[ _]answer"\s*:\s*("(?:[^"\\]|\\.)*"|[^,}\n]+)', re.
 
 class DynaMath(Benchmark):
     name, title = "dynamath", "DynaMath"
+    hub_splits = tuple(f"sample_variant{k}" for k in range(1, 11))
     layouts = (("*sample_variant*.parquet",), ("sample_variant*/*.parquet",), ("*.parquet",), ("DynaMath*.tsv",), ("*.tsv",),
                ("*.jsonl",), ("*.json",))
     required = (("question",), ("ground_truth", "answer"), ("answer_type",))

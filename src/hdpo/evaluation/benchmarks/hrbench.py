@@ -19,6 +19,7 @@ class HRBench(MultipleChoice):
 
     def __init__(self, size: str) -> None:
         self.name, self.title = f"hrbench{size}", f"HRBench-{size.upper()}"
+        self.hub_splits = (f"hrbench_{size}",)
         self.layouts = ((f"hr_bench_{size}.parquet",), (f"*hrbench_{size}*.parquet",), (f"*{size}*.parquet",),
                         (f"hr_bench_{size}.tsv",), (f"*{size}*.tsv",), ("*.parquet",), ("*.tsv",))
 

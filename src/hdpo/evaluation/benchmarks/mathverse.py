@@ -23,9 +23,11 @@ RULE = ("\n\nGrading rule: the answer must be the same option or the same value.
 
 class MathVerse(Benchmark):
     name, title = "mathverse", "MathVerse"
+    hub_splits = ("testmini",)
     layouts = (("testmini*.parquet",), ("testmini*.json",), ("MathVerse*.tsv",), ("*.parquet",), ("*.tsv",), ("*.json",))
     required = (("problem_index",), ("problem_version",), ("answer",))
     judge = "maths"
+    exclude = r"version_split"      # the same rows once more
 
     def __init__(self) -> None:
         self._questions: dict[str, str] = {}      # of the fullest version seen of each problem

@@ -20,6 +20,7 @@ _QUOTED = re.compile(r'[Tt]he answer is "(.*)"\.?$')
 
 class MathVista(Benchmark):
     name, title = "mathvista", "MathVista"
+    hub_splits = ("testmini",)
     layouts = (("testmini*.parquet",), ("testmini*.json",), ("MathVista*.tsv",), ("*.parquet",), ("*.tsv",), ("*.json",))
     exclude = r"(?:^|/)test[-_.]"
     required = (("question", "query"), ("answer",), ("answer_type",))

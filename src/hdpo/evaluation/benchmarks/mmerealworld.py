@@ -20,6 +20,7 @@ LEAD_INS = ("The best answer is", "The correct answer is", "The answer is", "The
 class MMERealWorld(MultipleChoice):
     required = (("question", "Text"), ("answer", "Ground truth"), ("multi-choice options", "Answer choices", "A"))
     hashes_images = True
+    hub_splits = ("train",)
 
     def __init__(self, kind: str) -> None:
         self.name = f"mmerealworld-{kind}" if kind else "mmerealworld"

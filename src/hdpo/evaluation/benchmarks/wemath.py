@@ -20,6 +20,7 @@ Problem = tuple[list[bool], bool]     # steps in order, the whole
 
 class WeMath(MultipleChoice):
     name, title = "wemath", "WeMath"
+    hub_splits = ("testmini",)
     layouts = (("*.parquet",), ("testmini*.json",), ("WeMath*.tsv",), ("*.tsv",), ("*.json",))
     exclude = r"knowledge_structure"
     required = (("question",), ("answer",), ("ID", "problem_id"), ("key",), ("option", "A"))
