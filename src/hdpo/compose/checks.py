@@ -10,14 +10,16 @@ from pathlib import Path
 from hdpo.agent.chat import ChatFormat
 from hdpo.config import Config
 from hdpo.errors import ConfigError, DataError
+from hdpo.ranks.devices import check_torch_sees_devices
 from hdpo.ranks.world import World
 
 NETWORK_FILE_S = 30.0   # how late a file of another node may appear on a network file system
 
 
 def check_devices() -> None:
-    """Each rank needs a device of its own, unless all train on the CPU. Raises ConfigError."""
+    """Each rank needs a device of its own that torch can use, unless all train on the CPU. Raises ConfigError."""
     import torch
+    check_torch_sees_devices()
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if 0 < gpus < ranks:
         nodes = int(os.environ.get("WORLD_SIZE", ranks)) // ranks

