@@ -185,9 +185,13 @@ class DeepSpeedPolicy:
         return [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
 
     def snapshot_state(self) -> TrainingState:
-        """Copy this rank's master weights and optimizer moments to its host memory."""
-        self.unpark()
-        return zero_shards.snapshot(self.engine, self._trainable())
+        """This rank's master weights and optimizer moments on its host. Where they are parked there, that is the snapshot: the
+        next `park` waits until it is written."""
+        self.park()
+        state = zero_shards.snapshot(self.engine, self._trainable(), self._parking.on_host)
+        if self._parking.parked:
+            self._parking.lend(state.written)
+        return state
 
     def restore_state(self, reader: ShardReader) -> None:
         """Continue from a state that any number of ranks wrote. Raises CheckpointError when it is of another model."""

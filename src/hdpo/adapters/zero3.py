@@ -4,6 +4,7 @@ Imports no vendor, so that a memory plan can be made of the same numbers without
 """
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,8 +69,9 @@ class Parking:
     """
 
     def __init__(self) -> None:
-        self._host: dict[int, Tensor] = {}
-        self._away: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
+        self._host: dict[int, Tensor] = {}     # by place among those kept
+        self._away: dict[int, tuple[torch.UntypedStorage, int, Tensor | None]] = {}
+        self._lent: threading.Event | None = None
 
     @property
     def parked(self) -> bool:
@@ -78,30 +80,50 @@ class Parking:
     @torch.no_grad()
     def park(self, kept: Sequence[Tensor], scratch: Sequence[Tensor]) -> None:
         """Copy the storages of `kept` to the host and free them; free those of `scratch`, which return as zeros."""
+        if self._lent is not None:
+            self._lent.wait()      # a checkpoint is still written from these buffers
+            self._lent = None
         for index, tensor in enumerate(kept):
             storage = tensor.untyped_storage()
             host = self._host.get(index)
             if host is None or len(host) != storage.nbytes():
-                host = self._host[index] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+                host = self._host[index] = _host_buffer(storage.nbytes(), tensor.is_cuda)
             host.copy_(_bytes(storage), non_blocking=True)
-            self._away.append((storage, storage.nbytes(), host))
-        self._away += [(tensor.untyped_storage(), tensor.untyped_storage().nbytes(), None) for tensor in scratch]
+            self._away[id(tensor)] = storage, storage.nbytes(), host
+        self._away |= {id(t): (t.untyped_storage(), t.untyped_storage().nbytes(), None) for t in scratch}
         _finish()
-        for storage, _, _ in self._away:
+        for storage, _, _ in self._away.values():
             storage.resize_(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def on_host(self, tensor: Tensor) -> Tensor | None:
+        """What a parked tensor holds, as a view of the host buffer; None for one that is not parked."""
+        _, _, host = self._away.get(id(tensor), (None, 0, None))
+        return None if host is None else host.view(tensor.dtype)[tensor.storage_offset():][:tensor.numel()].view(tensor.shape)
+
+    def lend(self, returned: threading.Event) -> None:
+        """The buffers are read by others: the next `park` waits until they are returned."""
+        self._lent = returned
+
     @torch.no_grad()
     def unpark(self) -> None:
-        for storage, size, host in self._away:
+        for storage, size, host in self._away.values():
             storage.resize_(size)
             if host is None:
                 _bytes(storage).zero_()
             else:
                 _bytes(storage).copy_(host, non_blocking=True)
         _finish()
-        self._away = []
+        self._away = {}
+
+
+def _host_buffer(size: int, pinned: bool) -> Tensor:
+    """Bytes that a device copies to and from at full speed. torch's own pinned memory comes in powers of two: up to twice it."""
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if pinned:
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))
+    return buffer
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

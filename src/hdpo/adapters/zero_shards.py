@@ -6,7 +6,7 @@ range gets its parameter's name, so that the state does not depend on the number
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,19 @@ def _pieces(zero: Any, names: Mapping[int, str]) -> Iterator[_Piece]:
             offset += param.partition_numel()
 
 
-def snapshot(engine: Any, names: Mapping[int, str]) -> TrainingState:
-    """Copy this rank's part to the host. `names`: id(parameter) -> name, for every trainable parameter."""
+def snapshot(engine: Any, names: Mapping[int, str], on_host: Callable[[Tensor], Tensor | None]) -> TrainingState:
+    """This rank's part on the host. `names`: id(parameter) -> name, for every trainable parameter.
+
+    `on_host` gives what is on the host already, which is not copied again; the rest is copied.
+    """
     zero = engine.optimizer
     state = TrainingState({}, {}, {name: int(getattr(engine, name)) for name in COUNTERS})
     for piece in _pieces(zero, names):
         state.numel[piece.name] = piece.numel
         for kind, flat in _buffers(zero, piece.group).items():
-            part = flat.detach().narrow(0, piece.offset, piece.end - piece.start)
-            state.tensors[f"{kind}/{piece.name}"] = part.to("cpu", copy=True)
+            held = on_host(flat)
+            part = (flat.detach() if held is None else held).narrow(0, piece.offset, piece.end - piece.start)
+            state.tensors[f"{kind}/{piece.name}"] = part.to("cpu", copy=True) if held is None else part
     steps = {int(zero.optimizer.state.get(flat, {}).get("step", 0)) for flat in zero.fp32_partitioned_groups_flat}
     if len(steps) != 1:
         raise RuntimeError(f"the optimizer has taken different numbers of steps for different parameters: {sorted(steps)}")

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class TrainingState:
     numel: dict[str, int]            # NAME -> elements of the whole parameter
     counters: dict[str, int]         # optimizer and engine steps
     rng: dict[str, Any] = field(default_factory=dict)
+    written: threading.Event = field(default_factory=threading.Event)   # nobody reads the tensors any more
 
 
 def shard_path(folder: Path, rank: int) -> Path:

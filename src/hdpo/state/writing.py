@@ -42,6 +42,7 @@ class Writing:
     def _run(self, write_model: Callable[[], list[Path]], state: TrainingState) -> None:
         try:
             self._write(write_model, state)
+            state.written.set()
             self.wrote.set()
             if self.world.is_main and self._others_wrote():
                 sync_folder(self.partial / "trainer")
@@ -50,6 +51,7 @@ class Writing:
         except Exception as exc:   # noqa: BLE001  a thread's boundary: the main thread raises it on every rank
             self.error = (exc.strerror if isinstance(exc, OSError) else "") or " ".join(str(exc).split()) or type(exc).__name__
         finally:
+            state.written.set()
             self.wrote.set()
 
     def _write(self, write_model: Callable[[], list[Path]], state: TrainingState) -> None:

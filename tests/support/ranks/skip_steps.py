@@ -68,13 +68,16 @@ def main() -> None:
     filler = Sample([START, IMAGE, 260, 1], [0] * 4, [0.0] * 4, (), (), Vision((torch.zeros(4, 384),), torch.tensor([[1, 2, 2]])))
     spec = PackingSpec(IMAGE, 2, 70, 10_000, filler)
     objective = HdpoObjective(HdpoConfig(), (START, IMAGE), 1.0, Metrics())
-    norms, hashes, micro_batches, parked = [], [weights_hash(policy)], 0, [0, 0]
+    norms, hashes, micro_batches, parked, saved = [], [weights_hash(policy)], 0, [0, 0], False
     for how in steps:
         if how == "park":
             tensors = [*chain(*optimizer_tensors(policy.engine.optimizer))]
             before = sum(t.untyped_storage().nbytes() for t in tensors)
+            copied = policy.snapshot_state().tensors
             policy.parks = True
             policy.park()
+            lent = policy.snapshot_state().tensors
+            saved = lent.keys() == copied.keys() and all(torch.equal(lent[name], copied[name]) for name in copied)
             parked = [before, sum(t.untyped_storage().nbytes() for t in tensors)]
             hashes.append(weights_hash(policy))
             continue
@@ -90,7 +93,7 @@ def main() -> None:
     fresh = float(torch.empty(1 << 20).abs().max())
     if world.is_main:
         print("RESULT " + json.dumps({"norms": norms, "hashes": hashes, "micro_batches": micro_batches, "parked": parked,
-                                      "fresh": fresh, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}))
+                                      "fresh": fresh, "saved": saved, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}))
     policy.close()
 
 
