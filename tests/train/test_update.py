@@ -12,7 +12,8 @@ from launching import accelerate
 from tiny_models import save_tiny_qwen3_vl
 
 from hdpo.config import Config, ModelConfig
-from hdpo.doctor.memory_plan import plan, read_shapes
+from hdpo.doctor.memory_plan import plan
+from hdpo.doctor.shapes import read_shapes
 from hdpo.errors import NonFiniteError
 from hdpo.train.update import StepGuard, update
 from hdpo.types import MiniBatch

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from hdpo.adapters.deepspeed_policy import DeepSpeedPolicy
 
 
-def plan_memory(config: Config) -> None:
+def plan_memory(config: Config, sft: bool = False) -> None:
     """On devices: refuse a run that can't fit, before anything is loaded, and show what will be held when."""
     import torch
     if torch.cuda.is_available():
-        lines = here(config).lines()
+        lines = here(config, sft=sft).lines()
         if World().is_main:
             print("\n".join(lines), flush=True)
 

@@ -79,6 +79,7 @@ class Stage(contextlib.ExitStack):
             config.data.train, chat, config.data, seed=config.run.seed,
             max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
         self.callback(demonstrations.close)
+        plan_memory(config, sft=True)
         policy, checkpoints = open_policy(config, chat, self.world, lock, self)
         log = open_log(config, policy.world, SFT_SHOWN, checkpoints.start_step, self)
         return SftParts(policy, chat, build_packing(config, chat), demonstrations, log, checkpoints)

@@ -29,8 +29,8 @@ def dry_run(config: Config, command: str) -> int:
         checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", "rl")))
     if command != "sft":
         checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
-    if command == "rl" and config.model.path:   # without a model its absence is what is missing
-        checks.append(("memory", lambda: check_memory(config)))
+    if command != "eval" and config.model.path:   # without a model its absence is what is missing
+        checks.append(("memory", lambda: check_memory(config, sft=command == "sft")))
     problems = 0
     for name, check in checks:
         try:
@@ -50,10 +50,10 @@ def check_model(config: Config) -> str:
     return f"{config.model.path} ({found.model_type})"
 
 
-def check_memory(config: Config, ranks: int = 0, device_gib: float = 0.0) -> str:
+def check_memory(config: Config, ranks: int = 0, device_gib: float = 0.0, node_gib: float = 0.0, sft: bool = False) -> str:
     """The plan as a table; raises ConfigError with the setting that would make it fit."""
     from hdpo.doctor.memory_plan import here
-    return "\n         ".join(here(config, ranks, device_gib).lines())
+    return "\n         ".join(here(config, ranks, device_gib, sft=sft, node_gib=node_gib).lines())
 
 
 def check_data(config: Config, files: Sequence[str], field: str, command: str) -> str:
@@ -111,8 +111,10 @@ def main(argv: Sequence[str]) -> int:
     add_config_options(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
     parser.add_argument("--gpu-gib", type=float, metavar="GIB", help="plan for devices of this size, GiB")
+    parser.add_argument("--host-gib", type=float, metavar="GIB", help="plan for nodes with so much memory, GiB")
+    parser.add_argument("--sft", action="store_true", help="plan an SFT run instead of an RL run")
     options = parser.parse_args(argv)
-    for flag, value in (("--gpus", options.gpus), ("--gpu-gib", options.gpu_gib)):
+    for flag, value in (("--gpus", options.gpus), ("--gpu-gib", options.gpu_gib), ("--host-gib", options.host_gib)):
         if value is not None and value <= 0:
             raise UserError(f"{flag} {value}: must be above 0")
         if value is not None and not options.config:
@@ -121,7 +123,8 @@ def main(argv: Sequence[str]) -> int:
         if not options.gpus:
             check_torch_sees_devices()
         config = load_config(options.config, options.overrides)
-        print(f"{'memory':14} {check_memory(config, options.gpus or 0, options.gpu_gib or 0.0)}")
+        print(f"{'memory':14} " + check_memory(
+            config, options.gpus or 0, options.gpu_gib or 0.0, options.host_gib or 0.0, options.sft))
         print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")
         return 0
     for name, found in machine():

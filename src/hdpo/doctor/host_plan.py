@@ -1,8 +1,7 @@
-"""What a node's host memory will hold, by phase: what slept, what is parked, what is saved, pictures, tools.
+"""What a node's host memory will hold, by phase: what sleeps, what is parked, what is saved, pictures, tools.
 
-Weights, optimizer state and copies are exact sums; processes, pictures, server and sessions are estimates, each a constant
-below with what it stands on. All sizes are bytes of one node. Page cache (weights and data read from files) is left out: the
-kernel gives it back.
+Weights, optimizer state and copies are exact sums. Processes, pictures, server and sessions are estimates, each from a constant
+below. All sizes are bytes of one node. Page cache (weights and data read from files) is left out: the kernel gives it back.
 """
 from __future__ import annotations
 
@@ -10,10 +9,77 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
+from hdpo.agent.rollout import FIRST_SHARE, LIVE_PER_SEQUENCE
 from hdpo.config import Config
-from hdpo.toolserver.layout import SESSION_MIB
 
 if TYPE_CHECKING:
     from hdpo.doctor.memory_plan import Shapes
 
 GIB, MIB = 2**30, 2**20
+PROCESS = 3 * GIB           # a rank's own: interpreter, torch, CUDA, vLLM, without the libraries that ranks share
+SESSION = 24 * MIB          # a Python session in its sandbox: 9 when it starts, 10 to 250 with pictures it works on
+SERVED = 8 * MIB            # what the tool server keeps of a live trajectory: its picture, its last reply
+CROPS = 2_000_000           # pixels of the pictures that tools return to one rollout
+PIXEL_BYTES = 3 + 3         # decoded, and as the patches of the trainer
+TOKEN_BYTES = 64            # of a trajectory's lists
+GRAPHS = 3 * GIB // 2       # vLLM's pool for decode steps of up to 256 sequences
+
+Phases = dict[str, dict[str, int]]
+
+
+def pinned(size: float) -> int:
+    """Bytes that torch takes for a pinned block: the next power of two."""
+    return 1 << max(0, math.ceil(size) - 1).bit_length()
+
+
+def host_phases(config: Config, shapes: Shapes, ranks: int, of_node: int, size: int, sft: bool) -> Phases:
+    """By phase and part, of a node with `of_node` of the `ranks`. `size`: bytes of a weight."""
+    from hdpo.adapters.zero3 import SUB_GROUP
+
+    trained = math.ceil(shapes.trained / ranks)
+    master = trained * (12 if size < 4 else 8)
+    if config.optim.offload:    # DeepSpeed pins each sub-group's fp32 weights, both moments and gradients
+        groups = [min(SUB_GROUP, trained - start) for start in range(0, trained, SUB_GROUP)]
+        state = {"optimizer": sum(4 * pinned(4 * group) for group in groups), "copy of the optimizer": master}
+    else:
+        state = {"optimizer": master, "copy of the optimizer": 0}
+    always = {"processes": PROCESS, "optimizer": state["optimizer"]}
+    saved = {"checkpoint": math.ceil(shapes.parameters / ranks) * size + state["copy of the optimizer"]}
+    if sft:
+        return _of_node({"update": always, "save": always | saved}, of_node)
+    always["engine's pictures"] = int(config.rollout.image_cache_gib * GIB)
+    rollouts = math.ceil(config.rollout.prompts_per_step * config.rollout.group_size / ranks)
+    prompts = math.ceil(config.rollout.prompts_per_step / ranks)
+    seen = {"pictures": (rollouts * CROPS + prompts * config.model.max_pixels) * PIXEL_BYTES} if shapes.vision_layers else {}
+    rows = seen | {"trajectories": rollouts * config.max_model_len // 2 * TOKEN_BYTES}
+    live = min(math.ceil(LIVE_PER_SEQUENCE * config.rollout.max_num_seqs), math.ceil(FIRST_SHARE * rollouts), rollouts)
+    tools = {} if config.tools.url else {"tool server, sessions": live * (SESSION + SERVED)}
+    sleeping = {"sleeping engine": asleep(config, shapes, size)}
+    return _of_node({"rollout": always | rows | tools | saved, "update": always | rows | sleeping,
+                     "save": always | sleeping | saved}, of_node)
+
+
+def asleep(config: Config, shapes: Shapes, size: int) -> int:
+    """What one rank's sleeping engine keeps on the host, in pinned blocks: with rollout.sleep drop no weights."""
+    rest = shapes.deepstack * pinned(config.rollout.max_batched_tokens * shapes.hidden * size)
+    rest += 0 if config.rollout.enforce_eager else pinned(GRAPHS)
+    if config.rollout.sleep == "drop":
+        return rest
+    return rest + shapes.pinned_parameters * size // config.rollout.tensor_parallel
+
+
+def _of_node(phases: Phases, ranks: int) -> Phases:
+    return {phase: {part: ranks * bytes for part, bytes in parts.items() if bytes} for phase, parts in phases.items()}
+
+
+def machine_memory() -> int:
+    """Bytes that this machine's processes may hold: its memory, or less where a control group says so."""
+    limits = [psutil.virtual_memory().total]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):     # no such group, or "max"
+            continue
+    return min(limits)

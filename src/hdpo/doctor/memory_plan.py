@@ -1,4 +1,4 @@
-"""What a run will hold in device memory, by phase, from the model's config.json and the settings alone; and whether the
+"""What a run will hold in device and host memory, by phase, from the model's config.json and the settings alone; and whether the
 ranks can share engines as they are told to.
 
 Weights, optimizer state, gradients, gathered layers, the loss's buffers and the KV cache are exact sums over shapes and
@@ -11,107 +11,41 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from hdpo.config import Config, ModelConfig
-from hdpo.errors import ConfigError, ModelError
+from hdpo.config import Config
+from hdpo.doctor.host_plan import GRAPHS, Phases, host_phases, machine_memory
+from hdpo.doctor.shapes import Shapes, read_folder, read_shapes
+from hdpo.errors import ConfigError
 
 GIB = 2**30
 OVERHEAD = int(2.5 * GIB)
 """CUDA context, NCCL buffers, kernels' workspaces and what a sleeping engine keeps."""
 
 
-Change = dict[str, float | bool]
+Change = dict[str, float | bool | str]
 """Settings and their values, section.field=value."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
-    """Sizes of a model: counts of parameters (tied ones once) and the axes that activations have."""
-
-    parameters: int            # of the merged model, which the engine holds
-    trained: int               # of these or of adapters beside them
-    head_trained: bool
-    largest_layer: int         # parameters of the largest repeated block
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int                   # columns of an MLP as seen by one token: a mixture's active experts together
-    vision_parameters: int = 0
-    vision_layers: int = 0
-    vision_hidden: int = 0
-    vision_mlp: int = 0
-
-
-def read_shapes(config: ModelConfig) -> Shapes:
-    """Count the parameters of a Hugging Face folder from its config.json. Raises ModelError where that can't be read."""
-    return shapes_of(_read_config(config.path), config)
-
-
-def _read_config(path: str) -> Any:
-    from transformers import AutoConfig
-    if not path:
-        raise ModelError("model.path is not set: give --set model.path=FOLDER or MODEL_PATH=FOLDER")
-    if not (Path(path) / "config.json").is_file():
-        raise ModelError(f"model.path: {path} is no model folder: it holds no config.json")
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"model.path: {path}: config.json can't be read: {' '.join(str(exc).split())}") from exc
-
-
-def shapes_of(found: Any, config: ModelConfig) -> Shapes:
-    """The same of a transformers configuration object."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from hdpo.adapters.lora import choose_trainable
-
-    auto = AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(found)
-        model.tie_weights()
-        parameters = _count(model)
-        blocks = [block for module in model.modules() if isinstance(module, torch.nn.ModuleList) for block in module]
-        largest = max(map(_count, blocks))
-        choose_trainable(model, config)
-    text, vision = found.get_text_config(), getattr(found, "vision_config", None)
-    experts = getattr(text, "num_experts_per_tok", None)
-    return Shapes(
-        parameters=parameters, trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        head_trained=model.get_output_embeddings().weight.requires_grad, largest_layer=largest, vocabulary=text.vocab_size,
-        hidden=text.hidden_size, layers=text.num_hidden_layers, heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        mlp=experts * text.moe_intermediate_size if experts else text.intermediate_size,
-        vision_parameters=sum(p.numel() for name, p in model.named_parameters() if ".visual." in name),
-        vision_layers=getattr(vision, "depth", 0), vision_hidden=getattr(vision, "hidden_size", 0),
-        vision_mlp=getattr(vision, "intermediate_size", 0))
-
-
-def _count(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes per rank: `phases[phase][part]`, what the host holds beside, and what the KV cache is good for."""
+    """Bytes: `phases[phase][part]` of a rank on its device, `host[phase][part]` of a node, and what the KV cache is good for."""
 
-    phases: dict[str, dict[str, int]]
-    host: dict[str, int]
+    phases: Phases
+    host: Phases
     kv_bytes_per_token: int
     kv_bytes: int
     context: int
     ranks: int
+    of_node: int
     parameters: int
     device: int | None         # bytes of one device; None where there is none to fit
+    node: int | None           # bytes of one node's memory; None where it is not known
 
     def total(self, phase: str) -> int:
         return sum(self.phases[phase].values())
+
+    def host_total(self, phase: str) -> int:
+        return sum(self.host[phase].values())
 
     @property
     def sequences(self) -> float:
@@ -120,58 +54,75 @@ class MemoryPlan:
 
     def overfull(self) -> str | None:
         """The first phase that needs more than the device has; a rollout needs the KV cache of one sequence."""
-        if self.sequences < 1:
+        if "rollout" in self.phases and self.sequences < 1:
             return "rollout"
         return next((p for p in self.phases if self.device is not None and self.total(p) > self.device), None)
 
+    def host_overfull(self) -> str | None:
+        """The first phase that needs more than the node has."""
+        return next((p for p in self.host if self.node is not None and self.host_total(p) > self.node), None)
+
     def lines(self) -> list[str]:
-        """A table in GiB."""
-        parts = list(dict.fromkeys(part for phase in self.phases.values() for part in phase))
+        """Two tables in GiB."""
         head = f"memory per rank, {self.ranks} rank{'s' * (self.ranks > 1)}, {self.parameters / 1e9:.3g} B parameters (GiB)"
-        rows = [(head, list(self.phases))]
-        for part in parts:
-            sizes = [phase.get(part, 0) for phase in self.phases.values()]
-            rows.append((part, [f"{size / GIB:.2f}" if size else "-" for size in sizes]))
-        rows.append((f"total{f' of {self.device / GIB:.1f}' if self.device else ''}",
-                     [f"{self.total(phase) / GIB:.2f}" for phase in self.phases]))
-        width = max(len(name) for name, _ in rows)
-        table = [f"{name:<{width}} " + " ".join(f"{cell:>9}" for cell in cells) for name, cells in rows]
-        kept = ", ".join(f"{part} {size / GIB:.2f}" for part, size in self.host.items() if size)
-        return [*table, f"KV cache: {self.kv_bytes_per_token / 1024:.4g} KiB a token, {self.sequences:.3g} sequences of "
-                        f"{self.context} tokens at once", *([f"host memory per rank: {kept}"] if kept else [])]
+        table = _table(head, self.phases, self.device)
+        if "rollout" in self.phases:
+            table.append(f"KV cache: {self.kv_bytes_per_token / 1024:.4g} KiB a token, {self.sequences:.3g} sequences of "
+                         f"{self.context} tokens at once")
+        if self.host:
+            head = f"host memory of a node with {self.of_node} rank{'s' * (self.of_node > 1)} (GiB)"
+            table += _table(head, self.host, self.node)
+        return table
 
 
-def plan(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_bytes: int) -> MemoryPlan:
-    """`dtype_bytes`: 2 in bf16, 4 in fp32. `device`: bytes of one device, None for CPU."""
+def _table(head: str, phases: Phases, has: int | None) -> list[str]:
+    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
+    rows = [(head, list(phases))]
+    for part in parts:
+        sizes = [phase.get(part, 0) for phase in phases.values()]
+        rows.append((part, [f"{size / GIB:.2f}" if size else "-" for size in sizes]))
+    totals = [f"{sum(phase.values()) / GIB:.2f}" for phase in phases.values()]
+    rows.append((f"total{f' of {has / GIB:.1f}' if has else ''}", totals))
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}} " + " ".join(f"{cell:>9}" for cell in cells) for name, cells in rows]
+
+
+def plan(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_bytes: int, *, sft: bool = False,
+         of_node: int = 0, node: int | None = None) -> MemoryPlan:
+    """`dtype_bytes`: 2 in bf16, 4 in fp32. `device`: bytes of one device, None for CPU. `of_node`: ranks of a node, 0 is all;
+    `node`: bytes of its memory."""
+    of_node = of_node or min(ranks, 8)
     shard = math.ceil(shapes.parameters / ranks)
     trained = math.ceil(shapes.trained / ranks)
-    master = trained * (12 if dtype_bytes < 4 else 8)    # fp32 weights (in fp32 they are the weights) and two moments
-    split = shapes.parameters - shapes.vision_parameters    # the vision tower is whole on every rank
-    engine = (math.ceil(split / config.rollout.tensor_parallel) + shapes.vision_parameters) * dtype_bytes
     weights = {"weights, shard": shard * dtype_bytes}
     overhead = {"CUDA, NCCL, workspaces": OVERHEAD if device else 0}
-    update = weights | _update(config, shapes, trained, dtype_bytes) | overhead
-    if not config.optim.offload:
-        update["fp32 weights, moments"] = master
-    sampling = weights | {"engine weights": engine, "engine workspace": _workspace(config, shapes, dtype_bytes)} | overhead
+    update = weights | _update(config, shapes, ranks, dtype_bytes, sft) | overhead
+    if not config.optim.offload:    # fp32 weights (in fp32 they are the weights) and two moments
+        update["fp32 weights, moments"] = trained * (12 if dtype_bytes < 4 else 8)
+    host = host_phases(config, shapes, ranks, of_node, dtype_bytes, sft) if device else {}
+    if sft:
+        return MemoryPlan({"update": update}, host, 0, 0, config.max_model_len, ranks, of_node, shapes.parameters, device, node)
+    split = shapes.parameters - shapes.vision_parameters    # the vision tower is whole on every rank
+    engine = {"engine weights": (math.ceil(split / config.rollout.tensor_parallel) + shapes.vision_parameters) * dtype_bytes,
+              "engine workspace": _workspace(config, shapes, dtype_bytes),
+              "engine graphs": GRAPHS if device and not config.rollout.enforce_eager else 0}
     kv_token = 2 * shapes.layers * max(1, shapes.kv_heads // config.rollout.tensor_parallel) * shapes.head_dim * dtype_bytes
     kv = int(config.rollout.kv_cache_gib * GIB)
-    if not kv:
-        kv = max(0, int(config.rollout.gpu_memory * device) - sum(sampling.values())) if device else GIB
+    if not kv:    # vLLM's share of the device, less what vLLM holds of it: what the trainer keeps there is beside that share
+        kv = max(0, int(config.rollout.gpu_memory * device) - sum(engine.values())) if device else GIB
     group = max(config.sync.group_mib << 20, shapes.vocabulary * shapes.hidden * dtype_bytes)
-    sync = weights | {"engine weights": engine, "sync group, layer copies": group + 2 * shapes.largest_layer * dtype_bytes}
-    host = {"sleeping engine": engine, "parked optimizer": master} if device else {}
-    if config.optim.offload:
-        host["parked optimizer"] = master + 4 * trained
-    return MemoryPlan({"rollout": sampling | {"KV cache": kv}, "sync": sync | overhead, "update": update}, host, kv_token, kv,
-                      config.max_model_len, ranks, shapes.parameters, device)
+    sync = weights | {"engine weights": engine["engine weights"], "engine graphs": engine["engine graphs"],
+                      "sync group, layer copies": group + 2 * shapes.largest_layer * dtype_bytes}
+    return MemoryPlan({"rollout": weights | engine | overhead | {"KV cache": kv}, "sync": sync | overhead, "update": update},
+                      host, kv_token, kv, config.max_model_len, ranks, of_node, shapes.parameters, device, node)
 
 
-def _update(config: Config, shapes: Shapes, trained: int, size: int) -> dict[str, int]:
+def _update(config: Config, shapes: Shapes, ranks: int, size: int, sft: bool) -> dict[str, int]:
     from hdpo.adapters.zero3 import MAX_LIVE_PARAMETERS, REDUCE_BUCKET, SUB_GROUP
     from hdpo.fused_loss import default_chunk_tokens
 
-    tokens = max(config.batch.tokens_per_micro_batch, config.max_model_len)   # a row is never cut
+    trained = math.ceil(shapes.trained / ranks)
+    tokens = max(config.batch.tokens_per_micro_batch, 0 if sft else config.max_model_len)   # a row is never cut
     patches = config.batch.patches_per_micro_batch
     text = size * tokens * shapes.hidden
     text_layer = size * tokens * (8 * shapes.hidden + 4 * (shapes.heads + 2 * shapes.kv_heads) * shapes.head_dim + 6 * shapes.mlp)
@@ -184,55 +135,91 @@ def _update(config: Config, shapes: Shapes, trained: int, size: int) -> dict[str
     attention = config.model.attention
     if attention == "auto":
         attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
-    if attention != "flash_attention_2":   # the mask of packed rows, or the scores themselves
+    if attention == "sdpa" and not shapes.row_by_row or attention == "eager":   # the mask of packed rows, or the scores
         activations += tokens**2 * (1 if attention == "sdpa" else 3 * size * shapes.heads)
-    if config.batch.share_prompts:   # a layer's keys and values of a prompt, and their gradients, once more for each rollout
+    if config.batch.share_prompts and not sft:   # keys and values of a prompt, and their gradients, once more for each rollout
         heads = shapes.kv_heads if attention == "flash_attention_2" else shapes.heads
         longest = min(tokens, config.data.max_prompt_tokens)
         activations += 4 * size * (config.rollout.group_size - 1) * longest * heads * shapes.head_dim
+    head = 4 * shapes.vocabulary * shapes.hidden if shapes.head_trained else 0
     chunk = config.batch.head_chunk_tokens or default_chunk_tokens(shapes.vocabulary, 4, True)
-    loss = min(chunk, tokens) * shapes.vocabulary * (4 + size) + text
-    loss += 4 * shapes.vocabulary * shapes.hidden if shapes.head_trained else 0
+    loss = min(chunk, tokens) * shapes.vocabulary * (4 + size) + text + head
     reduced = 4 if config.optim.reduce_dtype == "float32" else size
+    # The head's gradient is above a bucket and is reduced by itself: cast into the room of dW, and laid out anew where the
+    # ranks don't divide it.
+    copies = REDUCE_BUCKET * reduced + (head * reduced // 4 if shapes.vocabulary * shapes.hidden % ranks else 0)
     gradients = 0 if config.optim.offload else 4 * trained + 4 * min(trained, SUB_GROUP)   # the sum, and its copy in the step
-    return {"gradients, shard": gradients, "gradient bucket": REDUCE_BUCKET * reduced,
+    return {"gradients, shard": gradients, "gradient bucket": REDUCE_BUCKET * reduced, "gradients being reduced": copies,
             "gathered layers": min(shapes.parameters, MAX_LIVE_PARAMETERS) * size, "activations": activations,
             "loss chunk, dW": loss}
 
 
 def _workspace(config: Config, shapes: Shapes, size: int) -> int:
-    """One layer of one engine step without gradients, and the logits of every sequence in fp32, twice."""
+    """One layer of an engine step without gradients, what vision adds to later ones, and all sequences' logits in fp32, twice."""
     sequences = config.rollout.max_num_seqs * config.rollout.tensor_parallel
     tokens = max(config.rollout.max_batched_tokens, sequences)
     layer = size * tokens * (4 * shapes.hidden + 2 * (shapes.heads + 2 * shapes.kv_heads) * shapes.head_dim + 3 * shapes.mlp)
-    return layer + 2 * 4 * sequences * shapes.vocabulary
+    return layer + size * tokens * shapes.deepstack * shapes.hidden + 2 * 4 * sequences * shapes.vocabulary
 
 
-def check(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_bytes: int) -> MemoryPlan:
+def check(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_bytes: int, *, sft: bool = False,
+          of_node: int = 0, node: int | None = None) -> MemoryPlan:
     """The plan, or a ConfigError with one line that names a setting with which it fits."""
-    made = plan(config, shapes, ranks, device, dtype_bytes)
-    phase = made.overfull()
-    if phase is None:
+    def planned(settings: Config) -> MemoryPlan:
+        return plan(settings, shapes, ranks, device, dtype_bytes, sft=sft, of_node=of_node, node=node)
+
+    made = planned(config)
+    phase, host = made.overfull(), made.host_overfull()
+    if phase is None and host is None:
         return made
-    needs = made.total(phase) + (made.kv_bytes_per_token * made.context - made.kv_bytes if made.sequences < 1 else 0)
-    limit = "the engine's share" if made.sequences < 1 and made.total(phase) <= (made.device or needs) else "the device"
-    for change in remedies(config, made, phase):
-        changed = config
-        for field, value in change.items():
-            section, name = field.split(".")
-            part = getattr(changed, section).model_copy(update={name: value})
-            changed = changed.model_copy(update={section: part})
+    for change in remedies(config, made, phase) if phase else host_remedies(config, sft):
+        changed = _with(config, change)
         if _unsplittable(shapes.heads, shapes.kv_heads, changed.rollout.tensor_parallel):
             continue
-        if plan(changed, shapes, ranks, device, dtype_bytes).overfull() is None:
-            way = ", ".join(f"{field}={value:g}" if not isinstance(value, bool) else f"{field}={str(value).lower()}"
-                            for field, value in change.items())
+        after = planned(changed)
+        if after.overfull() is None and (phase or after.host_overfull() is None):
+            way = ", ".join(f"{field}={_written(value)}" for field, value in change.items())
             break
     else:
-        way = "more GPUs, or a shorter context (data.max_prompt_tokens, rollout.max_response_tokens)"
+        way = "more GPUs, or a shorter context (data.max_prompt_tokens, rollout.max_response_tokens)" if phase else (
+            "more memory, or a tool server on another machine (tools.url)")
+    if phase is None:
+        assert host is not None
+        raise ConfigError(f"host memory: the {host} phase needs {made.host_total(host) / GIB:.0f} GiB of a node with "
+                          f"{made.of_node} ranks, which has {(made.node or 0) / GIB:.0f} GiB; it fits with {way}")
+    needs = made.total(phase)
+    limit = "the device"
+    if phase == "rollout" and made.sequences < 1:
+        needs += made.kv_bytes_per_token * made.context - made.kv_bytes
+        limit = "the engine's share" if made.total(phase) <= (made.device or needs) else limit
     has = f"{made.device / GIB:.1f}" if made.device else "-"
     raise ConfigError(f"memory: the {phase} phase needs {needs / GIB:.1f} GiB per rank, more than {limit} ({has} GiB) has; "
                       f"it fits with {way}")
+
+
+def _with(config: Config, change: Change) -> Config:
+    for field, value in change.items():
+        section, name = field.split(".")
+        part = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: part})
+    return config
+
+
+def _written(value: float | bool | str) -> str:
+    return str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
+
+
+def host_remedies(config: Config, sft: bool) -> list[Change]:
+    """Settings that need less of a node's memory, the least costly first."""
+    if sft:
+        return [{"optim.offload": False}]
+    drop: Change = {"rollout.sleep": "drop"} if config.rollout.sleep == "copy" else {}
+    caches: list[Change] = [{"rollout.image_cache_gib": gib} for gib in (2.0, 1.0, 0.5) if gib < config.rollout.image_cache_gib]
+    lives: list[Change] = [{"rollout.max_num_seqs": n} for n in (128, 64, 32) if n < config.rollout.max_num_seqs]
+    kept: Change = {"optim.offload": False} if config.optim.offload else {}
+    steps = [drop, *(drop | cache for cache in caches), *(drop | caches[-1] | live for live in lives if caches),
+             drop | kept, *(drop | kept | cache for cache in caches)]
+    return [change for change in steps if change]
 
 
 def remedies(config: Config, made: MemoryPlan, phase: str) -> list[Change]:
@@ -242,8 +229,9 @@ def remedies(config: Config, made: MemoryPlan, phase: str) -> list[Change]:
         spare = (made.device - made.total("rollout") + made.kv_bytes) / GIB
         rollout.append({"rollout.kv_cache_gib": math.floor(10 * spare) / 10})
         rollout.append({"rollout.kv_cache_gib": math.ceil(10 * made.kv_bytes_per_token * made.context / GIB) / 10})
-    else:
-        rollout += [{"rollout.gpu_memory": share / 100} for share in range(int(config.rollout.gpu_memory * 100) + 5, 96, 5)]
+    else:    # a larger share where the KV cache is too small, a smaller one where the trainer has no room beside it
+        share = round(config.rollout.gpu_memory * 100)
+        rollout += [{"rollout.gpu_memory": n / 100} for n in (*range(share + 5, 96, 5), *range(share - 5, 9, -5))]
     rollout += [{"rollout.tensor_parallel": n} for n in (2, 4, 8) if made.ranks % n == 0]
     update: list[Change] = []
     if not config.model.gradient_checkpointing:
@@ -270,7 +258,7 @@ def check_tensor_parallel(config: Config, ranks: int) -> None:
     if of_node % ways:
         raise ConfigError(f"{setting} must divide the {of_node} rank{'s' * (of_node > 1)} of a node, because an engine's ranks "
                           "are neighbours on one machine; set it to 1 or start more ranks")
-    text = _read_config(config.model.path).get_text_config()
+    text = read_folder(config.model.path).get_text_config()
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     if _unsplittable(text.num_attention_heads, text.num_key_value_heads, ways) or width % ways:
         raise ConfigError(f"{setting} can't split model.path: it has {text.num_attention_heads} attention heads, "
@@ -282,13 +270,19 @@ def _unsplittable(heads: int, kv_heads: int, ways: int) -> bool:
     return bool(heads % ways or max(kv_heads, ways) % min(kv_heads, ways))
 
 
-def here(config: Config, ranks: int = 0, device_gib: float = 0.0) -> MemoryPlan:
-    """The checked plan for this machine's devices and world, or for `ranks` devices of `device_gib`. Raises ConfigError."""
+def here(config: Config, ranks: int = 0, device_gib: float = 0.0, *, sft: bool = False, node_gib: float = 0.0) -> MemoryPlan:
+    """The checked plan for this machine's devices, memory and world, or for `ranks` devices of `device_gib` on nodes of
+    `node_gib`. Raises ConfigError."""
     import torch
 
     count = torch.cuda.device_count()
     device = int(device_gib * GIB) or (torch.cuda.get_device_properties(0).total_memory if count else None)
+    elsewhere = ranks or device_gib
+    node = int(node_gib * GIB) or (None if elsewhere or device is None else machine_memory())
+    of_node = min(ranks, 8) if ranks else int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, count)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 0)) or max(1, count)
-    check_tensor_parallel(config, ranks)
+    if not sft:
+        check_tensor_parallel(config, ranks)
     dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if device else "float32"
-    return check(config, read_shapes(config.model), ranks, device, getattr(torch, dtype).itemsize)
+    return check(config, read_shapes(config.model), ranks, device, getattr(torch, dtype).itemsize, sft=sft, of_node=of_node,
+                 node=node)

@@ -93,7 +93,8 @@ def main() -> None:
     fresh = float(torch.empty(1 << 20).abs().max())
     if world.is_main:
         print("RESULT " + json.dumps({"norms": norms, "hashes": hashes, "micro_batches": micro_batches, "parked": parked,
-                                      "fresh": fresh, "saved": saved, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}))
+                                      "fresh": fresh, "saved": saved,
+                                      "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}))
     policy.close()
 
 
