@@ -79,6 +79,10 @@ tool-server: install ## start a tool server and print its URL: make tool-server 
 judge: install ## serve a model folder as the judge with vLLM: make judge ARGS="MODEL [PORT]"
 	PATH="$(abspath $(BIN)):$$PATH" launch/start_judge.sh $(ARGS)
 
+.PHONY: gpu-check
+gpu-check: install ## prove this machine's GPU in minutes: kernels, a ZeRO-3 step, the engine beside it (toy sizes on a CPU)
+	$(BIN)/hdpo doctor --gpu --json gpu_check.json $(ARGS)
+
 doctor: install ## versions, devices, space and services of this machine
 	$(BIN)/hdpo doctor
 

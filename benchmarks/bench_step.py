@@ -10,7 +10,6 @@ The rate of weight sync, its checks included, stands beside that of one copy on 
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -38,30 +37,6 @@ SMALL = {"rollout.prompts_per_step": 4, "optim.mini_batch_prompts": 2, "rollout.
 FULL = {"rollout.prompts_per_step": 16, "optim.mini_batch_prompts": 8, "rollout.group_size": 8}
 
 
-def random_model(folder: Path, shapes: dict[str, dict[str, Any]], cuda: bool) -> Path:
-    """A folder with the toy base's tokenizer and processor, and random weights of other shapes."""
-    from hdpo.adapters.torchvision_shim import activate
-
-    activate()
-    import torch
-    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
-
-    shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = AutoConfig.from_pretrained(TOY)
-    for part, values in (("text_config", shapes["text"]), ("vision_config", shapes["vision"])):
-        for name, value in values.items():
-            setattr(getattr(config, part), name, value)
-    half = config.text_config.head_dim // 2
-    section = [half - 2 * (half // 3), half // 3, half // 3]
-    config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": section}
-    config.text_config.tie_word_embeddings = config.tie_word_embeddings = False
-    config.text_config.layer_types = None
-    torch.manual_seed(0)
-    with torch.device("cuda" if cuda else "cpu"):
-        Qwen3VLForConditionalGeneration(config).to(torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
-    return folder
-
-
 def run(folder: Path, model: str, ranks: int, steps: int, cuda: bool, load: dict[str, int]) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl."""
     from hdpo.toyworld.demo import cpu_environment
@@ -69,7 +44,12 @@ def run(folder: Path, model: str, ranks: int, steps: int, cuda: bool, load: dict
     from hdpo.train.metrics import read_metrics
 
     world = make_world(folder / "world", train_rows=200, val_rows=8, demos=20)
-    path = TOY if model == "toy" else random_model(folder / "model", SHAPES[model], cuda)
+    import torch
+
+    from hdpo.doctor.random_model import random_model
+    path = TOY if model == "toy" else random_model(
+        folder / "model", SHAPES[model]["text"], SHAPES[model]["vision"], torch.bfloat16 if cuda else torch.float32,
+        torch.device("cuda" if cuda else "cpu"))
     settings: dict[str, Any] = {
         "run.folder": folder, "run.name": "bench", "model.path": path, "data.train": f"[{world.train}]",
         "tools.text_index": world.text_index, "tools.image_index": world.image_index, "optim.steps": steps,

@@ -107,13 +107,20 @@ def main(argv: Sequence[str]) -> int:
     """Versions, devices, space and services of this machine; with --config the memory an RL run will need."""
     parser = argparse.ArgumentParser(
         prog="hdpo doctor", description="What this machine has for training; with --config the memory an RL run "
-        "will need, by phase, refused with a way out when it can't fit.")
+        "will need, by phase, refused with a way out when it can't fit; with --gpu a check of its GPU in minutes.")
     add_config_options(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
     parser.add_argument("--gpu-gib", type=float, metavar="GIB", help="plan for devices of this size, GiB")
     parser.add_argument("--host-gib", type=float, metavar="GIB", help="plan for nodes with so much memory, GiB")
     parser.add_argument("--sft", action="store_true", help="plan an SFT run instead of an RL run")
+    parser.add_argument("--gpu", action="store_true",
+                        help="prove this machine's GPU in minutes: kernels, a ZeRO-3 step and the engine beside it, with limits")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --gpu: write the figures there")
     options = parser.parse_args(argv)
+    if options.gpu:
+        check_torch_sees_devices()
+        from hdpo.doctor.gpu_check import check
+        return 0 if check(path=options.json) else 1
     for flag, value in (("--gpus", options.gpus), ("--gpu-gib", options.gpu_gib), ("--host-gib", options.host_gib)):
         if value is not None and value <= 0:
             raise UserError(f"{flag} {value}: must be above 0")
