@@ -77,7 +77,8 @@ def serve_tools(closing: ExitStack, provider: str, world: Any, said: Path, monke
         return popen([sys.executable, soak_world.__file__, provider, *options], *args, **kwargs)
     with monkeypatch.context() as patched:
         patched.setattr(process.subprocess, "Popen", started)
-        server, address = process.start_tool_server(["--image-index", str(world.image_index), "--python-timeout", "10"], said)
+        server, address = process.start_tool_server(
+            ["--no-token", "--image-index", str(world.image_index), "--python-timeout", "10"], said)
     closing.callback(lambda: (server.terminate(), server.wait(30)))
     return address
 
@@ -150,10 +151,7 @@ def check(config: Config, groups: list[RewardedGroup], provider: soak_world.Prov
 
     for name in ("odd/search/busy", "odd/search/failed", "odd/text/search", "odd/text/tool", "odd/image/tool",
                  "odd/tool/unreadable_answer", "judge/unreadable", "judge/cut", "judge/retries"):
-        ours = {"odd/text/search": 3, "odd/image/tool": None}.get(name, 1)
-        if ours is None:
-            assert counted[name] >= served[name]           # the model's own cells draw broken ones besides
-        else:
-            assert counted[name] == ours * served[name], name
+        # the model's own cells draw broken pictures besides; an answer that got lost on the way took its report with it
+        assert counted[name] >= served[name] if name == "odd/image/tool" else counted[name] == served[name], name
     assert counted["odd/tool/failed_attempt"] == served["failed"] + served["odd/tool/unreadable_answer"]
     assert len(read_rollouts(config.run.path / "rollouts")) == len(rows)
