@@ -77,6 +77,7 @@ def test_a_scale_in_the_question_is_part_of_a_bare_truth() -> None:
         assert decide("83.2 million", "83.2", question) is CORRECT
         assert decide("83.2", "83.2 million", question) is CORRECT
         assert never(CORRECT, "83.2", question, "$83.2", "83.2 people", "83.2 thousand", "83.2 billion")
+    assert never(WRONG, "3", "How many tens of thousands came?", "30,000")
     assert decide("83.2 million", "83.2", "What does the bar show?") is UNSCORED   # the axis may be in millions
     assert decide("1.2 billion", "1.2 million", "What is the population?") is WRONG
 
@@ -97,6 +98,7 @@ def test_rounding_follows_the_precision_of_the_truth() -> None:
     assert decide("8,336,817", "8.3 million", "How many live there?") is CORRECT
     assert decide("0.214", "0.21", "Round to two decimals.") is CORRECT
     assert never(CORRECT, "0.67", "", "0.7", "0.66", "0.6") and never(CORRECT, "8.5", "", "8.52")
+    assert never(CORRECT, "8.3 million", "How many?", "8.34 million", "8,350,000", "8.4 million")
     assert decide("8.6 million", "8.3 million") is WRONG
     assert decide("2008", "2010", "What is the year?") is WRONG and decide("8.3", "8", "How many?") is WRONG
 

@@ -224,6 +224,9 @@ def same_number(prediction: Numeral, gold: Numeral, asked: Asked, with_unit: boo
         factors = asked.scales | ({100} if asked.percent else frozenset())
         if any(gold.value * s == prediction.value or prediction.value * s == gold.value for s in factors):
             return None
+        ratio = prediction.value / gold.value if asked.scales and gold.value else Fraction(0)
+        if ratio > 0 and re.fullmatch("10+|1/10+", str(ratio)):   # tens of thousands
+            return None
     rounded = _rounded(prediction, gold, asked)
     return None if rounded and asked.code else rounded
 
@@ -274,8 +277,10 @@ def _rounded(prediction: Numeral, gold: Numeral, asked: Asked) -> bool | None:
     near = distance / abs(gold.value) if gold.value else Fraction(1)
     if _is_rough(gold) and prediction.ulp < gold.ulp:
         if 2 * distance <= gold.ulp:
-            rounds = asked.precise or near <= Fraction(1, 100) and (prediction.style == "fraction" or gold.scale > 1)
-            sure = gold.digits >= 3 or gold.digits == 2 and rounds   # 2/3 for 0.67, but who knows about 8.52 for 8.5
+            rounds = asked.precise or near <= Fraction(1, 100) and (
+                prediction.style == "fraction" or gold.scale > 1 and prediction.scale == 1)
+            # 2/3 for 0.67, but who knows about 8.52 for 8.5
+            sure = 2 * distance < gold.ulp and (gold.digits >= 3 or gold.digits == 2 and rounds)
             return True if sure else None
         return None if distance < gold.ulp else False
     if _is_rough(prediction) and gold.ulp < prediction.ulp:
