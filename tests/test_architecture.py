@@ -15,8 +15,8 @@ import hdpo
 SRC = Path(__file__).resolve().parents[1] / "src" / "hdpo"
 FILES = sorted(SRC.rglob("*.py"))
 
-MAP = [line.split("   " if line.count("   ") else "  ")[0].split() for line in (hdpo.__doc__ or "").partition("The map.")[2]
-       .split("\n\n")[1].strip().splitlines()]
+MAP = [line.split("   " if line.count("   ") else "  ")[0].split() for line in re.sub(r"\n    +", " ", (
+    hdpo.__doc__ or "").partition("The map.")[2].split("\n\n")[1].strip()).splitlines()]
 """The rooms as hdpo's docstring lists them, lowest first: [[a module or room, ...], ...]."""
 ROOMS = ["maths", "words", *(names[0] for names in MAP[2:])]
 MATHS, WORDS = set(MAP[0]), set(MAP[1])
@@ -88,6 +88,7 @@ ADAPTERS_USE = {"maths", "words", "ranks", "packing", "state", "adapters"}
 ADAPTER_EXTRAS = {
     "agent.chat",              # one adapter opens the chat format of a model folder
     "agent.spelled",           # where a generation ends
+    "agent.images",            # a picture as a data: address
     "agent.families",          # what differs between model families: parameter names, positions
     "reward.verdict_cache",    # what a judge's verdict depends on, as a fingerprint
     "reward.judge_prompt",     # the words a judge is asked with

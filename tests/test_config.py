@@ -40,6 +40,12 @@ sync.group_mib sync.checksum_every sync.canary_every sync.parity_tolerance check
 checkpoint.weights_every_steps checkpoint.best
 eval.every_steps eval.rows eval.before eval.after eval.label_before eval.label_after
 log.tensorboard log.wandb log.rollouts_every log.rollouts_gib log.samples
+curation.sources curation.out curation.chunk_rows curation.concurrency curation.execution.mismatch
+curation.execution.search curation.execution.number_tolerance curation.execution.picture_tolerance
+curation.necessity.samples curation.necessity.threshold curation.necessity.temperature curation.necessity.system
+curation.necessity.tool_rows_only curation.judgement.visual_relevance curation.judgement.reasoning_coherence
+curation.judgement.tool_rationale curation.judgement.attempts curation.judgement.send_images
+curation.judgement.max_images curation.judgement.max_chars
 """.split()
 
 

@@ -6,7 +6,8 @@ use the algorithm alone: `from hdpo import hdpo_advantages, hdpo_loss, fused_lin
 The map. A room imports rooms above it in this list, never below; tests/test_architecture.py holds both to the tree.
 
 losses advantages fused_loss objective checksums pixels   the algorithm, exact sums, pixels on the device; torch alone
-types errors protocols config config_types config_hints config_yaml config_file shipped background keys text oddities pictures
+types errors protocols background keys text oddities pictures shipped config config_curation config_types config_hints
+    config_yaml config_file   words: records, failures, what the core needs of the world, settings
 ranks         collectives, the watchdog, nodes: who is there, who is alive
 agent         one trajectory, thousands at once: chat, images, calls, turns
 reward        trajectories -> three-valued verdicts -> rewards
@@ -17,6 +18,7 @@ toolserver    `hdpo tool-server` and its client; backends/ run the model's code
 adapters      one vendor, one file
 train         the two loops and their verbs
 evaluation    held-out rows, and what they say
+curation      public tool trajectories -> demonstrations, in three stages
 report        a run's folder -> a page
 doctor        what is missing before a device is touched
 integrations  the algorithm inside TRL, verl, prime-rl and DDP

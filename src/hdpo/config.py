@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
+from hdpo.config_curation import CurationConfig
 from hdpo.config_types import LARGEST, Address, Beta, Count, Name, Number, RulePolicy, Section, Share
 
 
@@ -285,6 +286,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    curation: CurationConfig = CurationConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -44,8 +44,11 @@ class _Given:
         self._who: dict[str, tuple[str, str]] = {}     # field -> who said it and " (line 3)"; the latest is last
 
     def put(self, path: str, value: Any, who: str, where: str = "") -> None:
-        section, _, leaf = path.partition(".")
-        self._tree.setdefault(section, {})[leaf] = value
+        *sections, leaf = path.split(".")
+        tree = self._tree
+        for section in sections:
+            tree = tree.setdefault(section, {})
+        tree[leaf] = value
         self._who.pop(path, None)
         self._who[path] = (who, where)
 

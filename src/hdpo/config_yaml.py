@@ -62,7 +62,7 @@ class Document:
         self._loader.flatten_mapping(node)
         for key, value in node.value:
             name = prefix + key.value
-            if not prefix and key.value in Config.model_fields:
+            if any(known.startswith(f"{name}.") for known in kinds()) and "." not in key.value:
                 yield from self.fields(value, f"{name}.")
             elif name not in kinds():
                 raise ConfigError(f"{unknown(name)} (line {line_of(key)})")

@@ -17,11 +17,12 @@ import re
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import openai
 
+from hdpo.agent.images import data_url, decode_image
 from hdpo.config import JudgeConfig
 from hdpo.errors import ConfigError, JudgeError
 from hdpo.keys import key
@@ -79,6 +80,20 @@ class OpenAIJudge:
         self._counts[f"verdicts_{majority.value}"] += 1
         return Judgement(majority, "judge", "\n---\n".join(vote.detail for vote in votes))
 
+    async def ask(self, system: str, text: str, images: Sequence[bytes] = (), seed: int = 0) -> str:
+        """The reply to another question than that for a verdict; `images` are encoded files. Raises JudgeError."""
+        content: Any = text if not images else [
+            *({"type": "image_url", "image_url": {"url": data_url(decode_image(data, "a picture"))}} for data in images),
+            {"type": "text", "text": text}]
+        deadline = Deadline(self.config.deadline_s)
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        send = functools.partial(self._complete, await self.model(), messages, seed, deadline)
+        try:
+            reply, cut = await self._retry(send, deadline)
+        except _TooLongError as exc:
+            raise JudgeError(str(exc)) from None
+        return reply if not cut else ""
+
     async def model(self) -> str:
         """The model in use: the configured one, else the first that /models lists. Raises JudgeError."""
         if self.config.model:
@@ -122,7 +137,8 @@ class OpenAIJudge:
         try:
             model = await self.model()
             while readings < MAX_READINGS:
-                send = functools.partial(self._complete, model, prompt(longest) + reminder, seed, deadline)
+                messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt(longest) + reminder}]
+                send = functools.partial(self._complete, model, messages, seed, deadline)
                 try:
                     text, cut = await self._retry(send, deadline)
                 except _TooLongError as exc:
@@ -142,7 +158,8 @@ class OpenAIJudge:
         why = {"": "unreadable reply", "length": f"unreadable reply, cut at judge.max_tokens = {self.config.max_tokens}"}
         return Judgement(Verdict.UNSCORED, "judge", f"{why.get(cut, f'unreadable reply ({cut})')}: {text or '(empty)'}")
 
-    async def _complete(self, model: str, prompt: str, seed: int, deadline: Deadline, probing: bool) -> tuple[str, str]:
+    async def _complete(self, model: str, messages: list[dict[str, Any]], seed: int, deadline: Deadline,
+                        probing: bool) -> tuple[str, str]:
         """(text of the reply, why it is not finished or "")."""
         async with self._slots:
             deadline.start()   # waiting for a slot is not the judge's fault
@@ -154,8 +171,7 @@ class OpenAIJudge:
             async with asyncio.timeout(self.config.timeout_s):   # a total: bytes that trickle in don't extend it
                 # not chat.completions.create: its typed transformation costs more CPU than everything else together
                 response = await self._connection().post("/chat/completions", cast_to=object, body={
-                    "model": model, **options,
-                    "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]})
+                    "model": model, **options, "messages": messages})
             self._seconds += time.monotonic() - started
         reply = read_reply(response)
         self._counts["prompt_tokens"] += reply.prompt_tokens

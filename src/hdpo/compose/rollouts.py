@@ -7,8 +7,7 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.agent.rollout import Rollouts
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config
-from hdpo.protocols import Engine
-from hdpo.toolserver.client import ToolClient
+from hdpo.protocols import Engine, ToolBackend
 
 
 def open_engine(config: Config, chat: ChatFormat, closing: ExitStack) -> Engine:
@@ -24,7 +23,7 @@ def open_engine(config: Config, chat: ChatFormat, closing: ExitStack) -> Engine:
     return engine
 
 
-def open_rollouts(config: Config, chat: ChatFormat, engine: Engine, backend: ToolClient, background: BackgroundLoop,
+def open_rollouts(config: Config, chat: ChatFormat, engine: Engine, backend: ToolBackend, background: BackgroundLoop,
                   closing: ExitStack) -> Rollouts:
     rollouts = Rollouts(
         engine, chat, backend, background, config.rollout, config.tools, max_model_len=config.max_model_len,

@@ -13,14 +13,14 @@ from typing import Any
 
 from hdpo.adapters.chat_format import open_chat
 from hdpo.agent.rollout import Rollouts
-from hdpo.background import freeze_heap
+from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.compose.checks import check_devices, check_launcher, check_rl
 from hdpo.compose.folder import begin_run
 from hdpo.compose.logs import open_log, open_run_folder
 from hdpo.compose.policy import build_packing, open_policy, plan_memory
 from hdpo.compose.rollouts import open_engine, open_rollouts
 from hdpo.compose.scoring import open_scorer
-from hdpo.compose.tools import open_tools
+from hdpo.compose.tools import NoTools, open_tools
 from hdpo.config import Config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
 from hdpo.doctor.memory_plan import check_tensor_parallel
@@ -30,6 +30,7 @@ from hdpo.evaluation.runner import bounded_sequences
 from hdpo.ranks.nodes import choose_interface
 from hdpo.ranks.watchdog import Limits
 from hdpo.ranks.world import World
+from hdpo.reward.scoring import Scorer
 from hdpo.state.spool import Spool
 from hdpo.train.rl import RlParts
 from hdpo.train.samples import PixelPool
@@ -135,6 +136,15 @@ class Stage(contextlib.ExitStack):
         world = self.world.connect()
         open_run_folder(self.config, world, {})
         return BenchmarkParts(self)
+
+    def sampling(self) -> tuple[Rollouts, Scorer]:
+        """Engine and scorer alone, for rollouts without tools. Each rank's engine works by itself."""
+        config, chat = self.config, self.chat
+        world = self.world.connect()
+        background = BackgroundLoop()
+        self.callback(background.close)
+        rollouts = open_rollouts(config, chat, open_engine(config, chat, self), NoTools(), background, self)
+        return rollouts, open_scorer(config, background, world, self)
 
     def held_out(self) -> Sequence[Task]:
         config = self.config

@@ -5,27 +5,32 @@ from contextlib import ExitStack
 
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config
+from hdpo.errors import ToolServerError
+from hdpo.protocols import ToolResult
 from hdpo.ranks.world import World
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.toolserver.process import KeptToolServer
+from hdpo.types import Task
 
 
-def open_tools(config: Config, world: World, closing: ExitStack) -> tuple[BackgroundLoop, ToolClient]:
-    """The background loop and a client of the configured tool server, or of one started for this node. Collective."""
+def open_tools(config: Config, world: World | None, closing: ExitStack) -> tuple[BackgroundLoop, ToolClient]:
+    """The background loop and a client of the configured tool server, or of one started for this node (world None: for this
+    process). Collective."""
     tools = config.tools
     background = BackgroundLoop()
     closing.callback(background.close)
     url, token = tools.url, ""
     if not url:
-        mine = _start_tool_server(config, world, closing) if world.local_rank == 0 else None
-        url, token = next(server for node, server in world.gather((world.node, mine)) if node == world.node and server)
+        mine = _start_tool_server(config, world, closing) if world is None or world.local_rank == 0 else None
+        servers = [(0, mine)] if world is None else world.gather((world.node, mine))
+        url, token = next(server for node, server in servers if server and node == (world.node if world else 0))
     wait_until_healthy(url, timeout=30.0)
     client = ToolClient(url, timeout=tools.call_timeout_s, retries=tools.retries, token=token)
     closing.callback(lambda: background.run(client.close(), timeout=10))
     return background, client
 
 
-def _start_tool_server(config: Config, world: World, closing: ExitStack) -> tuple[str, str]:
+def _start_tool_server(config: Config, world: World | None, closing: ExitStack) -> tuple[str, str]:
     """(URL, token)."""
     tools = config.tools
     options = [
@@ -37,6 +42,19 @@ def _start_tool_server(config: Config, world: World, closing: ExitStack) -> tupl
         options += [flag, value] if value else []
     options += ["--i-trust-the-model"] if tools.i_trust_the_model else []
     config.run.path.mkdir(parents=True, exist_ok=True)
-    server = KeptToolServer(options, config.run.path / f"tool_server_{world.node}.log")
+    server = KeptToolServer(options, config.run.path / f"tool_server_{world.node if world else os.getpid()}.log")
     closing.callback(server.stop)
     return server.url, server.token
+
+
+class NoTools:
+    """A `ToolBackend` for rollouts whose tools.allowed is empty: calls are refused before they come here."""
+
+    async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
+        raise ToolServerError("there is no tool server")
+
+    async def finish(self, trajectory_id: str) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass

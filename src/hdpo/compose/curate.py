@@ -1,0 +1,127 @@
+"""`hdpo curate`: opens what the stages that are asked for need, and no more: stage 1 needs neither model nor engine."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from hdpo.config import Config
+from hdpo.config_file import add_config_options, load_config
+from hdpo.errors import ConfigError, JudgeError
+
+STAGES = ("1", "2", "3")
+EPILOG = """\
+stage 1  every recorded call is made again in the sandbox; what fails or doesn't give the recorded observation is dropped
+stage 2  questions that the base model answers without tools are dropped (model.path, rules and judge as in RL)
+stage 3  a judge grades visual relevance, reasoning and the rationale of tool use (judge.base_url)
+
+  hdpo curate --source thyme=thyme.parquet --stages 1 --out runs/sft_data
+  hdpo curate --config FILE --source deepeyes=sft_part_0.json --source openmm=wemath.parquet --stages 1,2,3 --out DIR
+
+The same command goes on from where it was stopped. `make sft ARGS="--set data.train=[DIR/kept.parquet]"` trains on the result."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 when every row is decided, 1 when rows wait for a failure of ours to be over. Raises HdpoError."""
+    from hdpo.curation.job import Job
+    from hdpo.curation.source import READERS
+    parser = argparse.ArgumentParser(prog="hdpo curate", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description="Make SFT data of public tool trajectories, in three stages.")
+    add_config_options(parser)
+    parser.add_argument("--source", action="append", default=[], metavar="NAME=FILES",
+                        help=f"what to curate (repeatable); NAME is one of {', '.join(READERS)}")
+    parser.add_argument("--stages", default="1", help="which stages, in order, for example 1,2,3 (%(default)s)")
+    parser.add_argument("--out", help="folder of the result (curation.out)")
+    options = parser.parse_args(argv)
+    stages = [stage.strip() for stage in options.stages.split(",") if stage.strip()]
+    if not stages or any(stage not in STAGES for stage in stages) or len(set(stages)) < len(stages):
+        raise ConfigError(f"--stages {options.stages}: stages are {', '.join(STAGES)}")
+    config = load_config(options.config, options.overrides)
+    given = {"sources": [*config.curation.sources, *options.source], **({"out": options.out} if options.out else {})}
+    config = config.model_copy(update={"curation": config.curation.model_copy(update=given)})
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    job = Job(config, sorted(stages), rank, ranks)      # sources and folder are checked before anything opens
+    with ExitStack() as closing:
+        manifest = job.run(_open(config, sorted(stages), closing))
+    return _report(manifest, config) if rank == 0 else 0
+
+
+def _open(config: Config, stages: Sequence[str], closing: ExitStack) -> dict[str, Any]:
+    from hdpo.background import BackgroundLoop
+    from hdpo.curation.stages.execution import Execution
+    from hdpo.curation.stages.judgement import Judgement
+    from hdpo.curation.stages.run import AsyncStage
+    settings = config.curation
+    found: dict[str, Any] = {}
+    if "3" in stages and not config.judge.base_url:
+        raise ConfigError("stage 3 needs a judge: set judge.base_url (JUDGE_BASE_URL)")
+    if "2" in stages:
+        found["2"] = _open_necessity(config, closing)
+    if "1" in stages:
+        background, backend = _open_tools(config, closing)
+        found["1"] = AsyncStage(Execution(backend, settings.execution), background, settings.concurrency)
+    if "3" in stages:
+        background = BackgroundLoop()
+        closing.callback(background.close)
+        found["3"] = AsyncStage(Judgement(_judge(config, background, closing), settings.judgement), background,
+                                settings.concurrency)
+    return {stage: found[stage] for stage in stages}
+
+
+def _open_tools(config: Config, closing: ExitStack) -> tuple[Any, Any]:
+    """A tool server of this process's own, unless the configuration names one; searches only where they are replayed."""
+    from pathlib import Path
+
+    from hdpo.compose.tools import open_tools
+    tools = config.tools
+    if config.curation.execution.search != "replay":
+        tools = tools.model_copy(update={"allowed": ["python"]})
+    out = Path(config.curation.out)
+    run = config.run.model_copy(update={"folder": str(out.parent), "name": out.name})
+    return open_tools(config.model_copy(update={"tools": tools, "run": run}), None, closing)
+
+
+def _open_necessity(config: Config, closing: ExitStack) -> Any:
+    from hdpo.compose.stage import Stage
+    from hdpo.curation.stages.run import NecessityStage
+    if not config.model.path:
+        raise ConfigError("stage 2 needs the base model: set model.path (MODEL_PATH)")
+    bare = config.model_copy(update={"tools": config.tools.model_copy(update={"allowed": []})})
+    rollouts, scorer = closing.enter_context(Stage(bare)).sampling()
+    return NecessityStage(rollouts, scorer, config.curation.necessity)
+
+
+def _judge(config: Config, background: Any, closing: ExitStack) -> Any:
+    from hdpo.adapters.openai_judge import open_judges
+    from hdpo.curation.record import Waits
+    judge = open_judges(config.judge)[0]
+    closing.callback(lambda: background.run(judge.close(), timeout=10))
+
+    async def ask(system: str, text: str, images: tuple[bytes, ...], attempt: int) -> str:
+        try:
+            return await judge.ask(system, text, images, seed=attempt)
+        except JudgeError as exc:
+            raise Waits(str(exc)) from exc
+    return ask
+
+
+def _report(manifest: dict[str, Any], config: Config) -> int:
+    waiting = 0
+    for source, stages in manifest.items():
+        if source == "about":
+            continue
+        for stage, counts in stages.items():
+            gone = {**counts["unreadable"], **counts["dropped"]}
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(gone.items(), key=lambda item: -item[1]))
+            print(f"{source:16} stage {stage}: {counts['kept']} of {counts['in']} kept" + (f"; {reasons}" if reasons else ""))
+            waiting += sum(counts["waiting"].values())
+    for reason, shown in manifest["about"]["first_unreadable"].items():
+        print(f"{'':16} unreadable, {reason}: first {shown}")
+    print(f"{config.curation.out}/kept.parquet, dropped.parquet, manifest.json")
+    if waiting:
+        print(f"hdpo curate: {waiting} rows wait for the tool server or the judge; the same command tries them again",
+              file=sys.stderr)
+    return 1 if waiting else 0
