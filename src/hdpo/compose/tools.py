@@ -1,6 +1,7 @@
 """The tool server's client, and the server of this node when the configuration names none."""
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 
 from hdpo.background import BackgroundLoop
