@@ -24,7 +24,8 @@ def test_the_letter_that_is_meant(answer, letter):
 
 @pytest.mark.parametrize("answer", [
     "", "   ", "A or B", "A, B", "Based on what the picture shows", "A small thing near the door", "Dunno", "E", "F.",
-    "I cannot determine the answer", "Sorry, I can't help with images", "Could be anything, for example the bus or the car",
+    "I'm not sure", "I don't know", "I cannot determine the answer", "Sorry, I can't help with images",
+    "Could be anything, for example the bus or the car",
     "Cats are seen Beside the Door, as far as anybody can tell from this picture",
 ])
 def test_where_nothing_is_meant_no_letter_is_made_up(answer):
@@ -75,3 +76,8 @@ def test_the_only_number_of_an_answer(text, value):
 def test_a_list_is_read_without_executing_it():
     assert as_list("[1, 'a']") == [1, "a"] and as_list('["x"]') == ["x"] and as_list([2]) == [2]
     assert as_list("__import__('os').getcwd()") is None and as_list("[open('/etc/passwd')]") is None and as_list(None) is None
+
+
+@pytest.mark.parametrize("answer", ["I'm not sure", "I don't know", "I’d say none", "A picture", ""])
+def test_where_i_is_an_option_the_pronoun_is_none(answer):
+    assert choice_letters(answer) is None

@@ -23,7 +23,8 @@ _LEAD_IN = re.compile(r"^(?:(?:so|therefore|thus|hence),?\s+)?(?:the\s+)?(?:(?:b
 _NOISE = str.maketrans(dict.fromkeys(".()[],:;!*#{}$`\"'", " "))
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
 _END_TAG = re.compile(r"</answer>", re.IGNORECASE)
-_WORD = re.compile(r"\b([AI])\s+(?!(?:is|was|are|because|since|as|and|or|but|seems|appears|looks|would|should|for|matches|shows)"
+_WORD = re.compile(r"\b([AI])(?:['’](?=\w)|\s+)"
+                   r"(?!(?:is|was|are|because|since|as|and|or|but|seems|appears|looks|would|should|for|matches|shows)"
                    r"\b)[a-z]")
 """The article "A" and the pronoun "I": a letter before a small word that does not speak about an option."""
 _SAID = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*[\s*(\[{$]*(?:option\s+)?([A-Z])(?![A-Za-z'])", re.IGNORECASE)

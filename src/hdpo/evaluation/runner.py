@@ -127,6 +127,7 @@ class Runner:
                 broken = questions.broken.get(trajectory.task.id, "")
                 self.kept.add(record_of(trajectory, broken), trajectory.images)
             count = world.claim(counter) + 1
+            world.phase("evaluate", count)      # the watch takes hours in one phase for a hang
             if world.is_main:
                 bar.update(done_before + count - bar.n)
         rollouts = self.rollouts(questions.arm == NO_TOOLS)

@@ -27,6 +27,7 @@ class WeMath(MultipleChoice):
 
     def parse(self, row: Row) -> Iterator[Item]:
         problem, key = row.text("ID", "problem_id"), row.text("key")
+        problem = problem if "step" in problem else f"{key[:1]}steps_{problem}"     # a number that both kinds may have
         options = lettered(row) or split_options(row.text("option"))
         concept = row.text("knowledge concept")
         gold = letter_of(row.text("answer"), options)
