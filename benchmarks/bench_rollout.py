@@ -63,7 +63,7 @@ def turn_barrier(plan: Plan, engine: TimedEngine) -> float:
     active, number = list(plan.turns), 0
     while active:
         for prompt, sample in active:
-            seed = sampling_seed(SEED, STEP, f"t{prompt}", sample, number)
+            seed = sampling_seed(SEED, STEP, prompt, sample, number)
             engine.add_request(f"{prompt}-{sample}", GenerateRequest([], (), 0, 1.0, seed))
         while engine.num_unfinished():
             engine.step()

@@ -48,7 +48,7 @@ class Plan:
     def __post_init__(self) -> None:
         for (prompt, sample), turns in self.turns.items():
             for number, turn in enumerate(turns):
-                self.by_seed[sampling_seed(SEED, STEP, f"t{prompt}", sample, number)] = turn
+                self.by_seed[sampling_seed(SEED, STEP, prompt, sample, number)] = turn
 
     @property
     def num_turns(self) -> int:

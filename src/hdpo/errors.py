@@ -53,6 +53,17 @@ class JudgeError(InfrastructureError):
     """The judge gave no usable verdict."""
 
 
+class RequestRefused(InfrastructureError):
+    """The engine can't take one request, `request_id`: that ends its trajectory, and nothing else."""
+
+    def __init__(self, reason: object, request_id: str) -> None:
+        super().__init__(reason, request_id)
+        self.reason, self.request_id = " ".join(str(reason).split()), request_id
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class RankError(InfrastructureError):
     """Another rank died, hangs or failed; the message names it with its host and phase."""
 

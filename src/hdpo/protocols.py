@@ -38,7 +38,9 @@ class Engine(Protocol):
 
     max_model_len: int
 
-    def add_request(self, request_id: str, request: GenerateRequest) -> None: ...
+    def add_request(self, request_id: str, request: GenerateRequest) -> None:
+        """Queue one generation. Raises RequestRefused, with nothing else changed, for one that can't be had."""
+        ...
 
     def step(self) -> list[tuple[str, Completion]]:
         """Advance every running request by at least one token; return those that finished."""
@@ -74,7 +76,7 @@ class SharedEngine(Engine, Protocol):
     From its first `step` until all of them have come to `finish`, a rank goes on calling `step` or `hold`, with requests or
     without. `num_unfinished` counts the requests of all these ranks as of the last step, and what this rank has added since:
     ranks that all add some and then step until there are none end together, without `finish`. A request is looked at in the
-    step after it was added, which raises its ValueError, on its own rank alone.
+    step after it was added, which raises its RequestRefused, on its own rank alone: completions come with the next step.
     """
 
     def hold(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import MAX_PIXELS, MIN_PIXELS, save_tiny_qwen3_vl
 
 from hdpo.config import RolloutConfig
-from hdpo.errors import ModelError
+from hdpo.errors import ModelError, RequestRefused
 from hdpo.protocols import GenerateRequest
 from hdpo.types import StopReason
 
@@ -319,10 +319,21 @@ def test_weights_are_not_swapped_under_running_requests(engine, model):
     engine.abort(["a"])
 
 
-def test_a_prompt_that_fills_the_context_is_refused(engine):
-    with pytest.raises(ValueError):
-        engine.add_request("a", text(ids=(START,) * 300))
-    assert engine.num_unfinished() == 0
+def test_what_an_engine_cannot_take_is_refused_and_the_others_go_on(engine):
+    """Too long a prompt, too many pictures, one without its picture, one that no processor takes, an unknown token."""
+    alone = run(engine, {"a": text(3, max_tokens=8)})["a"]
+    engine.add_request("a", text(3, max_tokens=8))
+    one = [START, VISION_START, IMAGE, VISION_END]
+    thin = picture(1, (1000, 2))
+    for number, (ids, images) in enumerate([
+            ([START] * 300, ()), (one * 5, (picture(1),) * 5), (one, ()), (one, (thin,)), ([START, 10**6], ())]):
+        with pytest.raises(RequestRefused) as refused:
+            engine.add_request(f"bad {number}", GenerateRequest(ids, images, 8, 1.0, 1))
+        assert refused.value.request_id == f"bad {number}" and "\n" not in str(refused.value)
+    done = {}
+    while engine.num_unfinished():
+        done.update(engine.step())
+    assert {name: completion.token_ids for name, completion in done.items()} == {"a": alone.token_ids}
 
 
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path):

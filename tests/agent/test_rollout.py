@@ -3,20 +3,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from PIL import Image
 from scripted import Script, ScriptedEngine, ScriptedTools, delays
 
+from hdpo import oddities
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import encode_png
 from hdpo.agent.parse import EXAMPLES, extract_answer, format_ok
 from hdpo.agent.rollout import PromptQueue, Rollouts, sampling_seed
 from hdpo.background import BackgroundLoop
 from hdpo.config import RolloutConfig, ToolsConfig
-from hdpo.errors import DataError, ToolServerError
+from hdpo.errors import RequestRefused, ToolServerError
 from hdpo.protocols import GenerateRequest, ToolResult
 from hdpo.types import EndReason, StopReason, Task, Trajectory
 
@@ -218,10 +221,16 @@ def test_deterministic_mode_gives_the_same_batches_and_trajectories_however_long
 
 
 def test_seeds_differ_by_everything_and_repeat_exactly() -> None:
-    seeds = {sampling_seed(s, step, name, sample, turn)
-             for s in (1, 2) for step in (0, 1) for name in ("a", "b") for sample in (0, 1) for turn in (0, 1)}
+    seeds = {sampling_seed(s, step, prompt, sample, turn)
+             for s in (1, 2) for step in (0, 1) for prompt in (0, 1) for sample in (0, 1) for turn in (0, 1)}
     assert len(seeds) == 32 and all(0 <= s < 2**31 for s in seeds)
-    assert sampling_seed(1, 2, "task", 3, 4) == 1_886_552_660
+    assert sampling_seed(1, 2, 7, 3, 4) == 990_049_318
+
+
+def test_the_same_task_twice_in_a_step_is_rolled_out_with_different_seeds(collect: Any) -> None:
+    """A row repeated in a small data set, or rows of two files that bear the same name."""
+    collect(once, tasks=[task(), task(), task()], group_size=4, first_index=5)
+    assert len({request.seed for request in collect.engine.requests}) == len(collect.engine.requests) == 3 * 4 * 2
 
 
 def test_the_groups_rollouts_share_one_decoded_prompt(collect: Any) -> None:
@@ -278,12 +287,6 @@ def test_a_failing_callback_is_raised_and_leaves_nothing_behind(collect: Any) ->
     assert collect.engine.num_unfinished() == 0
 
 
-def test_a_task_whose_image_cannot_be_read_is_a_data_error_naming_it(collect: Any) -> None:
-    broken = Task("t9", "toy", [{"role": "user", "content": "<image>?"}], (b"no image",), "4")
-    with pytest.raises(DataError, match="image 0 of task t9"):
-        collect(once, tasks=[task(), broken])
-
-
 def test_stale_weights_are_noticed(collect: Any) -> None:
     def prepare(rollouts: Rollouts, engine: ScriptedEngine) -> None:
         engine.version = 4
@@ -303,6 +306,32 @@ def test_metrics_describe_the_collection(chat: ChatFormat, background: Backgroun
     assert rollouts.metrics["rollout/loop_lag_max_seconds"] >= rollouts.metrics["rollout/loop_lag_p99_seconds"] >= 0
     assert rollouts.collect([], group_size=2, temperature=0.0, step=0, weight_version=0) == []
     rollouts.close()
+
+
+def test_a_request_that_the_engine_refuses_ends_its_trajectory_alone_and_is_not_the_policys(collect: Any) -> None:
+    def prepare(rollouts: Rollouts, engine: ScriptedEngine) -> None:
+        add = engine.add_request
+
+        def refusing(request_id: str, request: GenerateRequest) -> None:
+            if len(engine.requests) == 2:
+                engine.requests.append(request)
+                raise RequestRefused("At most 4 image(s)\nmay be provided", request_id)
+            add(request_id, request)
+        engine.add_request = refusing
+    oddities.take()
+    groups = collect(lambda p, r: ANSWER, tasks=[task("a"), task("b")], group_size=2, prepare=prepare)
+    ends = [t.end for group in groups for t in group]
+    assert Counter(ends) == {EndReason.ANSWERED: 3, EndReason.INFRASTRUCTURE: 1}
+    (refused,) = [t for group in groups for t in group if t.end is EndReason.INFRASTRUCTURE]
+    assert refused.error == "the engine refused the request: At most 4 image(s) may be provided"
+    assert oddities.take() == {"odd/prompt/refused": 1.0}
+
+
+def test_a_prompt_that_cannot_be_shown_ends_its_rollouts_alone(collect: Any) -> None:
+    broken = replace(task("broken"), images=(b"no picture",))
+    groups = collect(lambda p, r: ANSWER, tasks=[broken, task("b")], group_size=2)
+    assert [[t.end for t in group] for group in groups] == [[EndReason.INFRASTRUCTURE] * 2, [EndReason.ANSWERED] * 2]
+    assert "image 0 of task broken" in groups[0][0].error
 
 
 def test_an_engine_that_drops_a_request_aborts_only_that_trajectory(chat: ChatFormat, collect: Any) -> None:

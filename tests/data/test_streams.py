@@ -118,6 +118,17 @@ def test_rows_are_checked_once_for_all_runs_with_the_same_settings(tmp_path: Pat
         TaskStream([file], chat, config.model_copy(update={"max_prompt_tokens": 10}), seed=1)
 
 
+def test_a_row_with_more_images_than_a_rollout_may_hold_is_a_bad_row(tmp_path: Path, chat: ChatFormat) -> None:
+    rows = [row(i, images=[PNG] * (3 if i == 1 else 1)) for i in range(3)]
+    rows[1]["prompt"][0]["content"] = "<image>" * 3
+    file, config = parquet(tmp_path / "x.parquet", rows), DataConfig(cache=str(tmp_path / "cache"))
+    tasks = TaskStream([file], chat, config, seed=1, max_images=2)
+    assert tasks.skipped == {"x.parquet row 1": "the prompt has 3 images, rollout.max_images is 2"}
+    assert len(read_tasks([file], chat, config, max_images=2)) == 2 and not TaskStream([file], chat, config, 1, 3).skipped
+    with pytest.raises(DataError, match="row 1: the prompt has 3 images"):
+        TaskStream([file], chat, config.model_copy(update={"bad_row": "stop"}), seed=1, max_images=2)
+
+
 def test_held_out_rows_are_read_up_to_those_that_are_wanted(tmp_path: Path, chat: ChatFormat, reads: list[int]) -> None:
     rows = [row(i, **({"reward_model": {"ground_truth": None}} if i == 1 else {})) for i in range(300)]
     config = DataConfig(cache=str(tmp_path / "cache"))

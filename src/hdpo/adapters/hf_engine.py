@@ -21,7 +21,7 @@ from hdpo.adapters.torchvision_shim import activate
 from hdpo.agent.spelled import SpelledTag
 from hdpo.checksums import Checksum, Comparison, compare
 from hdpo.config import RolloutConfig
-from hdpo.errors import ModelError
+from hdpo.errors import ModelError, RequestRefused
 from hdpo.protocols import GenerateRequest
 from hdpo.ranks.world import local_device
 from hdpo.types import Completion, StopReason
@@ -76,6 +76,7 @@ class HfEngine:
         self._device = local_device()
         self._model, self._image_processor = _load(model_path, dtype, self._device)
         self._image_id = getattr(self._model.config, "image_token_id", None)   # None: a text-only model
+        self._vocabulary = self._model.get_input_embeddings().num_embeddings
         self._banned = torch.tensor(list(banned_token_ids), dtype=torch.long, device=self._device)
         self._waiting: deque[_Row] = deque()
         self._cohorts: list[_Cohort] = []
@@ -84,10 +85,16 @@ class HfEngine:
     # --- generation ---------------------------------------------------------------------------------------------
 
     def add_request(self, request_id: str, request: GenerateRequest) -> None:
-        """Queue one generation. Raises ValueError where the expanded prompt leaves no room in `max_model_len`."""
-        prompt, pixel_values, grid_thw = self._expand(request)
+        """Queue one generation. Raises RequestRefused where the prompt leaves no room in `max_model_len` or can't be read."""
+        try:
+            prompt, pixel_values, grid_thw = self._expand(request)
+        except (ValueError, TypeError) as exc:    # also how image processors refuse a picture
+            raise RequestRefused(exc, request_id) from exc
         if len(prompt) >= self.max_model_len:
-            raise ValueError(f"prompt of {len(prompt)} tokens leaves no room in max_model_len {self.max_model_len}")
+            raise RequestRefused(
+                f"prompt of {len(prompt)} tokens leaves no room in max_model_len {self.max_model_len}", request_id)
+        if not all(0 <= token < self._vocabulary for token in request.token_ids):
+            raise RequestRefused(f"a token is outside the vocabulary of {self._vocabulary}", request_id)
         self._waiting.append(_Row(request_id, request, prompt, pixel_values, grid_thw, random.Random(request.seed)))
 
     def _expand(self, request: GenerateRequest) -> tuple[list[int], Tensor | None, Tensor | None]:

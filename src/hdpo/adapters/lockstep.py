@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from hdpo.errors import RequestRefused
 from hdpo.protocols import Engine, GenerateRequest
 from hdpo.types import Completion
 
@@ -53,26 +54,26 @@ class LockstepEngine:
         self._queued: list[_Operation] = []
         self._pictures = _Pictures()
         self._own: list[tuple[str, Completion]] = []   # finished and not yet returned
-        self._refused: ValueError | None = None
+        self._refused: list[RequestRefused] = []
         self._history = 0   # of all that was generated, in one number
 
     # --- generation ---------------------------------------------------------------------------------------------
 
     def add_request(self, request_id: str, request: GenerateRequest) -> None:
-        """Queue one generation for the next step. That raises ValueError where the prompt leaves no room in `max_model_len`."""
+        """Queue one generation for the next step, which raises RequestRefused for one that the parts refuse."""
         self._queued.append((request_id, request))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; an aborted request is never returned by `step`. Unknown ids are ignored."""
         self._queued += [(request_id, None) for request_id in request_ids]
+        self._refused = [refused for refused in self._refused if refused.request_id not in request_ids]
         self._own = [(request_id, completion) for request_id, completion in self._own if request_id not in request_ids]
 
     def step(self) -> list[tuple[str, Completion]]:
         """Advance the requests of all ranks unless one of them holds; return those of this rank that finished."""
         self._advance()
-        if self._refused is not None:
-            refused, self._refused = self._refused, None
-            raise refused
+        if self._refused:
+            raise self._refused.pop(0)
         own, self._own = self._own, []
         return own
 
@@ -84,7 +85,7 @@ class LockstepEngine:
             pass
 
     def num_unfinished(self) -> int:
-        return self._part.num_unfinished() + sum(request is not None for _, request in self._queued)
+        return self._part.num_unfinished() + len(self._refused) + sum(request is not None for _, request in self._queued)
 
     def _advance(self, *, hold: bool = False, done: bool = False) -> bool:
         """Hear from all ranks; step, unless one of them holds. Returns whether all are done."""
@@ -114,9 +115,9 @@ class LockstepEngine:
                     continue
                 try:
                     self._part.add_request(f"{rank}/{name}", self._pictures.with_known(request))
-                except ValueError as exc:   # on every rank alike
+                except RequestRefused as exc:   # on every rank alike
                     if rank == self._rank:
-                        self._refused = exc
+                        self._refused.append(RequestRefused(exc, name))
         self._pictures.trim(PICTURE_BYTES)
 
     def _take(self, finished: list[tuple[str, Completion]]) -> None:

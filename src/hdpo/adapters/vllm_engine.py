@@ -23,7 +23,7 @@ from hdpo.agent.families import FAMILIES, Family
 from hdpo.agent.spelled import SpelledTag
 from hdpo.checksums import Checksum, Comparison
 from hdpo.config import RolloutConfig
-from hdpo.errors import ModelError
+from hdpo.errors import ModelError, RequestRefused
 from hdpo.protocols import GenerateRequest
 from hdpo.types import Completion, StopReason
 
@@ -80,18 +80,26 @@ class VllmEngine:
             self._engine.collective_rpc(forbid, args=(tuple(banned_token_ids),))
         self._engine.collective_rpc(exact_log_probs)
         model = self._engine.model_config.hf_config
+        self._image_id = getattr(model, "image_token_id", None)    # None: a text-only model
+        self._vocabulary = self._engine.model_config.get_vocab_size()
         self._tied, self._family = bool(model.tie_word_embeddings), FAMILIES[model.model_type]
 
     # --- generation ---------------------------------------------------------------------------------------------
 
     def add_request(self, request_id: str, request: GenerateRequest) -> None:
-        """Queue one generation. Raises ValueError where the expanded prompt leaves no room in `max_model_len`."""
+        """Queue one generation. Raises RequestRefused for whatever vLLM refuses: a prompt that leaves no room in
+        `max_model_len`, too many images, one that its processor can't take, a token out of range."""
         from vllm import SamplingParams, TokensPrompt
-        from vllm.exceptions import VLLMValidationError
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         if self._forgotten:
             raise RuntimeError("the engine has slept and has no weights: load_weights first")
+        placeholders = request.token_ids.count(self._image_id) if self._image_id is not None else 0
+        if placeholders != len(request.images):    # vLLM would look at fewer pictures, or at none
+            raise RequestRefused(f"{placeholders} image placeholders for {len(request.images)} images", request_id)
+        if not all(0 <= token < self._vocabulary for token in request.token_ids):
+            raise RequestRefused(f"a token is outside the vocabulary of {self._vocabulary}", request_id)
         self._wake_kv_cache()
         prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
         if request.images:
@@ -107,8 +115,9 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY)
         try:
             name = self._engine.add_request(request_id, prompt, parameters)
-        except VLLMValidationError as exc:
-            raise ValueError(str(exc)) from exc
+        except (VLLMClientError, ValueError, TypeError) as exc:   # its own checks, and how its processors refuse a picture
+            self._engine.abort_request([request_id])     # it may have come half-way in
+            raise RequestRefused(exc, request_id) from exc
         if self._spelled_end is not None:
             stop_at(self._engine, name, self._spelled_end)
 

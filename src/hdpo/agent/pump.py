@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hdpo.agent.trajectory import Key
+from hdpo.errors import RequestRefused
 from hdpo.protocols import Engine, GenerateRequest, SharedEngine
 from hdpo.types import Completion
 
@@ -59,7 +60,7 @@ class EnginePump:
         self._inbox.put(lambda: self._live.add(key))
 
     async def generate(self, key: Key, request: GenerateRequest) -> Completion:
-        """One generation; cancelling it drops the request from the engine."""
+        """One generation; cancelling it drops the request from the engine. Raises RequestRefused."""
         self._count += 1
         pending = _Pending(key, request, self._loop.create_future(), f"{key.prompt}-{key.sample}-{self._count}")
         self._inbox.put(lambda: self._waiting.__setitem__(key, pending))
@@ -134,12 +135,21 @@ class EnginePump:
         order = sorted(self._waiting) if self._deterministic else list(self._waiting)
         for key in order:
             pending = self._waiting.pop(key)
-            self._engine.add_request(pending.request_id, pending.request)
-            self._running[pending.request_id] = pending
+            try:
+                self._engine.add_request(pending.request_id, pending.request)
+            except RequestRefused as refused:
+                self._loop.call_soon_threadsafe(_refuse, pending.reply, refused)
+            else:
+                self._running[pending.request_id] = pending
 
     def _step(self) -> None:
         started = time.monotonic()
-        finished = self._engine.step()
+        try:
+            finished = self._engine.step()
+        except RequestRefused as refused:    # of an engine that ranks share
+            finished = []
+            if (pending := self._running.pop(refused.request_id, None)) is not None:
+                self._loop.call_soon_threadsafe(_refuse, pending.reply, refused)
         self.engine_seconds += time.monotonic() - started
         self.engine_steps += bool(self._running)
         replies = [(self._running.pop(name).reply, completion) for name, completion in finished if name in self._running]
@@ -151,6 +161,11 @@ class EnginePump:
             del self._waiting[pending.key]
         elif self._running.pop(pending.request_id, None) is not None:
             self._engine.abort([pending.request_id])
+
+
+def _refuse(reply: asyncio.Future[Completion], refused: RequestRefused) -> None:
+    if not reply.done():
+        reply.set_exception(refused)
 
 
 def _resolve(replies: list[tuple[asyncio.Future[Completion], Completion]]) -> None:

@@ -25,6 +25,7 @@ from hdpo.agent.tools import AgentTools
 from hdpo.agent.trajectory import Key, Live, Player
 from hdpo.background import BackgroundLoop
 from hdpo.config import RolloutConfig, ToolsConfig
+from hdpo.errors import DataError
 from hdpo.protocols import Engine, GenerateRequest, ToolBackend
 from hdpo.types import Completion, EndReason, Task, Trajectory
 
@@ -55,9 +56,13 @@ def static_queue(rank: int = 0, ranks: int = 1) -> PromptQueue:
     return PromptQueue(itertools.count(rank, ranks).__next__)
 
 
-def sampling_seed(seed: int, step: int, task_id: str, sample_index: int, turn: int) -> int:
-    """The seed of one generation: 31 bits, the same on every machine and in every process."""
-    name = f"{seed}|{step}|{task_id}|{sample_index}|{turn}".encode()
+def sampling_seed(seed: int, step: int, prompt: int, sample_index: int, turn: int) -> int:
+    """The seed of one generation: 31 bits, the same on every machine and in every process.
+
+    `prompt` is the prompt's number in the step, not the task's name: a task that comes twice in a step gets twice as many
+    different rollouts, and tasks of two files that bear the same name don't share random numbers.
+    """
+    name = f"{seed}|{step}|{prompt}|{sample_index}|{turn}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
 
 
@@ -79,7 +84,7 @@ class _Run:
     keep: bool = True
     group: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
     claimed: dict[int, Task] = field(default_factory=dict)        # by prompt: `tasks` may read a task anew whenever it is asked
-    prompts: dict[int, asyncio.Task[Segment]] = field(default_factory=dict)
+    prompts: dict[int, asyncio.Task[Segment | DataError]] = field(default_factory=dict)
     ready: deque[Key] = field(default_factory=deque)     # of claimed prompts, not yet started
     live: int = 0
     done: dict[Key, Trajectory] = field(default_factory=dict)
@@ -256,7 +261,7 @@ class Rollouts:
         completion = await run.pump.generate(live.key, GenerateRequest(
             token_ids=list(builder.compact_ids), images=tuple(builder.images), image_keys=tuple(builder.image_keys),
             max_tokens=max_tokens, temperature=run.temperature,
-            seed=sampling_seed(self._seed, run.step, live.task.id, live.key.sample, turn)))
+            seed=sampling_seed(self._seed, run.step, live.key.prompt, live.key.sample, turn)))
         if completion.weight_version != run.weight_version:
             raise RuntimeError(
                 f"the engine sampled with weights {completion.weight_version}, expected {run.weight_version}")

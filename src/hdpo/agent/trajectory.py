@@ -20,7 +20,7 @@ from hdpo.agent.images import TOOL_PIXELS, decode_image
 from hdpo.agent.parse import extract_answer
 from hdpo.agent.tools import AgentTools, ToolOutcome
 from hdpo.config import RolloutConfig
-from hdpo.errors import DataError
+from hdpo.errors import DataError, RequestRefused
 from hdpo.types import Completion, EndReason, StopReason, Task, ToolCall, Trajectory
 
 IMAGE_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -68,16 +68,33 @@ class Player:
         self._chat, self._tools, self._config, self._max_model_len = chat, tools, config, max_model_len
         self._pool = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="hdpo-images")
 
-    async def prompt(self, task: Task) -> Segment:
-        """Decoded and tokenised once for all rollouts of the task. Raises DataError for a task that cannot be shown."""
+    async def prompt(self, task: Task) -> Segment | DataError:
+        """Decoded and tokenised once for all rollouts of the task; why not, for a task that cannot be shown."""
         def make() -> Segment:
             images = [decode_image(data, f"image {i} of task {task.id}") for i, data in enumerate(task.images)]
             return self._chat.prompt(task.messages, images)
-        return await self._in_pool(make)
+        try:
+            return await self._in_pool(make)
+        except DataError as exc:
+            return exc
 
-    async def play(self, live: Live, prompt: asyncio.Task[Segment], generate: Generate) -> EndReason:
-        """Grow `live` until it ends; what was sampled so far stays in it when this is cancelled."""
+    async def play(self, live: Live, prompt: asyncio.Task[Segment | DataError], generate: Generate) -> EndReason:
+        """Grow `live` until it ends; what was sampled so far stays in it when this is cancelled.
+
+        A prompt that can't be shown, or that the engine refuses, ends its trajectories and is not the policy's failure.
+        """
+        try:
+            return await self._grow(live, prompt, generate)
+        except (DataError, RequestRefused) as exc:
+            refused = isinstance(exc, RequestRefused)
+            oddities.count("prompt/refused" if refused else "prompt/unreadable")
+            live.error = f"the engine refused the request: {exc}" if refused else str(exc)
+            return EndReason.INFRASTRUCTURE
+
+    async def _grow(self, live: Live, prompt: asyncio.Task[Segment | DataError], generate: Generate) -> EndReason:
         segment = await asyncio.shield(prompt)   # shared: one rollout's clock must not cancel it
+        if isinstance(segment, DataError):
+            raise segment
         live.builder.append_given(segment)
         live.prompt_length = len(segment.expanded_ids)
         for turn in range(self._config.max_turns + 1):

@@ -89,7 +89,7 @@ class Stage(contextlib.ExitStack):
         config, chat = self.config, self.chat
         check_launcher()
         lock = begin_run(config, "rl", self._steal_lock, self)
-        tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed)
+        tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed, max_images=config.rollout.max_images)
         self.callback(tasks.close)
         held_out = self.held_out()
         check_rl(config, chat)
@@ -148,7 +148,9 @@ class Stage(contextlib.ExitStack):
 
     def held_out(self) -> Sequence[Task]:
         config = self.config
-        return read_tasks(config.data.val, self.chat, config.data, config.eval.rows) if config.data.val else []
+        if not config.data.val:
+            return []
+        return read_tasks(config.data.val, self.chat, config.data, config.eval.rows, config.rollout.max_images)
 
 
 class BenchmarkParts:

@@ -68,9 +68,15 @@ class _Reader:
 class _Tasks(_Reader):
     columns, text_column = TASK_COLUMNS, "prompt"
 
+    def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, max_images: int | None) -> None:
+        super().__init__(files, chat, config)
+        self.max_images = max_images
+
     def check(self, index: int) -> Checked:
         row, messages, images = self.read(index)
         task = self._task(index, row, messages, images)
+        if self.chat.sees and self.max_images is not None and len(task.images) > self.max_images:
+            raise DataError(f"the prompt has {len(task.images)} images, rollout.max_images is {self.max_images}")
         sizes = [check_image(data, f"image {i}") for i, data in enumerate(task.images)]
         length = self.chat.prompt_length(task.messages, sizes)
         if length > self.config.max_prompt_tokens:
@@ -90,18 +96,19 @@ class _Tasks(_Reader):
         return replace(task, id=task.row_index or name)
 
     def settings(self) -> list[Any]:
-        return ["task", self.chat.fingerprint, self.config.max_prompt_tokens, self.config.insert_markers]
+        return ["task", self.chat.fingerprint, self.config.max_prompt_tokens, self.config.insert_markers, self.max_images]
 
 
 class TaskStream(RowStream[Task]):
     """RL rows: prompt [{role, content}], reward_model {ground_truth}, and if there are any images, data_source, extra_info.
 
     The task's id is extra_info.index, or file and row. A row is bad if an image is broken, a field has a shape that
-    `hdpo.data.rows` can't read, or the prompt is longer than config.max_prompt_tokens.
+    `hdpo.data.rows` can't read, or the prompt is longer than config.max_prompt_tokens or has more than `max_images` images.
     """
 
-    def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int) -> None:
-        reader = _Tasks(files, chat, config)
+    def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int,
+                 max_images: int | None = None) -> None:
+        reader = _Tasks(files, chat, config, max_images)
         index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache)
         super().__init__(reader.rows, index, reader.make, config, seed)
 
@@ -159,9 +166,10 @@ class DemonstrationStream(RowStream[Demonstration]):
         super().__init__(reader.rows, index, reader.make, config, seed)
 
 
-def read_tasks(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows: int = 0) -> Unread[Task]:
+def read_tasks(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows: int = 0,
+               max_images: int | None = None) -> Unread[Task]:
     """Held-out tasks in file order, the first `rows` good ones (0: all), each read when it is asked for."""
-    reader = _Tasks(files, chat, config)
+    reader = _Tasks(files, chat, config, max_images)
     index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache, wanted=rows)
     bad_rows(reader.rows, index, config)
     return Unread(reader.make, index.good())

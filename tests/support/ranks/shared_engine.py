@@ -18,6 +18,7 @@ from hdpo.agent.trajectory import Key
 from hdpo.background import BackgroundLoop
 from hdpo.checksums import Watch
 from hdpo.config import RolloutConfig
+from hdpo.errors import RequestRefused
 from hdpo.protocols import Engine, GenerateRequest
 from hdpo.train.canary import canary_prompts
 from hdpo.types import Completion
@@ -116,16 +117,16 @@ def together(engine: Any, chat: ChatFormat, rank: int, alone: dict[str, Completi
     found["rank 0 only"] = differences(done, alone)
 
     refused = []
-    if rank == 1:
-        engine.add_request("long", GenerateRequest([10] * 2000, (), 4, 1.0, 0))
+    for name in ("long", "too long") if rank == 1 else ():
+        engine.add_request(name, GenerateRequest([10] * 2000, (), 4, 1.0, 0))
     for name, request in asked.items():
         engine.add_request(name, request)
     done = {}
     while engine.num_unfinished():
         try:
             done.update(engine.step())
-        except ValueError as exc:
-            refused.append(str(exc))
+        except RequestRefused as exc:
+            refused.append(exc.request_id)
     found["refused"], found["beside refused"] = refused, differences(done, alone)
     return found
 
