@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_models import MAX_PIXELS, MIN_PIXELS, save_tiny_qwen3_vl
 
+from hdpo.adapters import hf_engine
 from hdpo.adapters.zero3 import Parking
+from hdpo.checksums import bit_sum
 from hdpo.config import RolloutConfig
 from hdpo.protocols import GenerateRequest
 
@@ -34,17 +36,38 @@ def test_parked_tensors_leave_the_device_and_return_bit_for_bit_under_their_view
         parking.unpark()
         assert all(torch.equal(t.cpu(), copy) for t, copy in zip(kept, copies))
         assert torch.equal(view.cpu(), copies[1][5:9])
-    assert scratch.numel() == 1 << 26
+    assert scratch.numel() == 1 << 26 and not scratch.any()
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def test_a_checksum_needs_no_copy_of_the_tensor_on_a_device() -> None:
+    tensor = torch.randn(1 << 28, device="cuda").bfloat16()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = bit_sum(tensor)
+    assert torch.cuda.max_memory_allocated() - before < 300 << 20      # whole, it would be 2 GiB
+    assert int(found) == int(bit_sum(tensor.cpu()))
+
+
+def test_the_transformers_engines_head_keeps_fp32_logits_of_bf16_weights() -> None:
+    head = torch.nn.Linear(512, 2048, bias=False, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(2, 3, 512, device="cuda").bfloat16()
+    logits = hf_engine._fp32_logits(head, hidden)
+    assert logits.dtype == torch.float32 and logits.shape == (2, 3, 2048)
+    assert torch.allclose(logits, hidden.float() @ head.weight.float().T, atol=1e-3)
+
+
+@pytest.fixture(scope="module", params=[("drop", False), ("copy", True)], ids=["drop-graphs", "copy-eager"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from hdpo.adapters.vllm_engine import VllmEngine
 
-    folder = save_tiny_qwen3_vl(tmp_path_factory.mktemp("tiny"))
+    folder, (sleep, eager) = save_tiny_qwen3_vl(tmp_path_factory.mktemp("tiny")), request.param
+    torch.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    config = RolloutConfig(max_num_seqs=16, max_batched_tokens=256, kv_cache_gib=KV_GIB, sleep=sleep, enforce_eager=eager)
     engine = VllmEngine(
-        str(folder), config=RolloutConfig(max_num_seqs=16, max_batched_tokens=256, kv_cache_gib=KV_GIB), max_model_len=256,
+        str(folder), config=config, max_model_len=256,
         stop_token_ids=(258,), tool_call_end_id=264, image_limit=4, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    assert torch.equal(torch.cuda.get_rng_state(), state)       # the trainer's generator is as it was
     yield folder, engine
     engine.close()
 
@@ -65,12 +88,16 @@ def weights(folder: Path) -> Any:
 
 def test_a_sleeping_engine_gives_its_cache_back_and_the_cache_returns_only_after_the_weights(engine: Any) -> None:
     folder, vllm = engine
+    vllm.load_weights(weights(folder), 0)
     before, awake = greedy(vllm), used()
     for round in range(3):
         vllm.sleep()
         asleep = used()
         assert awake - asleep > 0.9 * KV_GIB * 2**30
         vllm.wake()
+        if vllm._forgets:
+            with pytest.raises(RuntimeError, match="load_weights first"):
+                greedy(vllm)
         assert used() - asleep < 0.2 * KV_GIB * 2**30      # the weights alone: room for what is gathered
         vllm.load_weights(weights(folder), round)
         assert used() - asleep > 0.9 * KV_GIB * 2**30
@@ -86,3 +113,26 @@ def test_every_linear_weight_can_be_compared_on_a_device(engine: Any) -> None:
     vllm.load_weights(watch.passing(weights(folder)), 9)
     found = vllm.compare_weights(watch.sums())
     assert found.wrong == [] and found.share > 0.99
+
+
+def test_the_engines_head_is_fp32_and_its_decode_steps_have_graphs_unless_told_not_to(engine: Any) -> None:
+    _, vllm = engine
+    assert vllm._engine.model_config.head_dtype == torch.float32
+    sizes = vllm._engine.vllm_config.compilation_config.cudagraph_capture_sizes
+    assert not sizes if vllm._engine.model_config.enforce_eager else sizes[-1] == 16
+
+
+def test_what_sleep_drops_are_weights_and_the_deepstack_inputs_stay_zero(engine: Any) -> None:
+    folder, vllm = engine
+    vllm.sleep()
+    vllm.wake()
+    vllm.load_weights(weights(folder), 10)
+    inputs = vllm._engine.collective_rpc(lambda worker: [bool(t.any()) for t in worker.get_model().deepstack_input_embeds])[0]
+    assert inputs and not any(inputs)
+
+
+def test_every_line_of_the_gpu_check_is_within_its_limit(tmp_path: Path) -> None:
+    from hdpo.doctor.gpu_check import check
+
+    told: list[str] = []
+    assert check(told.append, tmp_path / "check.json"), "\n".join(told)

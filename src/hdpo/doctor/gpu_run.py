@@ -102,7 +102,7 @@ class Run:
                 torch.cuda.synchronize()
             taken.append(time.monotonic() - started)
         self.lines.add("gradient norm is finite", float(torch.tensor(norm).isfinite()), "", 1, at_least=True)
-        self.lines.add("optimizer step with images", taken[-1], "s", 30.0)
+        self.lines.add("optimizer step with images", taken[-1], "s", 30.0 if CUDA else None)
         if CUDA:
             planned = plan(self.config, self.shapes, 1, 1 << 60, 2).total("update") + MARGIN
             self.lines.add("memory of a step", torch.cuda.max_memory_allocated() / GIB, "GiB", planned / GIB)
@@ -143,8 +143,8 @@ class Run:
         self.lines.add("weights that arrived changed", len(found.wrong), "", 0)
         self.lines.add("share of weights compared", found.share, "", 0.99 if CUDA else None, at_least=True)
         self.lines.add("greedy answers as before sleep", float(greedy(engine, self.chat) == before), "", 1, at_least=True)
-        self.lines.add("engine, seconds to sleep", slept, "s", 5.0)
-        self.lines.add("engine, seconds to wake and load", synced, "s", 30.0)
+        self.lines.add("engine, seconds to sleep", slept, "s", 5.0 if CUDA else None)
+        self.lines.add("engine, seconds to wake and load", synced, "s", 30.0 if CUDA else None)
         if CUDA:
             kept = self.config.rollout.kv_cache_gib + 2 * self.shapes.parameters / GIB
             self.lines.add("engine, memory given back asleep", awake - asleep, "GiB", 0.95 * kept, at_least=True)
