@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -171,7 +172,11 @@ def list_devices() -> str:
     if not gpus:
         return f"no GPU that torch {torch.__version__} can use; CPU, {os.cpu_count()} cores: enough for `hdpo demo`"
     named = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
-    return f"{named}; driver {nvidia_smi()[1] or 'unknown'}, CUDA {torch.version.cuda}"
+    found = f"{named}; driver {nvidia_smi()[1] or 'unknown'}, CUDA {torch.version.cuda}"
+    blackwell = max(gpu.major for gpu in gpus) >= 10
+    if blackwell and importlib.util.find_spec("flashinfer_cubin") is None and not shutil.which("nvcc"):
+        found += "; vLLM's kernels for these are not here and it would fall back: `vllm download-kernels` brings them"
+    return found
 
 
 def _version(name: str) -> str:
