@@ -97,3 +97,12 @@ def test_text_that_is_no_utf8_costs_its_own_row(tmp_path: Path, chat: ChatFormat
     pq.write_table(table.set_column(0, "data_source", sources), tmp_path / "u.parquet")
     tasks = stream([str(tmp_path / "u.parquet")], chat)
     assert [task.id for task in tasks.take(2)] == ["row_1", "row_1"] and "utf-8" in tasks.skipped["u.parquet row 1"]
+
+
+@pytest.mark.parametrize(("changes", "setting"), [
+    ({"prompt": [{"role": "user", "content": "no marker"}]}, "data.insert_markers"),
+    ({"images": ["photos/1.png"]}, "data.image_root")])
+def test_what_a_setting_would_mend_is_refused_with_its_name(
+        tmp_path: Path, chat: ChatFormat, changes: dict[str, Any], setting: str) -> None:
+    tasks = stream([write(tmp_path / "x.parquet", [row(1, **changes)]), write(tmp_path / "y.parquet", [row(2)])], chat)
+    assert [task.id for task in tasks.take(1)] == ["row_2"] and setting in tasks.skipped["x.parquet row 0"]

@@ -191,7 +191,8 @@ class ChatFormat:
             raise DataError(f"{self.family.name} models see no images, and the prompt has {num_images}")
         markers = sum(m["content"].count(IMAGE_MARKER) for m in messages if m["role"] == "user")
         if markers != num_images:
-            raise DataError(f"the user messages hold {markers} {IMAGE_MARKER} markers for {num_images} images")
+            hint = "" if markers else "; data.insert_markers=true puts them before the text"
+            raise DataError(f"the user messages hold {markers} {IMAGE_MARKER} markers for {num_images} images{hint}")
         rendered = []
         for message in messages:
             role, content = message["role"], message["content"]

@@ -65,7 +65,8 @@ def _plan(chat: ChatFormat, messages: Sequence[dict[str, str]], sizes: Sequence[
         raise DataError("the conversation must end with an assistant turn")
     markers = [m["content"].count("<image>") if m["role"] != "assistant" else 0 for m in messages]
     if sum(markers) != len(sizes):
-        raise DataError(f"the messages hold {sum(markers)} <image> markers for {len(sizes)} images")
+        hint = "" if sum(markers) else "; data.insert_markers=true puts them before the text"
+        raise DataError(f"the messages hold {sum(markers)} <image> markers for {len(sizes)} images{hint}")
 
     seen = sum(markers[:first])
     plan = _Plan(images=list(range(seen)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpo.errors import DataError
+from hdpo.text import one_line
 
 _LONGEST_PATH = 1024
 _DATA_URL = re.compile(r"data:[\w.+/-]*;base64,", re.ASCII)
@@ -28,7 +29,7 @@ def picture_cells(value: Any) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError("images: the text is neither a path nor JSON") from None
     return value if isinstance(value, list) else [] if value is None else [value]
 
@@ -69,8 +70,8 @@ def _encoded(cell: Any, what: str, folders: Sequence[Path]) -> bytes:
         data = b""
     if data and (found or len(data) > 16):
         return data
-    where = ", ".join(str(folder) for folder in folders) or "data.image_root is not set"
-    raise DataError(f"{what}: no such file: {cell[:200]} (looked in {where}), and no base64")
+    where = f"looked in {', '.join(map(str, folders))}" if folders else "looked nowhere"
+    raise DataError(f"{what}: no such file: {one_line(cell, 200)} ({where}; data.image_root names another folder), and no base64")
 
 
 def _is_file(place: Path) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from hdpo import oddities, text
 from hdpo.toolserver.blame import ENDED_ITSELF, NO_PROCESS
 from hdpo.toolserver.cgroups import SessionGroups
 from hdpo.toolserver.sandbox_frames import Conversation, FrameError, is_bounded_png, read_frame
@@ -168,7 +169,10 @@ class SessionLink:
 
 def _result(message: dict[str, Any], blobs: list[bytes], interrupted: bool) -> CellResult:
     stdout, stderr = (_text(message.get(name)) for name in ("stdout", "stderr"))
-    images = tuple(blob for blob in blobs[:MAX_IMAGES] if is_bounded_png(blob))
+    shown = blobs[:MAX_IMAGES]
+    images = tuple(blob for blob in shown if is_bounded_png(blob))
+    if len(images) < len(shown):
+        oddities.count("image/cell", len(shown) - len(images))
     ok = message.get("ok") is True and not interrupted
     return CellResult(stdout, stderr, images, ok=ok, restarted=False, timed_out=interrupted)
 
@@ -176,7 +180,7 @@ def _result(message: dict[str, Any], blobs: list[bytes], interrupted: bool) -> C
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise FrameError("output is not a string")
-    return value[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")   # lone surrogates can't travel as JSON
+    return text.valid(value[:MAX_TEXT_CHARS], "cell")
 
 
 @dataclass(slots=True)
