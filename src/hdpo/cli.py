@@ -15,7 +15,7 @@ COMMANDS = {
     "demo": ("hdpo.toyworld.demo:main", "the whole loop on this machine, with a tiny model"),
     "sft": ("hdpo.compose.commands:sft", "supervised fine-tuning on recorded tool trajectories"),
     "rl": ("hdpo.compose.commands:rl", "HDPO reinforcement learning"),
-    "eval": ("hdpo.compose.commands:evaluate", "greedy rollouts on held-out rows: accuracy and tool use"),
+    "eval": ("hdpo.compose.commands:evaluate", "held-out rows, or published benchmarks: accuracy and tool use"),
     "eval-demo": ("hdpo.toyworld.eval_demo:main", "three miniature benchmarks with the demo's checkpoint, in both arms"),
     "score": ("hdpo.compose.score:main", "answers to benchmarks, by their official rules, without a model"),
     "curate": ("hdpo.compose.curate:main", "SFT data from public tool trajectories, in three stages"),
@@ -36,6 +36,7 @@ hdpo teaches a multimodal agent when not to call a tool: SFT, then HDPO reinforc
   hdpo sft  --config launch/configs/metis_8b_sft.yaml --set model.path=... --set data.train=[demos.parquet]
   hdpo rl   --config launch/configs/metis_8b_rl.yaml  --set model.path=... --set data.train=[rl.parquet]
   hdpo eval --config launch/configs/metis_8b_rl.yaml  --set model.path=CHECKPOINT --set data.val=[val.parquet]
+  hdpo eval --benchmarks vstar,wemath --data FOLDER   --set model.path=CHECKPOINT --preset reference
   hdpo rl --config FILE --dry-run                  check data, model, tools and judge without training
 
 On several devices: accelerate launch --config_file launch/accelerate/zero3.yaml launch/train_rl.py --config ...

@@ -105,6 +105,14 @@ def test_hrbench_averages_over_rotations_and_knows_which_are_one_question(tmp_pa
     assert found["se"] == pytest.approx(math.sqrt(sum(s * s for s in sums)) / 12), "four rotations are one question"
 
 
+def test_a_question_that_was_not_asked_in_all_rotations_is_not_all_right(tmp_path, capsys):
+    rows = _hr_rows()
+    tsv(tmp_path / "hrbench4k" / "hr_bench_4k.tsv", rows)
+    answers = [row["answer"] for row in rows[:4]] + [rows[4]["answer"], None, None, None] + ["Z"] * 4
+    found = scored("hrbench4k", tmp_path, answers, capsys)
+    assert found["variants"]["all_four_right"] == 0.5 and found["n"] == 9
+
+
 @pytest.mark.parametrize("options", ["columns", "list"])
 def test_treebench_reads_the_answer_and_not_the_first_capital(tmp_path, capsys, options):
     choices = {"A": "Above it", "B": "Below it", "C": "Behind it", "D": "Nowhere"}

@@ -188,12 +188,14 @@ def merged(found: Sequence[Unit]) -> list[Unit]:
     return [Unit(name, same[0].cluster, sum(u.value for u in same) / len(same)) for name, same in values.items()]
 
 
-def all_right(marks: Sequence[Mark]) -> Estimate:
-    """Share of clusters whose marks are all right, sample by sample; those with an unscored mark are left out."""
+def all_right(marks: Sequence[Mark], size: int) -> Estimate:
+    """Share of clusters of `size` whose marks are all right, sample by sample; incomplete ones, an unscored mark included, are
+    left out."""
     found: dict[tuple[str, int], list[bool | None]] = {}
     for mark in marks:
         found.setdefault((mark.item.cluster, mark.sample), []).append(mark.correct)
-    return by_unit([Unit(name, name, float(all(values))) for (name, _), values in found.items() if None not in values])
+    return by_unit([Unit(name, name, float(all(values))) for (name, _), values in found.items()
+                    if None not in values and len(values) == size])
 
 
 def by_part(marks: Sequence[Mark]) -> dict[str, Estimate]:

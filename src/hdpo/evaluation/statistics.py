@@ -33,7 +33,7 @@ class Estimate:
     @property
     def detectable(self) -> float | None:
         """The smallest difference between two independent runs of this size that a test would show four times in five."""
-        return None if self.se is None else POWER * math.sqrt(2) * self.se
+        return None if self.se is None else min(1.0, POWER * math.sqrt(2) * self.se)
 
     def record(self) -> dict[str, Any]:
         return {"score": self.score, "n": self.n}

@@ -30,7 +30,7 @@ class HRBench(MultipleChoice):
 
     def figures(self, marks: Sequence[Mark]) -> Figures:
         parts = sorted({part for mark in marks for part in mark.item.parts})
-        return Figures(over_cycles(marks), {"all_four_right": all_right(marks)},
+        return Figures(over_cycles(marks), {"all_four_right": all_right(marks, size=4)},
                        {part: over_cycles([mark for mark in marks if part in mark.item.parts]) for part in parts})
 
 
