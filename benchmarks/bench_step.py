@@ -9,6 +9,9 @@ The rate of weight sync, its checks included, stands beside that of one copy on 
 """
 from __future__ import annotations
 
+import argparse
+import io
+import json
 import os
 import statistics
 import subprocess
@@ -17,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, arguments, paired, report
+from common import Figure, arguments, in_child, paired, report
 
 import hdpo
 
@@ -76,6 +79,23 @@ def copy_rate(cuda: bool) -> float:
     return source.numel() / 2**30 / paired({"copy": lambda: target.copy_(source)}, "copy", 5, cuda)["copy"]["seconds"]
 
 
+def reduced_bytes(dtype: str) -> None:
+    """In a process of its own: bytes that a micro-batch's gradients send per parameter, with optim.reduce_dtype, as JSON."""
+    from hdpo.doctor.gpu_check import Lines
+    from hdpo.doctor.gpu_run import Run
+    from hdpo.doctor.random_model import TOY
+
+    run = Run(TOY, Lines(io.StringIO()), {"model": {"dtype": "bfloat16"}, "optim": {"reduce_dtype": dtype}})
+    from deepspeed.runtime.comm import coalesced_collectives
+
+    sent, real = [], coalesced_collectives._torch_reduce_scatter_fn
+    coalesced_collectives._torch_reduce_scatter_fn = lambda whole, part, group: (
+        sent.append(whole.nbytes), real(whole, part, group))[1]
+    batches = run.step()
+    print(json.dumps({"bytes": sum(sent) / batches / run.shapes.trained}))
+    run.policy.close()
+
+
 def main() -> int:
     import torch
 
@@ -83,7 +103,11 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--model", choices=["toy", *SHAPES], default="8b" if cuda else "toy")
     parser.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()))
+    parser.add_argument("--reduced-bytes", metavar="DTYPE", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.reduced_bytes:
+        reduced_bytes(args.reduced_bytes)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         rows = run(Path(folder), args.model, args.ranks, 3 if args.short else 6, cuda, SMALL if args.short else FULL)[1:]
     seconds = {name[5:]: statistics.median(row[name] for row in rows) for name in rows[0] if name.startswith("time/")}
@@ -96,6 +120,9 @@ def main() -> int:
     figures |= {"sync": Figure(rate, "GiB/s", "higher", tolerance=1.0),
                 "copy / sync, per byte": Figure(copy_rate(cuda) / rate, "x", "lower", tolerance=1.0)}
     figures |= {f"{phase}, memory at its end": Figure(value, "GiB", "lower") for phase, value in memory.items()}
+    for dtype in ("float32", "bfloat16"):
+        if found := in_child(__file__, ["--reduced-bytes", dtype]):
+            figures[f"gradients sent, bytes per parameter, {dtype}"] = Figure(found["bytes"], "B", "lower")
     details = {"model": args.model, "ranks": args.ranks, "rows": rows}
     return 0 if report("step", figures, details, args.json, args.short) else 1
 

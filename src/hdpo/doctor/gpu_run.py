@@ -4,7 +4,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,15 @@ VISION = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, 
 MARGIN = GIB      # of the plan's figures, which leave out what the allocator keeps between blocks
 
 
-def settings(folder: Path) -> Config:
+def settings(folder: Path, changes: Mapping[str, dict[str, Any]]) -> Config:
     tokens = 8192 if CUDA else 512
-    return Config.model_validate({
+    shipped: dict[str, dict[str, Any]] = {
         "model": {"path": str(folder), "max_pixels": 1024 * 1024 if CUDA else 64 * 64, "min_pixels": 32 * 32},
         "data": {"max_prompt_tokens": tokens // 2},
         "rollout": {"max_response_tokens": tokens // 2, "max_num_seqs": 64 if CUDA else 8, "max_batched_tokens": tokens,
                     "max_images": 4, "gpu_memory": 0.3, "kv_cache_gib": 4.0 if CUDA else 0.25},
-        "batch": {"tokens_per_micro_batch": tokens, "patches_per_micro_batch": 65536}, "optim": {"lr": 1e-5}})
+        "batch": {"tokens_per_micro_batch": tokens, "patches_per_micro_batch": 65536}, "optim": {"lr": 1e-5}}
+    return Config.model_validate({name: shipped.get(name, {}) | changes.get(name, {}) for name in {**shipped, **changes}})
 
 
 def held() -> float:
@@ -61,8 +62,9 @@ def held() -> float:
 class Run:
     """The parts of a run, and the steps of the check in order."""
 
-    def __init__(self, folder: Path, lines: Lines) -> None:
-        self.lines, self.config = lines, settings(folder)
+    def __init__(self, folder: Path, lines: Lines, changes: Mapping[str, dict[str, Any]] | None = None) -> None:
+        """`changes`: section -> settings other than the check's."""
+        self.lines, self.config = lines, settings(folder, changes or {})
         self.chat: ChatFormat = open_chat(self.config.model)
         self.shapes = read_shapes(self.config.model)      # before the policy: transformers shards what is made after it
         started = time.monotonic()
@@ -88,15 +90,16 @@ class Run:
                                self.chat.vision(prompt.images)))
         return rows
 
-    def step(self) -> None:
-        """Two optimizer steps: a finite norm, and no more memory than planned."""
+    def step(self) -> int:
+        """Two optimizer steps: a finite norm, and no more memory than planned. Returns their micro-batches."""
         objective = HdpoObjective(self.config.hdpo, self.chat.banned_ids, 1.0, Metrics())
-        taken = []
+        taken, micro_batches = [], 0
         for _ in range(2):
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
             batch = make_train_batch([self.rows()], self.spec, self.policy.world, channels=2)
+            micro_batches += len(batch.mini_batches[0].micro_batches)
             norm = update(self.policy, batch.mini_batches[0], objective, 1e-6)
             if CUDA:
                 torch.cuda.synchronize()
@@ -106,6 +109,7 @@ class Run:
         if CUDA:
             planned = plan(self.config, self.shapes, 1, 1 << 60, 2).total("update") + MARGIN
             self.lines.add("memory of a step", torch.cuda.max_memory_allocated() / GIB, "GiB", planned / GIB)
+        return micro_batches
 
     def park(self) -> None:
         before = held()
@@ -198,7 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = random_model(Path(folder), TEXT, VISION, torch.bfloat16, torch.device("cuda")) if CUDA else TOY
         run = Run(path, lines)
-        steps: list[tuple[str, Callable[[], None]]] = [("optimizer step", run.step), ("parking", run.park)]
+        steps: list[tuple[str, Callable[[], object]]] = [("optimizer step", run.step), ("parking", run.park)]
         for name, step in steps:
             with lines.step(name):
                 step()
