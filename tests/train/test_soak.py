@@ -6,6 +6,7 @@ HDPO_SOAK is the number of rollouts (`make soak`: 2,000). Only the engine replay
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -118,7 +119,7 @@ def run(config: Config, chat: ChatFormat, files: list[str], url: str, closing: E
     spool = closing.enter_context(Spool(config, world))
     collect = Collector(config, rollouts, scorer, tasks, world, log, lambda t: (spool.add(t), scorer.submit(t)))
     groups: list[RewardedGroup] = []
-    for step in range(max(1, ROLLOUTS // (PROMPTS * GROUP))):
+    for step in range(math.ceil(ROLLOUTS / (PROMPTS * GROUP))):
         engine.version = step
         collected = collect(step, spool.begin(step))
         assert collected is not None
