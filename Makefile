@@ -25,7 +25,7 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (9 to 20 minutes on 2 cores)
@@ -66,6 +66,12 @@ eval: install ## evaluate a model folder: make eval ARGS="--set model.path=... -
 
 eval-demo: install ## three miniature benchmarks, with and without tools, with the checkpoint of `make demo` (a minute)
 	$(BIN)/hdpo eval-demo $(ARGS)
+
+curate: install ## SFT data from public trajectories: make curate ARGS="--source thyme=FILE --stages 1 --out DIR"
+	$(BIN)/hdpo curate $(ARGS)
+
+curate-demo: install ## the embedded world in five public layouts with planted faults, curated (after make demo; a few minutes)
+	$(BIN)/hdpo curate-demo $(ARGS)
 
 sandbox: install ## build the sandbox image (BASE=image to build on; without one a Debian base is bootstrapped)
 	PYTHON="$(abspath $(BIN))/python" sandbox/build.sh

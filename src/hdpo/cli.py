@@ -19,6 +19,7 @@ COMMANDS = {
     "eval-demo": ("hdpo.toyworld.eval_demo:main", "three miniature benchmarks with the demo's checkpoint, in both arms"),
     "score": ("hdpo.compose.score:main", "answers to benchmarks, by their official rules, without a model"),
     "curate": ("hdpo.compose.curate:main", "SFT data from public tool trajectories, in three stages"),
+    "curate-demo": ("hdpo.toyworld.curate_demo:main", "the embedded world in five public layouts, with planted faults, curated"),
     "report": ("hdpo.report.page:main", "write a run's report.html"),
     "settings": ("hdpo.config_file:main", "every setting with its default and meaning"),
     "doctor": ("hdpo.doctor.doctor:main", "what this machine has and lacks; with --config the memory of a run"),

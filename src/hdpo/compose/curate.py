@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from hdpo.config import Config
 from hdpo.config_file import add_config_options, load_config
 from hdpo.errors import ConfigError, JudgeError
+from hdpo.report.funnel import write_funnel
 
 STAGES = ("1", "2", "3")
 EPILOG = """\
@@ -73,8 +75,6 @@ def _open(config: Config, stages: Sequence[str], closing: ExitStack) -> dict[str
 
 def _open_tools(config: Config, closing: ExitStack) -> tuple[Any, Any]:
     """A tool server of this process's own, unless the configuration names one; searches only where they are replayed."""
-    from pathlib import Path
-
     from hdpo.compose.tools import open_tools
     tools = config.tools
     if config.curation.execution.search != "replay":
@@ -120,7 +120,8 @@ def _report(manifest: dict[str, Any], config: Config) -> int:
             waiting += sum(counts["waiting"].values())
     for reason, shown in manifest["about"]["first_unreadable"].items():
         print(f"{'':16} unreadable, {reason}: first {shown}")
-    print(f"{config.curation.out}/kept.parquet, dropped.parquet, manifest.json")
+    page = write_funnel(Path(config.curation.out))
+    print(f"{page}; kept.parquet, dropped.parquet and manifest.json beside it")
     if waiting:
         print(f"hdpo curate: {waiting} rows wait for the tool server or the judge; the same command tries them again",
               file=sys.stderr)

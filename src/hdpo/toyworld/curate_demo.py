@@ -1,0 +1,119 @@
+"""`hdpo curate-demo`: the embedded world recorded in five public layouts with planted faults, through all three stages.
+
+What was planted is known, so what each stage finds is counted as precision and recall. Stage 2 samples with a real engine and
+the model of `make demo` after SFT; stage 3 asks a scripted judge, a stand-in that is named as such: it finds absurd reasoning,
+and is wrong in a known way for every tenth row.
+"""
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from hdpo.compose.curate import main as curate
+from hdpo.errors import UserError
+from hdpo.state.checkpoint import step_folders
+from hdpo.toyworld.recordings import EXPECTED, SOURCES, Recording, write_recordings
+from hdpo.toyworld.words import PLAIN_SYSTEM
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 when stages 1 and 2 found what was planted and nothing else. Raises HdpoError."""
+    parser = argparse.ArgumentParser(
+        prog="hdpo curate-demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/curate_demo"), help="folder to write (%(default)s)")
+    parser.add_argument("--rows", type=int, default=42, help="rows of each source (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the world (%(default)s)")
+    parser.add_argument("--model", type=Path, help="model of stage 2 (default: runs/demo/sft's last checkpoint)")
+    parser.add_argument("--stages", default="1,2,3", help="which stages (%(default)s)")
+    options = parser.parse_args(argv)
+    recordings = [write_recordings(options.out / "recorded" / source, options.seed + number, options.rows, [source])[0]
+                  for number, source in enumerate(SOURCES)]
+    command = [*(x for r in recordings for x in ("--source", f"{r.source}={r.file}")), "--out", str(options.out / "curated"),
+               "--stages", options.stages, "--config", "demo_rl", *_settings(options)]
+    with scripted_judge() as url:
+        status = curate([*command, "--set", f"judge.base_url={url}", "--set", "judge.model=scripted"])
+    return max(status, compare(options.out / "curated", recordings, options.stages.split(",")))
+
+
+def _settings(options: argparse.Namespace) -> list[str]:
+    settings = {"curation.judgement.send_images": "false", "curation.necessity.system": PLAIN_SYSTEM,
+                "curation.necessity.threshold": 0.75, "data.cache": options.out / "cache"}
+    if "2" in options.stages:
+        model = options.model
+        if model is None:
+            found = step_folders(Path("runs/demo/sft"))
+            if not found:
+                raise UserError("stage 2 samples with the model of `make demo`: run it first, or give --model or --stages 1,3")
+            model = found[-1]
+        settings["model.path"] = model
+    return [x for key, value in settings.items() for x in ("--set", f"{key}={value}")]
+
+
+def wrong_on_purpose(text: str) -> bool:
+    """Whether the scripted judge errs on this trajectory."""
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+@contextmanager
+def scripted_judge() -> Any:
+    """The base URL of a scripted OpenAI-compatible judge on this machine; no model: it looks for the word ABSURD."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][1]["content"]
+            low = ("ABSURD" in text) != wrong_on_purpose(text)
+            scores = {"visual_relevance": 1 if low else 5, "reasoning_coherence": 2 if low else 4, "tool_rationale": 4}
+            reply = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {
+                "role": "assistant", "content": json.dumps(scores)}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ.setdefault("JUDGE_API_KEY", "none")
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def compare(curated: Path, recordings: Sequence[Recording], stages: Sequence[str]) -> int:
+    """Print precision and recall of each stage against what was planted; 1 when stage 1 or 2 is not exact."""
+    found: dict[tuple[str, int], tuple[str, str]] = {}
+    for row in pq.read_table(curated / "dropped.parquet", columns=["source", "source_row", "stage", "reason"]).to_pylist():
+        found[row["source"], row["source_row"]] = row["stage"], row["reason"]
+    planted: dict[str, set[tuple[str, int]]] = {"1": set(), "2": set(), "3": set()}
+    for r in recordings:
+        for row, fault in enumerate(r.faults):
+            key = (r.source, row)
+            if fault in EXPECTED:
+                planted["1"].add(key)
+            elif "2" in stages and r.source != "openmm" and not r.tool_needed[row]:
+                planted["2"].add(key)
+            elif fault == "absurd":
+                planted["3"].add(key)
+    exact = True
+    for stage in stages:
+        dropped = {key for key, (where, _) in found.items() if where == stage or (stage == "1" and where == "read")}
+        hits = len(dropped & planted[stage])
+        errs = " (its judge errs for one row in ten, on purpose)" if stage == "3" else ""
+        print(f"stage {stage}: {len(planted[stage])} planted, {len(dropped)} dropped, precision "
+              f"{hits / max(1, len(dropped)):.3f}, recall {hits / max(1, len(planted[stage])):.3f}{errs}")
+        exact &= stage == "3" or dropped == planted[stage]
+    return 0 if exact else 1
