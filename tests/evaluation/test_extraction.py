@@ -14,7 +14,8 @@ OPTIONS = {"A": "The green bus", "B": "The red car", "C": "Not the red car", "D"
     ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("**B**", "B"), ("\\boxed{B}", "B"), ("（B）", "B"), ("`B`", "B"),
     ("B. The red car", "B"), ("(B) the red car", "B"), ("B: because its colour is plainly that of a tomato in the sun", "B"),
     ("The answer is B", "B"), ("The answer is (B), since the bus behind it hides all the other things", "B"),
-    ("I think the answer is D", "D"), ("So it must be option C", "C"), ("The best option: B", "B"), ("Answer:B", "B"),
+    ("I think the answer is D", "D"), ("So it must be option C", "C"), ("The best option: B", "B"),
+    ("The answer is A because B is wrong", "A"), ("Answer:B", "B"),
     ("the red car", "B"), ("The red car.", "B"), ("it is the red car", "B"), ("not the red car", "C"),
     ("A dog", "D"), ("A dog is there", "D"), ("A", "A"), ("A is right", "A"), ("green bus", "A"),
 ])
@@ -23,7 +24,8 @@ def test_the_letter_that_is_meant(answer, letter):
 
 
 @pytest.mark.parametrize("answer", [
-    "", "   ", "A or B", "A, B", "Based on what the picture shows", "A small thing near the door", "Dunno", "E", "F.",
+    "", "   ", "A or B", "Neither A nor B", "A, B", "Based on what the picture shows", "A small thing near the door", "Dunno",
+    "E", "F.",
     "I'm not sure", "I don't know", "I cannot determine the answer", "Sorry, I can't help with images",
     "Could be anything, for example the bus or the car",
     "Cats are seen Beside the Door, as far as anybody can tell from this picture",

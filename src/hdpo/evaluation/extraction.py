@@ -24,7 +24,7 @@ _NOISE = str.maketrans(dict.fromkeys(".()[],:;!*#{}$`\"'", " "))
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
 _END_TAG = re.compile(r"</answer>", re.IGNORECASE)
 _WORD = re.compile(r"\b([AI])(?:['’](?=\w)|\s+)"
-                   r"(?!(?:is|was|are|because|since|as|and|or|but|seems|appears|looks|would|should|for|matches|shows)"
+                   r"(?!(?:is|was|are|because|since|as|and|or|nor|but|seems|appears|looks|would|should|for|matches|shows)"
                    r"\b)[a-z]")
 """The article "A" and the pronoun "I": a letter before a small word that does not speak about an option."""
 _SAID = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*[\s*(\[{$]*(?:option\s+)?([A-Z])(?![A-Za-z'])", re.IGNORECASE)
@@ -50,19 +50,20 @@ def choice_letter(answer: str, options: Mapping[str, str]) -> str | None:
     In this order: the answer is a letter; exactly one letter stands in it as a word, among its last four words or marked
     as "B." at its start; "the answer is X"; it is, or holds, or is part of, the text of exactly one option.
     """
-    answer = _LEAD_IN.sub("", unicodedata.normalize("NFKC", answer).strip(), count=1)
+    answer = unicodedata.normalize("NFKC", answer).strip()
     if not answer or not options:
         return None
     words = answer.translate(_NOISE).split()
     if len(words) == 1 and words[0].upper() in options:
         return words[0].upper()
-    if (exact := _same_text(answer, options)) is not None:
+    bare = _LEAD_IN.sub("", answer, count=1)
+    if (exact := _same_text(bare, options)) is not None:
         return exact
     if _REFUSAL.search(answer):
         return None
     if (letter := _by_letter(answer, words, options)) is not None:
         return letter
-    return _by_text(answer, options)
+    return _by_text(bare, options)
 
 
 def _by_letter(answer: str, words: list[str], options: Mapping[str, str]) -> str | None:
