@@ -28,7 +28,7 @@ $(STAMP): setup.cfg setup.py
 .PHONY: install demo test lint type check test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
-demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (9 to 20 minutes on 2 cores)
+demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (10 to 14 minutes on 2 cores)
 	$(BIN)/hdpo demo $(ARGS)
 
 test: install ## all tests that this machine can run

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -68,7 +70,7 @@ def test_the_wheels_scripts_take_their_own_environment_and_write_where_the_user_
     log = tmp_path / "runs" / "tool_server.log"
     done = subprocess.run(
         ["bash", str(installed / "launch" / "start_tool_server.sh"), "0", "1"], cwd=folder, capture_output=True, text=True,
-        timeout=120, env=environment(TOOL_SERVER_ARGS="--sandbox process --tools python", RUN_FOLDER=str(log.parent)))
+        timeout=120, env=environment(TOOL_SERVER_ARGS="--tools python --i-trust-the-model", RUN_FOLDER=str(log.parent)))
     servers = [process for process in psutil.process_iter() if str(installed.parent) in _path(process)]
     try:
         assert done.returncode == 0, done.stderr
@@ -93,3 +95,19 @@ def test_a_shipped_configuration_is_found_from_the_wheel(installed: Path, tmp_pa
         ["bash", str(installed / "launch" / "train_metis.sh"), "0.1", "--print-config"], cwd=tmp_path, text=True, timeout=120,
         capture_output=True, env=environment(MODEL_PATH="m", GPUS_PER_NODE="1", ACCELERATE_CONFIG="cpu2", CONFIG="demo_rl"))
     assert done.returncode == 0 and "w_tool: 0.1\n" in done.stdout and "path: m\n" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
+def test_the_readmes_curl_gets_an_observation(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = next(part for part in readme.split("```") if "/get_observation" in part and "curl" in part)
+    before = {process.pid for process in psutil.process_iter()}
+    try:
+        done = subprocess.run(["bash", "-euc", block], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment(
+            PYTHON=sys.executable, RUN_FOLDER=str(tmp_path), TOOL_SERVER_ARGS="--sandbox process --tools python"))
+        assert "42" in json.dumps(json.loads(done.stdout)["observations"][0]), done.stdout + done.stderr
+    finally:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid not in before and process.environ().get("RUN_FOLDER") == str(tmp_path):
+                    process.kill()

@@ -226,7 +226,7 @@ def _numbers(path: str) -> list[float]:
 
 def test_a_curve_is_drawn_where_its_values_are():
     svg = line_chart([0, 5, 10], [Series("a", [0.0, None, 1.0])], share=True)
-    assert _numbers(re.search(r'd="([^"]+)" class="line"', svg)[1]) == [46.0, 176.0, 408.0, 10.0]
+    assert _numbers(re.search(r'd="([^"]+)" class="line"', svg)[1]) == [56.0, 176.0, 408.0, 10.0]
 
 
 @pytest.mark.parametrize("values", [[0.0], [3.0], [-2.0, -2.0], [1e-9, 2e-9], [1e9, None], [5.0] * 1000, [-1.0, 1.0]])
@@ -238,3 +238,29 @@ def test_any_values_give_a_chart_inside_its_frame(values):
             assert all(10 <= y <= 176 for y in ys)
         assert "nan" not in svg and "a<b" not in svg
         assert svg.count("<rect") <= 160
+
+
+def test_ticks_of_a_narrow_range_differ_and_leave_room_for_their_labels():
+    for values in ([1.0001, 1.00012], [1e-7, -2e-7], [12345.6, 12345.9], [0.1, 0.9]):
+        svg = line_chart([0, 1], [Series("ratio", values)])
+        labels = re.findall(r'text-anchor="end">([^<s]+)</text>', svg)
+        assert len(labels) >= 3 and len(set(labels)) == len(labels), labels
+        assert all(len(label) * 6 <= 49 for label in labels), labels
+
+
+def test_an_sft_run_has_a_curve_of_its_loss(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "sft/loss": 2 - i / 10}) + "\n" for i in range(1, 5)))
+    page = Page(write_report(tmp_path).read_text())
+    assert "SFT loss, nat a token" in page.text and "1.6" in page.text
+
+
+def test_a_run_without_evaluation_shows_rollouts_of_its_last_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "tool/rate": 0.5}\n')
+    (tmp_path / "config.yaml").write_text("log: {samples: 2}\n")
+    for step in (1, 2):
+        groups = [score((make_trajectory(make_task(10 * step + i, i % 2 == 0), 0, call=True, right=True),
+                         make_trajectory(make_task(10 * step + i, i % 2 == 0), 1, call=False, right=True))) for i in range(5)]
+        write_rollouts(tmp_path / "rollouts" / f"step_{step:06d}.parquet", groups, step=step)
+    page = Page(write_report(tmp_path).read_text())
+    assert "Rollouts of step 2" in page.text and page.text.count("2 rollouts") == 2
+    assert "rollout 1" in page.text and "rollout 2" in page.text

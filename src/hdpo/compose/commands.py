@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 from hdpo.config import Config
 from hdpo.config_file import dump_config, parse_run
+from hdpo.errors import DataError
 from hdpo.keys import withdraw
 
 
@@ -41,6 +43,7 @@ def _command(name: str, description: str, argv: Sequence[str],
         return dry_run(config, name)
     from hdpo.train.lifecycle import follow_launcher
     follow_launcher()
+    warnings.simplefilter("ignore", FutureWarning)      # of torch and its neighbours to each other, over the progress bar
     run(config, options.steal_lock)
     return 0
 
@@ -54,6 +57,7 @@ def _train_sft(config: Config, steal_lock: bool) -> None:
         return
     with Stage(config, steal_lock) as stage:
         sft.train(config, stage.sft())
+    say_what_next(config, "sft")
 
 
 def _train_rl(config: Config, steal_lock: bool) -> None:
@@ -64,6 +68,29 @@ def _train_rl(config: Config, steal_lock: bool) -> None:
         return
     with Stage(config, steal_lock) as stage:
         rl.train(config, stage.rl())
+    say_what_next(config, "rl")
+
+
+def say_what_next(config: Config, command: str) -> None:
+    """Where a run that has ended left its model, how to evaluate it, and how to look at it. Rank 0 says it."""
+    from hdpo.ranks.world import World
+    from hdpo.report.page import write_report
+    from hdpo.state.folders import newest_step
+    from hdpo.state.starting import is_finished
+    if not World().is_main or not is_finished(config):      # a run that was stopped has said so
+        return
+    checkpoint = f"{config.run.path}/checkpoints/step_{newest_step(config.run.path):06d}"
+    files = f"[{','.join(config.data.val) or 'VAL.parquet'}]"
+    lines = [("done", f"{config.optim.steps} steps; the model is {checkpoint}")]
+    if command == "sft":
+        lines.append(("next", f"hdpo rl --config metis_8b_rl --set model.path={checkpoint} --set data.train=[RL.parquet]"))
+    lines.append(("evaluate", f"hdpo eval --set model.path={checkpoint} --set data.val={files}"))
+    try:
+        lines.append(("look", f"{write_report(config.run.path)}, tensorboard --logdir {config.run.path}/tensorboard"))
+    except DataError as exc:      # a page that can't be written ends no run
+        lines.append(("look", f"no report: {exc}"))
+    for name, text in lines:
+        print(f"{name:9} {text}", flush=True)
 
 
 def _evaluate(config: Config, steal_lock: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 420, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 24
 _COLOURS = 8            # --c1 to --c8 in the style sheet
 _MAX_POINTS = 160       # a longer run is averaged into this many points
 _SMOOTH_FROM = 20       # with at least so many points, a moving average is drawn over the faint raw line
@@ -65,15 +65,15 @@ def legend(labels: Sequence[str], last: Sequence[str]) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def short(value: float | None, share: bool = False) -> str:
-    """A number for an axis or a legend: three significant digits, or per cent."""
+def short(value: float | None, share: bool = False, digits: int = 3) -> str:
+    """A number for an axis or a legend: `digits` significant digits, or per cent."""
     if value is None:
         return "–"
     if share:
         return f"{100 * value:.0f}%" if value in (0.0, 0.5, 1.0) else f"{100 * value:.1f}%"
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:.{digits - 2}e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.{digits - 3}f}"
 
 
 class _Frame:
@@ -106,10 +106,11 @@ class _Frame:
 
     def grid(self, ticks: Sequence[float], share: bool) -> str:
         lines = []
+        digits = next((n for n in range(3, 8) if len({short(tick, share, n) for tick in ticks}) == len(ticks)), 8)
         for tick in ticks:
             y = self.y(tick)
             lines.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                         f'<text x="{_LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick, share)}</text>')
+                         f'<text x="{_LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick, share, digits)}</text>')
         for step, anchor in {self.steps[0]: "start", self.steps[-1]: "end"}.items():
             lines.append(f'<text x="{self.x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">step {step}</text>')
         return f'<g class="grid">{"".join(lines)}</g>'

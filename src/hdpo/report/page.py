@@ -13,7 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hdpo.errors import DataError, UserError
+from hdpo.config import LogConfig
+from hdpo.config_file import load_config
+from hdpo.errors import ConfigError, DataError, UserError
 from hdpo.evaluation.evaluate import COLUMNS, Summary, format_value, table_rows
 from hdpo.report.charts import Series, legend, line_chart, short, stack_chart
 from hdpo.report.rollouts import SCAN_COLUMNS, choose, task_card
@@ -44,6 +46,7 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
                                          "waiting for other ranks": "rollout/share_ranks"}),
     ("|Q|, correct rollouts of a group", False, {"mean": "hdpo/q_size_mean"}),
     ("Loss", False, {"accuracy": "actor/pg_loss/acc", "tool": "actor/pg_loss/tool"}),
+    ("SFT loss, nat a token", False, {"loss": "sft/loss"}),
     ("Gradient norm", False, {"norm": "actor/grad_norm"}),
     ("Entropy, nat", False, {"entropy": "actor/entropy"}),
     ("Trainer against engine, nat", False, {"k1": "mismatch/k1", "k3": "mismatch/k3", "mean |d|": "mismatch/abs"}),
@@ -161,11 +164,11 @@ def _table(summaries: dict[str, Summary]) -> str:
 
 
 def _trajectories(folder: Path, stages: list[str]) -> str:
-    """The same tasks before and after, where both dumps exist; otherwise those of the one that does."""
+    """The same tasks before and after, where both dumps exist; otherwise those of the one that does, or training rollouts."""
     dumps = [(stage, folder / "eval" / f"{stage}.parquet") for stage in stages[:1] + stages[1:][-1:]]
     dumps = [(stage, path) for stage, path in dumps if rollout_parts(path)]
     if not dumps:
-        return ""
+        return _training_rollouts(folder)
     scans = [read_rollouts(path, columns=SCAN_COLUMNS) for _, path in dumps]
     chosen = choose(scans[0], scans[-1])
     if not chosen:
@@ -178,6 +181,35 @@ def _trajectories(folder: Path, stages: list[str]) -> str:
              for task, why in chosen]
     names = " and ".join(escape(_name(stage)) for stage, _ in dumps)
     return f'<section><h2>The same tasks, {names}</h2>{"".join(cards)}</section>'
+
+
+def _training_rollouts(folder: Path) -> str:
+    """Of a run without evaluation: the first log.samples tasks of its last step, two rollouts of each group."""
+    steps = sorted({path.name.split(".")[0] for path in (folder / "rollouts").glob("step_*.parquet")})
+    if not steps:
+        return ""
+    dump = folder / "rollouts" / f"{steps[-1]}.parquet"
+    rows = read_rollouts(dump, columns=SCAN_COLUMNS)
+    chosen = [task for task, _ in choose(rows, rows, _samples(folder / "config.yaml"))]
+    groups: dict[str, list[DumpedRollout]] = {}
+    for row in read_rollouts(dump, task_ids=chosen):
+        groups.setdefault(row.task_id, []).append(row)
+    cards = []
+    for task in chosen:
+        group = groups[task]
+        # the one that earned least beside the one that earned most: what the group is compared by
+        pair = sorted(group, key=lambda row: (row.verdict == "correct", -row.num_tool_calls))
+        shown = [pair[0], pair[-1]] if len(pair) > 1 else pair
+        cards.append(task_card(f"{len(group)} rollouts", [(f"rollout {group.index(row) + 1}", row) for row in shown]))
+    return f'<section><h2>Rollouts of step {int(steps[-1].removeprefix("step_"))}</h2>{"".join(cards)}</section>' if cards else ""
+
+
+def _samples(path: Path) -> int:
+    """log.samples of the run; a folder without a readable configuration shows the default."""
+    try:
+        return load_config(path, environment={}).log.samples
+    except ConfigError:
+        return LogConfig().samples
 
 
 def _curves(metrics: Sequence[dict[str, Any]]) -> str:
