@@ -188,6 +188,27 @@ def test_a_trainer_that_knows_nothing_of_lost_sessions_is_refused_and_told_in_th
     assert "answered before" in server.post(body)[1]["observations"][0]["obs"]       # an older one is not executed again
 
 
+def test_a_client_that_does_not_say_that_it_expects_a_session_is_told_when_a_restart_has_lost_it(start: Start) -> None:
+    server = start()
+
+    def observed(trajectory: str, action: str, **more: Any) -> str:
+        reply = server.post({"trajectory_ids": [trajectory], "actions": [action], **more})[1]["observations"][0]
+        return reply if isinstance(reply, str) else reply["obs"]
+    for trajectory in ("used", "finished"):
+        observed(trajectory, python("v = 1"))
+        assert "restarted" not in observed(trajectory, python("print(v)"))
+    observed("searched", SEARCH)
+    observed("finished", "", finish=[True])
+    server.kill()
+    server.start()
+    assert "restarted" not in observed("searched", python("1")) + observed("finished", python("1")) + observed("new", python("1"))
+    told = observed("used", python("print('v' in globals())"))
+    assert "False" in told and "The tool server was restarted after Python call 2." in told and "variables are lost" in told
+    assert "restarted" not in observed("used", python("1"))                    # said once
+    for trajectory in ("used", "searched", "finished", "new"):
+        observed(trajectory, "", finish=[True])
+
+
 @pytest.mark.parametrize("code", [
     "import os; os._exit(1)", "import ctypes; ctypes.string_at(0)",
     "import os, threading; threading.Timer(0.2, lambda: os._exit(0)).start()"])

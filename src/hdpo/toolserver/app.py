@@ -17,6 +17,7 @@ from aiohttp import web
 from hdpo.errors import HdpoError, UserError
 from hdpo.keys import hide
 from hdpo.toolserver.gate import objection, own_hosts, unpacked
+from hdpo.toolserver.journal import open_journal
 from hdpo.toolserver.lens import ROUTE as QUERY_IMAGES
 from hdpo.toolserver.settings import Settings, parse_arguments
 from hdpo.toolserver.token import VARIABLE, forget_token, leave_token, token_file
@@ -153,7 +154,7 @@ async def serve(settings: Settings) -> None:
         with _watched(settings.parent_pid, loop, stop):
             listener = _listen(settings)
             port = listener.getsockname()[1]
-            with _token(app[SERVER], port):
+            with _token(app[SERVER], port), open_journal(port) as app[SERVER].toolbox.sessions.journal:
                 await web.SockSite(runner, listener, backlog=1024).start()
                 host = f"[{settings.host}]" if ":" in settings.host else settings.host
                 url = f"http://{host}:{port}"

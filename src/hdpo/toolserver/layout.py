@@ -60,6 +60,11 @@ def tool_not_offered(name: str, tools: Sequence[str]) -> str:
     return f"Tool call error: {name} is not available here; the tools are {', '.join(tools)}."
 
 
+def session_gone(calls: int) -> str:
+    """The server was started again after the trajectory's first `calls` Python calls."""
+    return f"The tool server was restarted after Python call {calls}. {SESSION_RESTARTED}"
+
+
 def timed_out(seconds: float, kept: bool) -> str:
     """A cell ran longer than its limit; `kept` when it could be interrupted without losing the session."""
     return f"Execution timed out after {seconds:g} s." + (" Variables set before are kept." if kept else "")

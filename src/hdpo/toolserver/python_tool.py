@@ -27,6 +27,9 @@ async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout
     notes = []
     if result.timed_out:
         notes.append(layout.timed_out(timeout_s, kept=not result.restarted))
+    if trajectory.calls_lost:
+        notes.append(layout.session_gone(trajectory.calls_lost))
+        trajectory.calls_lost = 0
     if result.restarted:
         notes.append(f"The session ended: {result.ended}.\n" * bool(result.ended) + layout.SESSION_RESTARTED)
     stderr = "\n".join(part for part in (result.stderr.strip("\n"), *notes) if part)

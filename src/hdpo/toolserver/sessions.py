@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hdpo.errors import InfrastructureError
+from hdpo.toolserver.journal import Journal
 from hdpo.toolserver.wire import Reply
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class Trajectory:
     lost: str = ""                     # how the session it relies on was lost, through no fault of its own
     session_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     session_open: bool = False
+    python_calls: int = 0
+    calls_lost: int = 0                # executed in a session that a former server had, for a client that doesn't know
     image_searches: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     replies: OrderedDict[str, asyncio.Task[Reply]] = field(default_factory=OrderedDict)    # the last, and what is not done
@@ -117,6 +120,7 @@ class Sessions:
 
     def __init__(self, sandbox: Sandbox | None, idle_limit_s: float) -> None:
         self.sandbox = sandbox
+        self.journal = Journal(None)
         self.idle_limit_s = idle_limit_s
         self.trajectories: dict[str, Trajectory] = {}
 
@@ -130,6 +134,8 @@ class Sessions:
     async def finish(self, trajectory_id: str) -> None:
         """Release the trajectory; a call still running is answered from the death of its session."""
         trajectory = self.trajectories.pop(trajectory_id, None)
+        if trajectory is not None and trajectory.python_calls:
+            self.journal.ended(trajectory_id)
         if trajectory is not None and trajectory.session_open and self.sandbox is not None:
             await self.sandbox.close(trajectory.session_id)
 

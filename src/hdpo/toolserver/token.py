@@ -23,6 +23,14 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
+def private_file(name: str) -> Path:
+    """A path in this user's own folder for such things, which is made if need be. Raises OSError."""
+    path = token_file(0).with_name(name)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    _check(path.parent)
+    return path
+
+
 def token_file(port: int) -> Path:
     """Where a server of this user at `port` leaves a token that it made."""
     base = os.environ.get("XDG_RUNTIME_DIR")
@@ -32,9 +40,7 @@ def token_file(port: int) -> Path:
 
 def leave_token(port: int) -> str:
     """The token a server at `port` has left before, or a new one, in its file. Raises OSError."""
-    path = token_file(port)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    _check(path.parent)
+    path = private_file(token_file(port).name)
     token = _read(path) or new_token()
     fd, name = tempfile.mkstemp(dir=path.parent)      # 0600 from the start
     with os.fdopen(fd, "w") as file:

@@ -71,18 +71,23 @@ class Toolbox:
                 return NEED_IMAGES, 0.0
             trajectory = self.sessions.create(call.trajectory_id, call.images or (), call.index,
                                               lost=self._unknown if call.expects_session else "")
+            trajectory.calls_lost = 0 if call.request_id else self.sessions.journal.calls_lost(call.trajectory_id)
         waited = 0.0
 
         async def work() -> Reply:
             nonlocal waited
             waited = time.monotonic() - started
-            return await self._guarded(trajectory, call.action)
+            return await self._guarded(trajectory, call)
 
         return await asyncio.shield(trajectory.once(call.request_id, work)), waited
 
-    async def _guarded(self, trajectory: Trajectory, action: str) -> Reply:
-        parsed = parse_tool_call(action, self.tools)
+    async def _guarded(self, trajectory: Trajectory, call: Call) -> Reply:
+        parsed = parse_tool_call(call.action, self.tools)
         tool = parsed.name if isinstance(parsed, ParsedCall) else "none"
+        if tool == "python":
+            trajectory.python_calls += 1
+            if not call.request_id:      # our own client knows itself what it expects
+                self.sessions.journal.called(call.trajectory_id, trajectory.python_calls)
         started = time.monotonic()
         with oddities.collected() as met:
             reply = await self._attributed(trajectory, parsed)
