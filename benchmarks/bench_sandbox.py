@@ -2,12 +2,14 @@
 
     python benchmarks/bench_sandbox.py [--short] [--backend docker|process] [--json FILE]
 
-Contenders take turns in one run, so a busy machine slows all of them; ratios are medians of paired rounds, times are
-wall clock and as good as the machine was quiet. The kernel needs ipykernel; without it its ratios are left out.
+Last, honest trajectories work alone and beside 10 % that attack. Contenders take turns in one run, so a busy machine slows
+all of them; ratios are medians of paired rounds, times are wall clock and as good as the machine was quiet. The kernel needs
+ipykernel; without it its ratios are left out.
 """
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ from typing import Any
 import psutil
 from common import Figure, arguments, report
 
+from hdpo.errors import ToolServerError
 from hdpo.toolserver.client import ToolClient
 from hdpo.toolserver.process import start_tool_server
 from hdpo.types import Task
@@ -166,9 +169,13 @@ async def alone(sandbox: Any, lives: int, held: int) -> dict[str, float]:
             "left_processes": left, "template_growth_%": 100 * (memory([pid], "Rss") / rss - 1)}
 
 
+def python_action(code: str) -> str:
+    return f'<tool_call>{json.dumps({"name": "python", "arguments": {"code": code}})}</tool_call>'
+
+
 async def over_http(url: str, trajectories: int, cells: int) -> dict[str, float]:
     """Latency of one trajectory, then all at once through the real server and client."""
-    action = f'<tool_call>{json.dumps({"name": "python", "arguments": {"code": CELL}})}</tool_call>'
+    action = python_action(CELL)
     client = ToolClient(url, timeout=300)
     await client.call("one", action, TASK)
     alone_s = [await timed(client.call("one", action, TASK)) for _ in range(200)]
@@ -192,6 +199,52 @@ async def over_http(url: str, trajectories: int, cells: int) -> dict[str, float]
     await client.close()
     return {"p50_ms": 1e3 * statistics.median(alone_s), "cells_per_s": cells_per_s, "failed": failed,
             "whole_s": seconds, "trajectories": trajectories}
+
+
+HONEST = ("x = sum(k * k for k in range(200_000)); x", "y = np.arange(1_000_000.0).sum(); y",
+          "import subprocess; subprocess.run(['echo', str(x + int(y))], capture_output=True, text=True).stdout")
+TOLD = ("2666646666700000", "499999500000.0", "2667146666200000")
+FORK = "import os, time\nfor _ in range(60):\n  if os.fork() == 0:\n    "
+HOSTILE = (
+    "while True: pass", FORK + "while True: pass\nwhile True: pass",
+    "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
+    FORK + "x = bytearray(100 << 20); time.sleep(60)\ntime.sleep(60)", "x = [bytearray(1 << 28) for _ in range(64)]",
+    "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(100,), daemon=True).start()",
+    "while True: print('x' * (1 << 20))", "f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 22))",
+    "import os; os._exit(1)", "import ctypes; ctypes.string_at(0)", FORK + "while True: pass",      # left behind
+    "import os\nfor fd in range(3, 256):\n  try: os.write(fd, b'\\xff' * 64)\n  except OSError: pass",
+    "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass", "'x' * 500_000_000")
+
+
+async def beside_attackers(url: str, trajectories: int, hostile: int) -> dict[str, float]:
+    """Honest trajectories' calls while each of `hostile` others makes three attacks, one of a mix after the other."""
+    client = ToolClient(url, timeout=300)
+    waits, wrong = [], 0
+
+    async def attack(k: int) -> None:
+        for turn in range(3):
+            with contextlib.suppress(ToolServerError):
+                await client.call(f"h{k}", python_action(HOSTILE[(k + 5 * turn) % len(HOSTILE)]), TASK)
+        await client.finish(f"h{k}")
+
+    async def honest(k: int) -> None:
+        nonlocal wrong
+        for code, told in zip(HONEST, TOLD, strict=True):
+            started = time.perf_counter()
+            try:
+                wrong += told not in (await client.call(f"t{k}", python_action(code), TASK)).text
+            except ToolServerError as exc:
+                wrong += 1
+                print(f"honest trajectory {k}: {exc}", file=sys.stderr)
+            waits.append(time.perf_counter() - started)
+        await client.finish(f"t{k}")
+    attacks = [asyncio.create_task(attack(k)) for k in range(hostile)]
+    await asyncio.gather(*(honest(k) for k in range(trajectories - hostile)))
+    for task in attacks:      # the honest ones are what is measured
+        task.cancel()
+    await asyncio.gather(*attacks, return_exceptions=True)
+    await client.close()
+    return {"p50_s": statistics.median(waits), "p95_s": statistics.quantiles(waits, n=20)[18], "wrong": wrong}
 
 
 async def worst_overrun(sandbox: Any) -> float:
@@ -242,6 +295,9 @@ def main() -> int:
     direct = asyncio.run(measure(args.backend, args.short))
     trajectories = 64 if args.short else 256
     http = served(args.backend, lambda url: over_http(url, trajectories, 3))
+    quiet, loud = ([served(args.backend, lambda url, hostile=hostile: beside_attackers(url, trajectories, hostile))
+                    for _ in range(1 if args.short else 2)] for hostile in (0, trajectories // 10))
+    beside = min(part["p95_s"] for part in loud) / min(part["p95_s"] for part in quiet)
     paired, one = direct["paired"], direct["alone"]
     figures: dict[str, Figure] = {}
     if paired["kernel start"]:
@@ -263,10 +319,14 @@ def main() -> int:
         "S5 growth of the template": Figure(one["template_growth_%"], "%", "lower", 5, 1),
         "S6 worst answer after its limit": Figure(direct["overrun_s"], "s", "lower", 0.5, 0.5),
         f"failed calls of {trajectories} trajectories at once": Figure(http["failed"], "", "lower", 0, 0),
+        "honest calls, p95 beside 10 % attackers / alone": Figure(beside, "x", "lower", 2, 0.5),
+        "honest calls, p95 beside 10 % attackers": Figure(min(part["p95_s"] for part in loud), "s", "lower", None, 0.5),
+        "honest answers wrong or late": Figure(sum(part["wrong"] for part in quiet + loud), "", "lower", 0, 0),
     }
     if args.backend == "docker":
         figures["docker run per call"] = Figure(1e3 * docker_run_s(3), "ms", "lower")
-    return not report("sandbox", figures, {"direct": direct, "http": http, "backend": args.backend}, args.json, args.short)
+    details = {"direct": direct, "http": http, "quiet": quiet, "loud": loud, "backend": args.backend}
+    return not report("sandbox", figures, details, args.json, args.short)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ from typing import Any
 
 import isolation
 from session import log, run_session
-from watch import SUPERVISOR_NICE, Account, Group, join_group
+from watch import SUPERVISOR_NICE, Account
 
 INTERRUPT, PAUSE, RESUME = b"i", b"p", b"c"
 ENDED_ITSELF = b"x"      # by an exit, a crash, or a signal of its own
 OVER_LIMIT = b"m"        # killed: it held more memory than it may
 CROWDED_OUT = b"n"       # killed within its limit, because the memory for all sessions was used up
 KILLED = b"k"            # by someone else, who is unknown here
-LOOK_S, LOOK_SOON_S = 0.05, 0.01
-"""Time between two looks at a session at work, and at one whose memory grows fast, seconds."""
+FIRST_LOOK_S, LOOK_S, LOOK_SOON_S = 0.02, 0.05, 0.01
+"""Time to the first look at a session at work, between two, and at one whose memory grows fast, seconds."""
 FAST_BYTES = 64 << 20
 """Growth between two looks that is fast."""
 LOOKING_SHARE = 5
@@ -41,7 +41,7 @@ class Supervisor:
 
     def __init__(self, client: socket.socket, data: socket.socket, group: int, options: argparse.Namespace) -> None:
         self.client, self.data, self.options = client, data, options
-        self.group = group      # descriptor by which it joins a control group, or -1
+        self.group = group      # descriptor by which the session joins a control group, or -1
         self.private = "namespaces" in options.controls
         self.pid = 0
         self.verdict = b""
@@ -51,7 +51,6 @@ class Supervisor:
         os.setsid()
         isolation.adopt_orphans()
         isolation.come_first(SUPERVISOR_NICE)
-        group = join_group(self.group) if self.group >= 0 else Group()
         if "user" in self.options.controls:
             if not self.private and os.geteuid() == 0:
                 os.chown(self.work, 65534, 65534)
@@ -60,7 +59,7 @@ class Supervisor:
             isolation.unshare(["user", "mount", "pid", "ipc", "uts"])
         isolation.die_with_parent()
         self.account = Account(self.options.limits.memory_bytes or 1 << 60,
-                               [self.work, "/dev/shm"] if self.private else [], self.options.room, group)
+                               [self.work, "/dev/shm"] if self.private else [], self.options.room)
         self.kills = self.options.room.kills()
         self.pid = os.fork()
         if self.pid == 0:
@@ -75,7 +74,9 @@ class Supervisor:
 
     def _session(self) -> None:
         self.client.close()
-        os.close(self.account.proc)
+        for fd in (self.account.proc, self.group):
+            if fd >= 0:
+                os.close(fd)
         run_session(self.data, self.options, self.work)
 
     def _obey(self) -> None:
@@ -83,8 +84,8 @@ class Supervisor:
         poll = select.poll()
         poll.register(self.client, select.POLLIN)
         poll.register(os.pidfd_open(self.pid), select.POLLIN)
-        pause: float | None = LOOK_S      # between two looks; None while the session is stopped
-        due = time.monotonic() + LOOK_S
+        pause: float | None = FIRST_LOOK_S      # between two looks; None while the session is stopped
+        due = time.monotonic() + FIRST_LOOK_S
         while not self.verdict:
             ready = [fd for fd, _ in poll.poll(None if pause is None else max(0, 1e3 * (due - time.monotonic())))]
             if ready and ready != [self.client.fileno()]:
@@ -101,7 +102,7 @@ class Supervisor:
                 elif order == RESUME:
                     self.account.begin()
                     self.account.resume()
-                    pause = LOOK_S
+                    pause = FIRST_LOOK_S
                     due = time.monotonic() + pause
                 else:
                     return
@@ -113,13 +114,15 @@ class Supervisor:
         """Hold the session to its limits; seconds until the next look."""
         started, before = time.process_time(), self.account.memory
         processes = self.account.processes()
+        self.account.share_fairly(processes)
+        if self.group >= 0:      # not at the start: most of a short session's life would be waiting for it
+            self.account.enter(self.group)
+            self.group = -1
         self.account.count(processes)
         if self.account.over:
             self.verdict = OVER_LIMIT
         elif self.options.limits.memory_bytes and self.account.crowds:
             self.verdict = CROWDED_OUT
-        else:
-            self.account.share_fairly(processes)
         soon = self.account.memory - before > FAST_BYTES
         return max(LOOK_SOON_S if soon else LOOK_S, LOOKING_SHARE * (time.process_time() - started))
 

@@ -2,7 +2,7 @@
 
 The kernel then holds a session to its limit, whatever its memory is made of and however busy the machine is. It takes a
 server that is root on the machine of its templates; elsewhere supervisors count for themselves (sandbox/watch.py).
-A supervisor joins by an open `cgroup.procs`, which is passed to it and is all that it gets.
+A supervisor puts its session there by an open `cgroup.procs`, which is passed to it and is all that it gets.
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SessionGroups:
         (parent / "cgroup.subtree_control").write_text("+memory")
 
     def make(self) -> tuple[Path, int]:
-        """(a new group, descriptor by which a process joins it). Raises OSError."""
+        """(a new group, descriptor by which processes are put there). Raises OSError."""
         self._made = [path for path in self._made if not _removed(path)]
         self._count += 1
         path = self._home / str(self._count)

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +26,9 @@ from hdpo.toolserver.text_search import TextIndex, run_text_search
 from hdpo.toolserver.wire import Call, Reply
 
 log = logging.getLogger(__name__)
+PLACE_S, LONG_CELLS = 0.5, 8
+"""A cell that runs longer, seconds, makes its place free for another, as long as there are not so many such cells for each
+place. They come last by their niceness (sandbox/watch.py); a few endless ones would hold up all the short ones else."""
 NEED_IMAGES = Reply("", valid=False, metrics={"need_images": True})
 
 
@@ -37,6 +42,7 @@ class Toolbox:
     images: ImageProvider | None
     sessions: Sessions = field(init=False)
     slots: asyncio.Semaphore = field(init=False)
+    long_cells: int = 0
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
@@ -114,13 +120,35 @@ class Toolbox:
             return Reply(layout.tool_not_offered(parsed.name, self.tools), valid=False)
         if parsed.name == "python":
             assert self.sandbox is not None
-            async with self.slots, asyncio.timeout(self.settings.call_timeout_s):
+            async with self._place(), asyncio.timeout(self.settings.call_timeout_s):
                 return await run_python(self.sandbox, trajectory, parsed.arguments["code"], self.settings.python_timeout_s)
         async with asyncio.timeout(self.settings.call_timeout_s):
             if parsed.name == "text_search":
                 assert self.text is not None
                 return await run_text_search(self.text, parsed.arguments["query"])
             return await self._image_search(trajectory, parsed.arguments)
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """One of the places for running cells. A long cell gives its own up: a few could hold up all the short ones else."""
+        await self.slots.acquire()
+        long = False
+
+        def make_room() -> None:
+            nonlocal long
+            long = self.long_cells < LONG_CELLS * self.settings.running_cells
+            if long:
+                self.long_cells += 1
+                self.slots.release()
+        timer = asyncio.get_running_loop().call_later(PLACE_S, make_room)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if long:
+                self.long_cells -= 1
+            else:
+                self.slots.release()
 
     async def _image_search(self, trajectory: Trajectory, arguments: dict[str, Any]) -> Reply:
         assert self.images is not None
