@@ -69,16 +69,13 @@ def write_rows(file: Path, rows: int, group_rows: int) -> int:
     """`rows` rows in row groups of `group_rows` (what `datasets` writes: 100; pandas: all in one). Returns the file's bytes;
     a file beside it (.sizes.json) holds those of each row's picture.
 
-    A group is written batch by batch, so that one of any size needs little memory.
+    A group is in memory as a whole while it is written.
     """
     with pq.ParquetWriter(file, SCHEMA, compression="none", use_dictionary=False) as writer:
         for first in range(0, rows, group_rows):
             last = min(rows, first + group_rows)
-            if last - first <= 1000:
-                writer.write_table(pa.Table.from_pylist([row(i) for i in range(first, last)], SCHEMA), row_group_size=group_rows)
-                continue
-            for start in range(first, last, 100):       # write_batch goes on in the row group that is open
-                part = [row(i) for i in range(start, min(last, start + 100))]
-                writer.write_batch(pa.RecordBatch.from_pylist(part, SCHEMA), row_group_size=1 << 30)
+            batches = [pa.RecordBatch.from_pylist([row(i) for i in range(start, min(last, start + 100))], SCHEMA)
+                       for start in range(first, last, 100)]
+            writer.write_table(pa.Table.from_batches(batches), row_group_size=group_rows)
     file.with_suffix(".sizes.json").write_text(json.dumps([row_bytes(index) for index in range(rows)]))
     return file.stat().st_size

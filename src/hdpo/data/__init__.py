@@ -1,5 +1,5 @@
 """Rows of users' files: tasks for RL and evaluation, demonstrations for SFT.
 
 A bad row is named and skipped or refused here; what leaves this room is checked.
-Start with `tasks.py`.
+Start with `store.py` for rows of any kind, with `tasks.py` for training records.
 """
