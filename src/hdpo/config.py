@@ -32,7 +32,8 @@ class RunConfig(Section):
     hang_timeout_s: NonNegativeFloat = Field(
         45.0, description="Silence of a rank after which the others name it and stop, seconds; 0 turns the watch off.")
     stuck_timeout_s: PositiveFloat = Field(
-        5400.0, description="Time in which no rank enters another phase after which the run stops, seconds; above any phase.")
+        5400.0, description="Time in which no rank finishes anything (a generation, a verdict, a micro-batch, a phase) "
+        "after which the run stops, seconds.")
 
     spool_gib: NonNegativeFloat = Field(
         50.0, description="Size of the rollouts kept for a resume, GiB over all ranks; beyond it none are kept until the next "

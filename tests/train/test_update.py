@@ -15,6 +15,7 @@ from hdpo.config import Config, ModelConfig
 from hdpo.doctor.memory_plan import plan
 from hdpo.doctor.shapes import read_shapes
 from hdpo.errors import NonFiniteError
+from hdpo.ranks.world import World
 from hdpo.train.update import StepGuard, update
 from hdpo.types import MiniBatch
 
@@ -64,7 +65,7 @@ class PlainPolicy:
     """One weight, no ranks: gradients are summed over micro-batches and the step reports their norm."""
 
     def __init__(self) -> None:
-        self.weight = torch.ones(2, requires_grad=True)
+        self.weight, self.world = torch.ones(2, requires_grad=True), World()
 
     def run(self, micro: Any, job: Any) -> tuple[torch.Tensor, ...]:
         return job(self.weight, self.weight)

@@ -9,4 +9,6 @@ from hdpo.config import ModelConfig
 def open_chat(model: ModelConfig) -> ChatFormat:
     """Raises ModelError, see `load_chat_format`."""
     torchvision_shim.activate()
+    from hdpo.adapters.model_folder import check_files
+    check_files(model.path)
     return load_chat_format(model.path, model.min_pixels, model.max_pixels)

@@ -7,7 +7,6 @@ is a world of one.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,11 @@ from hdpo.adapters.policy_model import HeadJob, assert_rope_fp32, load_policy_mo
 from hdpo.adapters.zero3 import Parking, optimizer_tensors, zero3_config
 from hdpo.agent.families import FAMILIES
 from hdpo.config import ModelConfig, OptimConfig
+from hdpo.errors import ModelError, boundary
 from hdpo.ranks.world import World, join_after_restart
 from hdpo.state.export import SHARD_BYTES, Entry, ShardWriter, split, write_index
 from hdpo.state.shards import ShardReader, TrainingState
+from hdpo.state.surroundings import config_text, read_side_files
 from hdpo.types import MicroBatch
 
 if not torch.cuda.is_available():
@@ -60,7 +61,6 @@ class DeepSpeedPolicy:
                  world: World | None = None) -> None:
         ensure_launched()
         self.dtype = resolve_dtype(model.dtype)
-        self.source = Path(model.path)
         self.image_token_id = image_token_id
         on_cpu = not torch.cuda.is_available()
         # Without an explicit gloo backend two CPU processes both believe they are rank 0.
@@ -80,6 +80,7 @@ class DeepSpeedPolicy:
                                       fused=optim.offload or not on_cpu)   # unfused it needs the weights' size again
         self.engine, _ = self.accelerator.prepare(module, optimizer)
         assert_rope_fp32(self.engine)
+        self._around = self._read_around(Path(model.path))
         self.device = self.engine.device
         self._parking = Parking()
         self.parks = self.device.type == "cuda"
@@ -171,17 +172,19 @@ class DeepSpeedPolicy:
             writer.put(name, stored(name, value))
         return lambda: writer.finish() + (self._write_around(folder, files) if self.world.is_main else [])
 
-    def _write_around(self, folder: Path, files: Mapping[str, Sequence[Entry]]) -> list[Path]:
-        """What a folder holds besides its weights; returns the files."""
+    def _read_around(self, source: Path) -> dict[str, bytes]:
+        """What stands around the weights in every folder this run writes. Raises ModelError: no save could succeed."""
         model = self.engine.module.model
         model.config.architectures, model.config.dtype = [type(model).__name__], str(self.dtype).removeprefix("torch.")
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        with boundary(ModelError, f"model.path: {source} can't be saved again", OSError, ValueError, TypeError):
+            text = config_text(source, model.config.to_diff_dict(), model.config.to_dict())
+            return {"config.json": text.encode(), **read_side_files(source)}
+
+    def _write_around(self, folder: Path, files: Mapping[str, Sequence[Entry]]) -> list[Path]:
+        """What a folder holds besides its weights; returns the files."""
         write_index(folder, files)
-        for file in self.source.iterdir():   # tokenizer, processor, templates
-            if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and not (folder / file.name).exists():
-                if not file.name.endswith(".index.json"):
-                    shutil.copy2(file, folder / file.name)
+        for name, data in self._around.items():
+            (folder / name).write_bytes(data)
         return [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
 
     def snapshot_state(self) -> TrainingState:

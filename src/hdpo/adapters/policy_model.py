@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hdpo.adapters import torchvision_shim
 from hdpo.adapters.lora import choose_trainable
+from hdpo.adapters.model_folder import raise_for, read_config
 from hdpo.config import ModelConfig
 from hdpo.errors import ModelError
 from hdpo.types import MicroBatch
@@ -24,7 +25,6 @@ from hdpo.types import MicroBatch
 torchvision_shim.activate()
 
 from transformers import (  # noqa: E402
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -54,22 +54,8 @@ def resolve_attention(setting: str, folder: PreTrainedConfig) -> str:
 
 def can_share_prompts(config: ModelConfig) -> bool:
     """Whether the model's attention can have rows of a pack share their prompt: full causal attention, and not eager."""
-    folder = check_model_folder(config.path)
+    folder = read_config(config.path)
     return packed_attention.applies(folder) and resolve_attention(config.attention, folder) in packed_attention.IMPLEMENTATIONS
-
-
-def check_model_folder(path: str) -> Any:
-    """The model's configuration. Raises ModelError with one line when the folder can't be a model."""
-    if not path:
-        raise ModelError("model.path is not set: give --set model.path=FOLDER or MODEL_PATH=FOLDER")
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ModelError(f"model.path: no such folder: {path}")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.path: {path} holds no config.json: not a Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")) + list(folder.glob("pytorch_model*.bin")):
-        raise ModelError(f"model.path: {path} holds no weights (*.safetensors)")
-    return AutoConfig.from_pretrained(path)
 
 
 class PolicyModel(nn.Module):
@@ -101,11 +87,16 @@ def _head_forward(self: nn.Linear, hidden: Tensor, job: HeadJob | None = None) -
 
 
 def load_policy_model(config: ModelConfig, dtype: torch.dtype) -> PolicyModel:
-    """Read the folder's weights (sharded at once when a ZeRO-3 configuration is active) and prepare it for packing."""
+    """Read the folder's weights (sharded at once when a ZeRO-3 configuration is active) and prepare it for packing.
+
+    Raises ModelError for a weight that the folder lacks; `check_model_folder` finds more, and before anything is loaded.
+    """
     torch.backends.cuda.enable_cudnn_sdp(False)   # first choice on Hopper, and plans 23 to 37 ms for every new length of a row
-    folder = check_model_folder(config.path)
-    auto = AutoModelForImageTextToText if hasattr(folder, "vision_config") else AutoModelForCausalLM
-    model = auto.from_pretrained(config.path, dtype=dtype, attn_implementation=resolve_attention(config.attention, folder))
+    folder = read_config(config.path)
+    auto: Any = AutoModelForImageTextToText if hasattr(folder, "vision_config") else AutoModelForCausalLM
+    model, found = auto.from_pretrained(config.path, config=folder, dtype=dtype, output_loading_info=True,
+                                        attn_implementation=resolve_attention(config.attention, folder))
+    raise_for(Path(config.path), found["missing_keys"], [], [])    # of .bin files, which say so only now
     model.config.get_text_config().output_router_logits = False   # no load-balancing loss: HDPO's is the only one
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -276,9 +276,15 @@ def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatF
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True) if family.image_words else None
     except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"{folder}: tokenizer or image processor can't be loaded: {' '.join(str(exc).split())}") from exc
+        missing = "" if (folder / "tokenizer.json").is_file() else "tokenizer.json is missing, and "
+        raise ModelError(
+            f"{folder}: {missing}tokenizer or image processor can't be loaded: {' '.join(str(exc).split())}") from exc
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"{folder}: the tokenizer has no chat template")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ModelError(f"{folder}: tokenizer.json is missing, a fast tokenizer is needed")
-    return ChatFormat(family, tokenizer, image_processor, min_pixels, max_pixels, head_size)
+    try:
+        return ChatFormat(family, tokenizer, image_processor, min_pixels, max_pixels, head_size)
+    except ModelError as exc:
+        missing = "" if (folder / "tokenizer.json").is_file() else " is missing"
+        raise ModelError(f"{folder}/tokenizer.json{missing}: {exc}") from exc

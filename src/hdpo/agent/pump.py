@@ -42,7 +42,10 @@ class EnginePump:
     with `deterministic` while all of them are ready.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, *, deterministic: bool = False) -> None:
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, *, deterministic: bool = False,
+                 progress: Callable[[], None] = lambda: None) -> None:
+        """`progress` is called whenever generations have finished."""
+        self._progress = progress
         self._engine, self._loop, self._deterministic = engine, loop, deterministic
         self._shared = engine if isinstance(engine, SharedEngine) else None
         self._live: set[Key] = set()
@@ -154,6 +157,7 @@ class EnginePump:
         self.engine_steps += bool(self._running)
         replies = [(self._running.pop(name).reply, completion) for name, completion in finished if name in self._running]
         if replies:
+            self._progress()
             self._loop.call_soon_threadsafe(_resolve, replies)
 
     def _drop(self, pending: _Pending) -> None:

@@ -101,7 +101,8 @@ class Rollouts:
     """Collects trajectories. One per process; `collect` is called by the thread that owns the engine.
 
     `stop`: set this to an Event; when it is set during `collect`, every live trajectory ends ABORTED, no further one starts
-    and `collect` returns. `metrics` describes the last `collect`; see `_measure`.
+    and `collect` returns. `progress`: set it to what is to be called whenever generations have finished.
+    `metrics` describes the last `collect`; see `_measure`.
     """
 
     def __init__(self, engine: Engine, chat: ChatFormat, tools_backend: ToolBackend, background: BackgroundLoop,
@@ -114,6 +115,7 @@ class Rollouts:
         self._nonce = uuid.uuid4().hex[:12]
         self._collections = 0
         self.stop: threading.Event | None = None
+        self.progress: Callable[[], None] = lambda: None
         self.metrics: dict[str, float] = {}
 
     def collect(self, tasks: Sequence[Task], *, group_size: int, temperature: float, step: int, weight_version: int,
@@ -134,7 +136,7 @@ class Rollouts:
         self._collections += 1
         started = time.monotonic()
         queue = queue or static_queue()
-        pump = EnginePump(self._engine, self._background.loop, deterministic=self._deterministic)
+        pump = EnginePump(self._engine, self._background.loop, deterministic=self._deterministic, progress=self.progress)
         run = _Run(pump, tasks, queue, first_index, group_size, temperature, step, weight_version, known or {}, on_finished,
                    most_live=self._most_live(len(tasks) * group_size, queue.ranks), keep=keep)
         outcome = self._background.submit(self._collect(run))

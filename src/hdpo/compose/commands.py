@@ -1,14 +1,16 @@
 """`hdpo sft`, `hdpo rl`, `hdpo eval`: settings from the command line, then a stage from start to end."""
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from hdpo.config import Config
 from hdpo.config_file import dump_config, parse_run
-from hdpo.errors import DataError
+from hdpo.errors import DataError, ModelError
 from hdpo.keys import withdraw
 
 
@@ -34,6 +36,8 @@ def _command(name: str, description: str, argv: Sequence[str],
              run: Callable[[Config, bool], None]) -> int:
     config, options = parse_run(name, description, argv)
     withdraw()
+    if config.model.path and not Path(config.model.path).is_dir() and not options.print_config:
+        config = _found(config)
     if options.print_config:
         if os.environ.get("RANK", "0") == "0":
             print(dump_config(config), end="")
@@ -41,11 +45,20 @@ def _command(name: str, description: str, argv: Sequence[str],
     if options.dry_run:
         from hdpo.doctor.doctor import dry_run
         return dry_run(config, name)
-    from hdpo.train.lifecycle import follow_launcher
+    from hdpo.train.lifecycle import follow_launcher, name_the_end
     follow_launcher()
     warnings.simplefilter("ignore", FutureWarning)      # of torch and its neighbours to each other, over the progress bar
+    name_the_end()
     run(config, options.steal_lock)
     return 0
+
+
+def _found(config: Config) -> Config:
+    """With the folder of a model that is named by its id and lies in the hub's cache; what is nowhere is named later."""
+    from hdpo.adapters.model_folder import find_model
+    with contextlib.suppress(ModelError):
+        return config.model_copy(update={"model": config.model.model_copy(update={"path": find_model(config.model.path)})})
+    return config
 
 
 def _train_sft(config: Config, steal_lock: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 
+from hdpo.adapters.model_folder import check_model_folder
 from hdpo.config import Config
 from hdpo.doctor.doctor import check_tools
 from hdpo.ranks.world import World
@@ -25,11 +26,13 @@ def begin_run(config: Config, command: str, steal_lock: bool, closing: ExitStack
 
 
 def check_start(config: Config, command: str) -> None:
-    """Whether the run may go on from its checkpoint, and has the tools and the log it asks for. Raises UserError."""
+    """Whether the model's folder is whole, the run may go on from its checkpoint, and it has the tools and the log it asks for.
+    Raises UserError."""
     if command != "eval" and (start := readable_start(config)) is not None:
         check_same_run(start, read_state(start), config, content_of(config))
     if command != "sft" and not config.tools.url:
         check_tools(config)
+    check_model_folder(config.model.path)
     if command != "eval" and config.log.wandb:
         from hdpo.adapters.wandb import check_wandb
         check_wandb()
@@ -39,7 +42,7 @@ def finished(config: Config, command: str) -> bool:
     """Whether there is nothing left to do, which rank 0 says in a line. Raises UserError when the folder is another run's."""
     if not is_finished(config):
         return False
-    if command == "rl" and config.eval.after and not _evaluated(config):
+    if command == "rl" and config.eval.after and config.data.val and not _evaluated(config):
         return False
     if World().is_main:
         check_start(config, command)

@@ -101,6 +101,7 @@ class Stage(contextlib.ExitStack):
         policy.park()      # the engine measures what device memory is left
         engine = open_engine(config, chat, self)
         rollouts = open_rollouts(config, chat, engine, backend, background, self)
+        rollouts.progress = world.progress
         scorer = open_scorer(config, background, world, self)
         log = open_log(config, world, RL_SHOWN, checkpoints.start_step, self)
         evaluator = Evaluator(config, rollouts, scorer, held_out, world)
@@ -122,10 +123,12 @@ class Stage(contextlib.ExitStack):
         held_out = self.held_out()
         if not held_out:
             raise ConfigError("data.val is empty: name files of held-out rows (VAL_DATA)")
+        world.phase("evaluation", 0)
         open_run_folder(config, world, {})
         background, backend = open_tools(config, world, self)
         engine = open_engine(config, chat, self)
         rollouts = open_rollouts(config, chat, engine, backend, background, self)
+        rollouts.progress = world.progress
         return Evaluator(config, rollouts, open_scorer(config, background, world, self), held_out, world)
 
     def benchmarks(self) -> BenchmarkParts:

@@ -45,7 +45,7 @@ def dry_run(config: Config, command: str) -> int:
 
 def check_model(config: Config) -> str:
     from hdpo.adapters.chat_format import open_chat
-    from hdpo.adapters.policy_model import check_model_folder
+    from hdpo.adapters.model_folder import check_model_folder
     found = check_model_folder(config.model.path)
     open_chat(config.model)
     return f"{config.model.path} ({found.model_type})"

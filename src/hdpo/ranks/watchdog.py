@@ -41,6 +41,7 @@ class Life:
     phase: str = "start"
     step: int = 0       # steps done
     moves: int = 0      # phases entered so far
+    progress: int = 0   # what was finished within phases: generations, verdicts, micro-batches
     beat: int = 0
     left: bool = False
     failure: str = ""   # why this rank is leaving early
@@ -73,7 +74,7 @@ class Verdict:
 @dataclass(frozen=True, slots=True)
 class Limits:
     silent_s: float = 45.0     # a rank that gives no sign of life for so long is dead or stopped
-    stuck_s: float = 5400.0    # when no rank enters another phase for so long, the run hangs
+    stuck_s: float = 5400.0    # when no rank enters another phase or finishes anything for so long, the run hangs
 
 
 class Watchdog:
@@ -115,6 +116,11 @@ class Watchdog:
         """This rank enters a phase; `step` steps are done."""
         with self._lock:
             self._me = replace(self._me, phase=name, step=self._me.step if step is None else step, moves=self._me.moves + 1)
+
+    def progress(self) -> None:
+        """Something within the phase was finished: a long phase that goes on is no hang. Cheap, from any thread."""
+        with self._lock:
+            self._me = replace(self._me, progress=self._me.progress + 1)
 
     def failed(self, reason: str, mendable: bool = False) -> None:
         """Tell the others that this rank is about to leave with an error; `mendable` by the user alone."""
@@ -198,9 +204,9 @@ class Watchdog:
     def _note(self, rank: int, life: Life, elapsed: float) -> None:
         before = self._lives.get(rank)
         self._lives[rank] = life
-        beats, moves = (before.beat, before.moves) if before else (-1, -1)
+        beats, done = (before.beat, (before.moves, before.progress)) if before else (-1, None)
         self._silent[rank] = self._silent[rank] + elapsed if life.beat == beats else 0.0
-        self._still[rank] = self._still[rank] + elapsed if life.moves == moves else 0.0
+        self._still[rank] = self._still[rank] + elapsed if (life.moves, life.progress) == done else 0.0
         # Twice: between our reading of the store and of the process table a rank may have left properly.
         gone = rank != self.rank and life.place == self._me.place and _process_gone(life.pid)
         self._gone[rank] = self._gone[rank] + 1 if gone else 0

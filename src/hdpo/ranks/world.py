@@ -68,6 +68,11 @@ class World:
         if self._watchdog is not None:
             self._watchdog.phase(name, step)
 
+    def progress(self) -> None:
+        """Tell the other ranks that something within the phase was finished. From any thread; not a collective."""
+        if self._watchdog is not None:
+            self._watchdog.progress()
+
     def failed(self, exc: BaseException) -> HdpoError | None:
         """This rank is about to end with `exc`: say so and tell the others. Returns the error to end with instead when
         another rank is to blame.

@@ -38,7 +38,9 @@ class StopSignal:
         if not self.event.is_set():
             self._first = time.monotonic()
             self.event.set()
+            _say("stopping: what is under way is brought to an end and saved; a second signal ends the run at once")
         elif time.monotonic() - self._first > self.SAME_S:
+            _say("ended at once: what came after the newest checkpoint is lost; the same command goes on from there")
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -49,6 +51,21 @@ class StopSignal:
     @property
     def requested(self) -> bool:
         return self.event.is_set()
+
+
+def name_the_end() -> None:
+    """A SIGTERM while nothing is to be saved (loading, evaluating by itself) ends the process at once, with a line."""
+    def end(number: int, frame: FrameType | None) -> None:
+        _say("ended by SIGTERM outside of training; what is saved is kept, and the same command goes on from there")
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    signal.signal(signal.SIGTERM, end)
+
+
+def _say(text: str) -> None:
+    """One line on rank 0's terminal. From a signal handler: Python's own stream may be in the middle of a write."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\nhdpo: {text}\n".encode())
 
 
 def follow_launcher() -> None:

@@ -54,19 +54,19 @@ def train(config: Config, parts: RlParts) -> bool:
     policy, engine, rollouts, tasks, log, checkpoints = (
         parts.policy, parts.engine, parts.rollouts, parts.tasks, parts.log, parts.checkpoints)
     world, steps = policy.world, config.optim.steps
-    start, position = checkpoints.resume(engine.sleep)
-    go_on(tasks, position, checkpoints.new_rows)
-    objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
-                              config.batch.head_chunk_tokens)
-    guard = StepGuard(config.optim.max_skipped)
-    collect = Collector(config, rollouts, parts.scorer, tasks, world, log, parts.ended)
-    world.phase("parity", start)
-    parts.sync.open(start, fresh=start == 0)
-    if start == 0 and config.eval.before:
-        run_evaluation(config, parts, config.eval.label_before, 0)
-
     with StopSignal() as stop:
         rollouts.stop = stop.event
+        start, position = checkpoints.resume(engine.sleep)
+        go_on(tasks, position, checkpoints.new_rows)
+        objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
+                                  config.batch.head_chunk_tokens)
+        guard = StepGuard(config.optim.max_skipped)
+        collect = Collector(config, rollouts, parts.scorer, tasks, world, log, parts.ended)
+        world.phase("parity", start)
+        parts.sync.open(start, fresh=start == 0)
+        if start == 0 and config.eval.before:
+            run_evaluation(config, parts, config.eval.label_before, 0)
+
         for step in log.steps(start, steps, "RL"):
             position = tasks.state()
             with log.timed("sync"):
@@ -102,8 +102,9 @@ def train(config: Config, parts: RlParts) -> bool:
             if world.any(stop.requested) and step + 1 < steps:
                 return leave(config, parts, step + 1, tasks.state())
         checkpoints.finish()
-    if config.eval.after:
-        run_evaluation(config, parts, config.eval.label_after, steps)
+        if config.eval.after and not run_evaluation(config, parts, config.eval.label_after, steps):
+            log.note(f"stopped in the evaluation after step {steps}, which is saved; the same command evaluates again")
+            return False
     return True
 
 
@@ -147,17 +148,21 @@ def stop_if_unscored(config: Config, parts: RlParts, step: int, position: dict[s
 
 
 def leave(config: Config, parts: RlParts, step: int, position: dict[str, Any]) -> bool:
-    """Save the state after `step` finished steps and tell the user. Collective."""
+    """Save the state after `step` finished steps, unless it is where the run began, and tell the user. Collective."""
+    if step == parts.checkpoints.start_step:
+        parts.log.note("stopped before a step was finished: there is nothing new to save; the same command begins again")
+        return False
     parts.policy.world.phase("save", step)
     parts.checkpoints.save_last(step, position)
     parts.log.note(f"stopped after step {step}; the same command goes on from there")
     return False
 
 
-def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> None:
-    """Greedy rollouts of the held-out rows with the present weights; nothing without such rows. Collective."""
+def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> bool:
+    """Greedy rollouts of the held-out rows with the present weights; nothing without such rows. Collective. Returns False when
+    the run was asked to stop meanwhile."""
     if not config.data.val:
-        return
+        return True
     with parts.log.timed("evaluation"):
         parts.policy.world.phase("evaluation", step)
         parts.sync.send(step)
@@ -167,3 +172,4 @@ def run_evaluation(config: Config, parts: RlParts, label: str, step: int) -> Non
         parts.checkpoints.note(step, result.scalars())
         for sink in parts.log.sinks:
             sink.write(step, result.scalars())
+    return result is not None

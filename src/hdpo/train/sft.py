@@ -35,14 +35,14 @@ def train(config: Config, parts: SftParts) -> bool:
     """Every rank runs this function. Returns False when it was stopped before its last step."""
     policy, demos, log, world = parts.policy, parts.demonstrations, parts.log, parts.policy.world
     checkpoints, steps = parts.checkpoints, config.optim.steps
-    start, position = checkpoints.resume()
-    go_on(demos, position, checkpoints.new_rows)
-    objective = SftObjective(log, config.batch.head_chunk_tokens)
-    guard = StepGuard(config.optim.max_skipped)
-
     ahead: list[Future[Sample]] = []       # of this rank's rows of the next step, which are encoded while this one trains
 
     with StopSignal() as stop, ThreadPoolExecutor(min(8, os.cpu_count() or 1), "hdpo-encode") as threads:
+        start, position = checkpoints.resume()
+        go_on(demos, position, checkpoints.new_rows)
+        objective = SftObjective(log, config.batch.head_chunk_tokens)
+        guard = StepGuard(config.optim.max_skipped)
+
         def begin(rows: Unread[Demonstration]) -> list[Future[Sample]]:
             mine = rows[world.rank::world.size]
             return [threads.submit(lambda number: encode(parts.chat, mine[number]), number) for number in range(len(mine))]

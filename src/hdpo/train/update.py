@@ -28,6 +28,7 @@ def update(policy: Policy, mini: MiniBatch, objective: Any, lr: float, old_log_p
         last = index == len(mini.micro_batches) - 1
         finite = torch.isfinite(loss.detach())
         healthy = finite if healthy is None else healthy & finite
+        policy.world.progress()
         policy.backward(loss * torch.where(healthy, 1.0, math.nan) if last else loss, last)
     return policy.step(lr)
 
