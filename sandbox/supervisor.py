@@ -115,10 +115,10 @@ class Supervisor:
         started, before = time.process_time(), self.account.memory
         processes = self.account.processes()
         self.account.share_fairly(processes)
-        if self.group >= 0:      # not at the start: most of a short session's life would be waiting for it
+        self.account.count(processes)
+        if self.group >= 0 and self.account.large(processes):      # the way there takes the kernel longer than most sessions live
             self.account.enter(self.group)
             self.group = -1
-        self.account.count(processes)
         if self.account.over:
             self.verdict = OVER_LIMIT
         elif self.options.limits.memory_bytes and self.account.crowds:

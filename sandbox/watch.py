@@ -209,6 +209,10 @@ class Account:
                 sizes[file] = max(sizes.get(file, 0), int(last, 16) - int(first, 16))
         return sum(sizes.values())
 
+    def large(self, processes: list[Process]) -> bool:
+        """Whether the session could soon hold more than it may."""
+        return self.memory > self.limit // 8 or len(processes) > 4
+
     def begin(self) -> None:
         """Cells begin after a pause: what the session holds now is no one's growth."""
         self.started_with = self.count(self.processes())
