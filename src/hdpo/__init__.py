@@ -22,6 +22,7 @@ curation      public tool trajectories -> demonstrations, in three stages
 report        a run's folder -> a page
 doctor        what is missing before a device is touched
 integrations  the algorithm inside TRL, verl, prime-rl and DDP
+assistant     the trained agent at a terminal, and behind an OpenAI-compatible address
 compose       the composition root: configuration -> parts, in order
 toyworld      the embedded world, its base model, the demo
 cli           one entry a command

@@ -17,6 +17,8 @@ COMMANDS = {
     "rl": ("hdpo.compose.commands:rl", "HDPO reinforcement learning"),
     "eval": ("hdpo.compose.commands:evaluate", "held-out rows, or published benchmarks: accuracy and tool use"),
     "eval-demo": ("hdpo.toyworld.eval_demo:main", "three miniature benchmarks with the demo's checkpoint, in both arms"),
+    "ask": ("hdpo.compose.ask:ask", "one question to a model folder, with its tools, shown as it reasons and calls"),
+    "chat": ("hdpo.compose.ask:chat", "several questions, one after another"),
     "score": ("hdpo.compose.score:main", "answers to benchmarks, by their official rules, without a model"),
     "curate": ("hdpo.compose.curate:main", "SFT data from public tool trajectories, in three stages"),
     "curate-demo": ("hdpo.toyworld.curate_demo:main", "the embedded world in five public layouts, with planted faults, curated"),

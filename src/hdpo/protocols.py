@@ -28,6 +28,7 @@ class GenerateRequest:
     temperature: float         # 0 = greedy
     seed: int                  # the same request with the same seed and weights gives the same tokens
     image_keys: tuple[str, ...] = ()   # unique per image content, so that the engine need not hash pixels; may be empty
+    watch: Callable[[list[int]], object] | None = None   # called by `step` with all ids sampled so far, as they are sampled
 
 
 class Engine(Protocol):

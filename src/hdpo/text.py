@@ -13,6 +13,7 @@ from hdpo import oddities
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # what moves a terminal's cursor, starts a line or turns the direction of writing: C0, C1, line separators, bidi controls
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]+")
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def valid(text: str, source: str) -> str:
@@ -34,6 +35,12 @@ def valid_tree(value: Any, source: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [valid_tree(item, source) for item in value]
     return value
+
+
+def printable(text: str) -> str:
+    """A stranger's words of many lines as they may stand on a terminal: line breaks and tabs stay, what could steer it is seen
+    as U+FFFD. Any cut of a text gives the same."""
+    return _STEERING.sub("\ufffd", text.replace("\t", "    "))
 
 
 def one_line(text: object, most: int = 300) -> str:

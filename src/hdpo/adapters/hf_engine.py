@@ -195,6 +195,8 @@ class HfEngine:
             if self._spelled_end is not None:
                 row.spelled = self._spelled_end.after(row.spelled, token)
             row.log_probs.append(log_prob)
+            if row.request.watch is not None:
+                row.request.watch(row.token_ids)
 
     def _stop_reason(self, row: _Row) -> StopReason | None:
         last = row.token_ids[-1]

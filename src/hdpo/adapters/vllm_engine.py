@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hdpo.adapters.torchvision_shim import activate
@@ -61,6 +61,7 @@ class VllmEngine:
         self._tool_call_end_id = tool_call_end_id
         self._spelled_end = spelled_end
         self._version = 0
+        self._watched: dict[str, Callable[[list[int]], object]] = {}
         self._cuda = torch.cuda.is_available()
         self._kv_asleep = self._forgotten = False
         self._forgets = self._cuda and config.sleep == "drop"
@@ -112,12 +113,14 @@ class VllmEngine:
             temperature=request.temperature, top_p=1.0, top_k=-1, min_p=0.0, seed=request.seed,
             max_tokens=request.max_tokens, stop_token_ids=self._stop_token_ids, ignore_eos=True,
             logprobs=0, flat_logprobs=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY)
+            output_kind=RequestOutputKind.FINAL_ONLY if request.watch is None else RequestOutputKind.CUMULATIVE)
         try:
             name = self._engine.add_request(request_id, prompt, parameters)
         except (VLLMClientError, ValueError, TypeError) as exc:   # its own checks, and how its processors refuse a picture
             self._engine.abort_request([request_id])     # it may have come half-way in
             raise RequestRefused(exc, request_id) from exc
+        if request.watch is not None:
+            self._watched[request_id] = request.watch
         if self._spelled_end is not None:
             stop_at(self._engine, name, self._spelled_end)
 
@@ -125,8 +128,14 @@ class VllmEngine:
         """Advance every running request by at least one token; return those that finished."""
         if not self.num_unfinished():
             return []
-        return [(result.request_id, self._completion(result.outputs[0], result.num_cached_tokens or 0))
-                for result in self._engine.step() if result.finished]
+        finished = []
+        for result in self._engine.step():
+            if watch := self._watched.get(result.request_id):
+                watch(list(result.outputs[0].token_ids))
+            if result.finished:
+                self._watched.pop(result.request_id, None)
+                finished.append((result.request_id, self._completion(result.outputs[0], result.num_cached_tokens or 0)))
+        return finished
 
     def _completion(self, output: Any, num_cached: int) -> Completion:
         token_ids = list(output.token_ids)
@@ -148,6 +157,8 @@ class VllmEngine:
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; an aborted request is never returned by `step`. Unknown ids are ignored."""
         self._engine.abort_request(list(request_ids))
+        for request_id in request_ids:
+            self._watched.pop(request_id, None)
 
     # --- weights ------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from hdpo.adapters.chat_format import open_chat
 from hdpo.agent.rollout import Rollouts
+from hdpo.assistant.session import Assistant
 from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.compose.checks import check_devices, check_launcher, check_rl
 from hdpo.compose.folder import begin_run
@@ -23,6 +24,7 @@ from hdpo.compose.scoring import open_scorer
 from hdpo.compose.tools import NoTools, open_tools
 from hdpo.config import Config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
+from hdpo.doctor.doctor import check_tools
 from hdpo.doctor.memory_plan import check_tensor_parallel
 from hdpo.errors import ConfigError, DataError
 from hdpo.evaluation.evaluate import Evaluator
@@ -148,6 +150,16 @@ class Stage(contextlib.ExitStack):
         self.callback(background.close)
         rollouts = open_rollouts(config, chat, open_engine(config, chat, self), NoTools(), background, self)
         return rollouts, open_scorer(config, background, world, self)
+
+    def assistant(self) -> Assistant:
+        """Engine and tools of this process alone, for people's questions."""
+        config, chat = self.config, self.chat
+        check_tools(config)
+        check_tensor_parallel(config, 1)
+        background, backend = open_tools(config, None, self)
+        assistant = Assistant(open_engine(config, chat, self), chat, backend, background, config)
+        self.callback(assistant.close)
+        return assistant
 
     def held_out(self) -> Sequence[Task]:
         config = self.config

@@ -75,13 +75,22 @@ def check_tools(config: Config) -> str:
                         (tools.image_cache, "tools.image_cache")):
         if path and not Path(path).exists():
             raise UserError(f"{field}: no such file or folder: {path}")
+    for problem in without_source(config).values():
+        raise UserError(problem)
+    return f"a tool server will be started with {', '.join(tools.allowed)}"
+
+
+def without_source(config: Config) -> dict[str, str]:
+    """The allowed tools that a server of our own could not answer with, and what each lacks."""
+    tools, lacking = config.tools, dict[str, str]()
     keys = ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN")
     if "text_search" in tools.allowed and not tools.text_index and not any(key(name) for name in keys):
-        raise UserError(f"text_search has no source: set one of {', '.join(keys)}, or tools.text_index, or take it out of "
-                        "tools.allowed")
+        lacking["text_search"] = (f"text_search has no source: set one of {', '.join(keys)}, or tools.text_index, or take it out "
+                                  "of tools.allowed")
     if "image_search" in tools.allowed and not (tools.image_index or tools.image_cache):
-        raise UserError("image_search has no source: set tools.image_index or tools.image_cache, or take it out of tools.allowed")
-    return f"a tool server will be started with {', '.join(tools.allowed)}"
+        lacking["image_search"] = ("image_search has no source: set tools.image_index or tools.image_cache, or take it out of "
+                                   "tools.allowed")
+    return lacking
 
 
 def check_judge(config: Config) -> str:
