@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hdpo.config import Config
-from hdpo.config_file import describe_fields, dump_config, load_config
-from hdpo.config_hints import MEANT
-from hdpo.config_yaml import field_paths, kinds
+from hdpo.config.file import describe_fields, dump_config, load_config
+from hdpo.config.hints import MEANT
+from hdpo.config.yaml import field_paths, kinds
 from hdpo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"

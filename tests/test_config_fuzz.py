@@ -16,8 +16,8 @@ import yaml
 from launching import BASE
 
 from hdpo.cli import main
-from hdpo.config_yaml import kinds
-from hdpo.shipped import launch_folder
+from hdpo.config.shipped import launch_folder
+from hdpo.config.yaml import kinds
 from hdpo.toyworld.world import World
 
 EDITS = int(os.environ.get("HDPO_FUZZ", 60))

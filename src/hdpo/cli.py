@@ -23,7 +23,7 @@ COMMANDS = {
     "curate": ("hdpo.compose.curate:main", "SFT data from public tool trajectories, in three stages"),
     "curate-demo": ("hdpo.toyworld.curate_demo:main", "the embedded world in five public layouts, with planted faults, curated"),
     "report": ("hdpo.report.page:main", "write a run's report.html"),
-    "settings": ("hdpo.config_file:main", "every setting with its default and meaning"),
+    "settings": ("hdpo.config.file:main", "every setting with its default and meaning"),
     "doctor": ("hdpo.doctor.doctor:main", "what this machine has and lacks; with --config the memory of a run"),
     "judge": ("hdpo.doctor.judge_check:main", "ask the configured judge ten known questions"),
     "tool-server": ("hdpo.toolserver.app:main", "serve Python, text search and image search"),

@@ -9,7 +9,7 @@ import pytest
 
 from hdpo.agent.parse import ParsedCall
 from hdpo.compose.tools import NoTools
-from hdpo.config_curation import ExecutionSettings, NecessitySettings
+from hdpo.config.curation import ExecutionSettings, NecessitySettings
 from hdpo.curation.record import Observation, Outcome, Record, Step, Waits
 from hdpo.curation.stages.compare import same_text, streams
 from hdpo.curation.stages.execution import Execution

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import save_tiny_qwen3_vl
 
 from hdpo.config import Config, ModelConfig
-from hdpo.config_file import load_config
+from hdpo.config.file import load_config
 from hdpo.doctor.doctor import main as doctor
 from hdpo.doctor.host_plan import pinned
 from hdpo.doctor.memory_plan import GIB, check, plan

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdpo.config_types import RulePolicy
+from hdpo.config.types import RulePolicy
 from hdpo.reward.choice import options_of
 from hdpo.reward.quantities import parse_quantities
 from hdpo.reward.rules import may_need_maths, policy_for, rule_verdict

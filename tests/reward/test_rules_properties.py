@@ -9,7 +9,7 @@ import random
 import time
 from typing import get_args
 
-from hdpo.config_types import RulePolicy
+from hdpo.config.types import RulePolicy
 from hdpo.reward.rules import rule_verdict
 from hdpo.types import Verdict
 

@@ -18,7 +18,7 @@ import pytest
 from launching import BASE, Running, command, settings
 from tool_server import containers, post, python, until
 
-from hdpo.config_file import load_config
+from hdpo.config.file import load_config
 from hdpo.state.dump import read_rollouts
 from hdpo.state.spool import spooled
 from hdpo.toyworld.world import World, make_world

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from hdpo.agent.rollout import static_queue
 from hdpo.config import Config
-from hdpo.config_file import dump_config
+from hdpo.config.file import dump_config
 from hdpo.evaluation.evaluate import evaluate, write_summary
 from hdpo.reward.audit import AuditLog, audit_record
 from hdpo.state.dump import write_rollouts

@@ -29,10 +29,10 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from hdpo.config.shipped import launch_folder, shipped_file
 from hdpo.errors import USER_STATUS, WORLD_STATUS, ConfigError, UserError
 from hdpo.keys import hide
 from hdpo.ranks.nodes import join_timeout_s, wait_for_master
-from hdpo.shipped import launch_folder, shipped_file
 
 TOLD = (USER_STATUS, WORLD_STATUS, 130)   # statuses with which a rank has already printed its one line (see hdpo.cli)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hdpo.config import Config
-from hdpo.config_file import add_config_options, load_config
+from hdpo.config.file import add_config_options, load_config
 from hdpo.errors import ModelError, UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpo.config import Config
-from hdpo.config_file import add_config_options, dump_config, load_config
+from hdpo.config.file import add_config_options, dump_config, load_config
 from hdpo.errors import UserError
 from hdpo.evaluation.benchmarks import BENCHMARKS, open_benchmarks
 from hdpo.evaluation.items import Benchmark, Item

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hdpo.config import Config
-from hdpo.config_file import dump_config, parse_run
+from hdpo.config.file import dump_config, parse_run
 from hdpo.errors import DataError, ModelError
 from hdpo.keys import withdraw
 

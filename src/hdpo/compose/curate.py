@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpo.config import Config
-from hdpo.config_file import add_config_options, load_config
+from hdpo.config.file import add_config_options, load_config
 from hdpo.errors import ConfigError, JudgeError
 from hdpo.report.funnel import write_funnel
 

@@ -12,7 +12,7 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.compose.checks import check_shared_folder
 from hdpo.compose.logs import open_run_folder
 from hdpo.config import Config
-from hdpo.config_file import dump_config
+from hdpo.config.file import dump_config
 from hdpo.doctor.memory_plan import here
 from hdpo.packing.batching import PackingSpec
 from hdpo.packing.costs import work_model

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hdpo.config import Config
-from hdpo.config_file import add_config_options, load_config
+from hdpo.config.file import add_config_options, load_config
 from hdpo.errors import UserError, boundary
 from hdpo.evaluation import table
 from hdpo.evaluation.benchmarks import BENCHMARKS, open_benchmarks

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hdpo.config import Config
-from hdpo.config_file import add_config_options, load_config
+from hdpo.config.file import add_config_options, load_config
 from hdpo.errors import HdpoError, UserError
 from hdpo.keys import key
 from hdpo.ranks.devices import check_torch_sees_devices, nvidia_smi

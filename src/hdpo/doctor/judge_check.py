@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hdpo.background import BackgroundLoop
-from hdpo.config_file import add_config_options, load_config
+from hdpo.config.file import add_config_options, load_config
 from hdpo.doctor.reach_judge import reach_judge
 from hdpo.errors import UserError
 from hdpo.protocols import Judge

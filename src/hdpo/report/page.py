@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpo.config import LogConfig
-from hdpo.config_file import load_config
+from hdpo.config.file import load_config
 from hdpo.errors import ConfigError, DataError, UserError
 from hdpo.evaluation.evaluate import COLUMNS, Summary, format_value, table_rows
 from hdpo.report.charts import Series, legend, line_chart, short, stack_chart

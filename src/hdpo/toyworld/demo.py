@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from hdpo.config.shipped import launch_folder
 from hdpo.errors import HdpoError, UserError, boundary
 from hdpo.evaluation.evaluate import format_table
-from hdpo.shipped import launch_folder
 from hdpo.state.folders import step_folders
 from hdpo.state.lock import RunLock
 from hdpo.toyworld.world import make_world

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import replace
 
 from hdpo.agent.parse import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, ParsedCall
-from hdpo.config_curation import ExecutionSettings
+from hdpo.config.curation import ExecutionSettings
 from hdpo.curation.record import Observation, Outcome, Record, Step, Waits
 from hdpo.curation.stages.compare import same_pictures, same_text, streams
 from hdpo.errors import ToolServerError

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 
-from hdpo.config_curation import JudgementSettings
+from hdpo.config.curation import JudgementSettings
 from hdpo.curation.record import Outcome, Record, Waits
 
 ASPECTS = ("visual_relevance", "reasoning_coherence", "tool_rationale")

@@ -5,7 +5,7 @@ way; a row with too few verdicts waits.
 """
 from __future__ import annotations
 
-from hdpo.config_curation import NecessitySettings
+from hdpo.config.curation import NecessitySettings
 from hdpo.curation.record import Outcome, Record, Waits
 from hdpo.types import RewardedGroup, Task
 

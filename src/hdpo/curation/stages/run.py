@@ -7,7 +7,7 @@ from typing import Protocol
 
 from hdpo.agent.rollout import PromptQueue, static_queue
 from hdpo.background import BackgroundLoop
-from hdpo.config_curation import NecessitySettings
+from hdpo.config.curation import NecessitySettings
 from hdpo.curation.record import Outcome, Record, Waits
 from hdpo.curation.stages.necessity import applies, decide, no_tools_task
 from hdpo.types import RewardedGroup, Task, Trajectory

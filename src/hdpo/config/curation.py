@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from hdpo.config_types import Count, Number, Section, Share
+from hdpo.config.types import Count, Number, Section, Share
 
 NO_TOOLS = ("You answer questions about pictures. No tools are available. Think step by step inside <reason></reason>, then give "
             "the final answer inside <answer></answer>.")

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hdpo.config import Config
-from hdpo.config_hints import hint
-from hdpo.config_types import is_section
-from hdpo.config_yaml import Document, field_paths, is_text, kinds, line_of, unknown
+from hdpo.config.hints import hint
+from hdpo.config.shipped import launch_folder, shipped_file
+from hdpo.config.types import is_section
+from hdpo.config.yaml import Document, field_paths, is_text, kinds, line_of, unknown
 from hdpo.errors import ConfigError, UserError
-from hdpo.shipped import launch_folder, shipped_file
 
 ENVIRONMENT = {
     "MODEL_PATH": "model.path", "TRAIN_DATA": "data.train", "VAL_DATA": "data.val", "JUDGE_BASE_URL": "judge.base_url",

@@ -1,4 +1,4 @@
-"""Settings: one frozen tree, one sentence and a unit per field. `config_file.py` reads and writes it.
+"""Settings: one frozen tree, one sentence and a unit per field. `file.py` reads and writes it.
 
 Derived numbers are properties, never second fields. Every number has bounds, and fields that contradict each other are
 refused. Unknown keys are errors that name the nearest key. A test holds the list of fields: a new knob edits that list in
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
-from hdpo.config_curation import CurationConfig
-from hdpo.config_types import LARGEST, Address, Beta, Count, Name, Number, RulePolicy, Section, Share
+from hdpo.config.curation import CurationConfig
+from hdpo.config.types import LARGEST, Address, Beta, Count, Name, Number, RulePolicy, Section, Share
 
 
 class RunConfig(Section):

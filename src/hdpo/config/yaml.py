@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from hdpo.config import Config
-from hdpo.config_hints import hint
-from hdpo.config_types import is_section
+from hdpo.config.hints import hint
+from hdpo.config.types import is_section
 from hdpo.errors import ConfigError
 
 _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"

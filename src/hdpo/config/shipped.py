@@ -6,7 +6,7 @@ from pathlib import Path
 
 def launch_folder() -> Path:
     """Where configs/, accelerate/ and the scripts lie."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "launch"
     return inside if inside.is_dir() else package.parents[1] / "launch"
 
