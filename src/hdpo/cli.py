@@ -19,6 +19,7 @@ COMMANDS = {
     "eval-demo": ("hdpo.toyworld.eval_demo:main", "three miniature benchmarks with the demo's checkpoint, in both arms"),
     "ask": ("hdpo.compose.ask:ask", "one question to a model folder, with its tools, shown as it reasons and calls"),
     "chat": ("hdpo.compose.ask:chat", "several questions, one after another"),
+    "serve": ("hdpo.compose.serve:main", "the same agent behind an OpenAI-compatible /v1/chat/completions"),
     "score": ("hdpo.compose.score:main", "answers to benchmarks, by their official rules, without a model"),
     "curate": ("hdpo.compose.curate:main", "SFT data from public tool trajectories, in three stages"),
     "curate-demo": ("hdpo.toyworld.curate_demo:main", "the embedded world in five public layouts, with planted faults, curated"),

@@ -11,7 +11,7 @@ import os
 import re
 
 _NAMES = re.compile(r"JUDGE_API_KEY(_\d+)?|WANDB_API_KEY|SERPER_API_KEY|SERPAPI_API_KEY|BRIGHTDATA_API_TOKEN|"
-                    r"HDPO_TOOL_SERVER_TOKEN|OPENAI_API_KEY|VLLM_API_KEY")
+                    r"HDPO_TOOL_SERVER_TOKEN|HDPO_SERVE_KEY|OPENAI_API_KEY|VLLM_API_KEY")
 _held: dict[str, str] = {}
 
 

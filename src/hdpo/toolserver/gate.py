@@ -21,16 +21,22 @@ def objection(request: web.Request, hosts: Iterable[str], token: str, open_to_al
     Browsers send Origin with whatever a page posts elsewhere, and can't post JSON to another origin unasked; a name in Host
     that isn't this server's is one that its owner has pointed here (DNS rebinding).
     """
+    found = problem(request, hosts, "" if open_to_all else token, "HDPO_TOOL_SERVER_TOKEN")
+    return None if found is None else web.json_response({"detail": found[1]}, status=found[0])
+
+
+def problem(request: web.Request, hosts: Iterable[str], token: str, variable: str) -> tuple[int, str] | None:
+    """(status, why) of a request that is refused; `variable` is where clients find the token."""
     if not _is_ours(request.headers.get("Host", ""), hosts):
-        return _refused(403, "the Host header names another server; --allow-host NAME lets a name in")
+        return 403, "the Host header names another server; --allow-host NAME lets a name in"
     if "Origin" in request.headers:
-        return _refused(403, "requests of web pages are refused")
+        return 403, "requests of web pages are refused"
     if request.method == "POST" and request.content_type != JSON:
-        return _refused(415, f"Content-Type must be {JSON}")
-    if token and not open_to_all:
+        return 415, f"Content-Type must be {JSON}"
+    if token:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode()):
-            return _refused(401, "missing or wrong bearer token (HDPO_TOOL_SERVER_TOKEN)")
+            return 401, f"missing or wrong bearer token ({variable})"
     return None
 
 
@@ -68,7 +74,3 @@ def _is_ours(header: str, hosts: Iterable[str]) -> bool:
         return True
     except ValueError:
         return name in hosts
-
-
-def _refused(status: int, detail: str) -> web.Response:
-    return web.json_response({"detail": detail}, status=status)
