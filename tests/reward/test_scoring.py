@@ -238,3 +238,10 @@ def test_withheld_verdicts_leave_the_run_as_if_those_trajectories_had_never_exis
         torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
         for i, gradient in expected_gradients.items():
             torch.testing.assert_close(gradients[i], gradient, rtol=1e-12, atol=0)
+
+
+def test_a_judges_verdict_is_a_sign_of_progress_and_a_rules_verdict_costs_none(background: BackgroundLoop) -> None:
+    scorer, seen = Scorer(RewardConfig(), TableJudge({"a scarlet kite": Verdict.CORRECT}), background), []
+    scorer.progress = lambda: seen.append(1)
+    scorer.score([(trajectory("a scarlet kite"), trajectory("A red kite.", index=1))])
+    assert seen == [1]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def open_scorer(config: Config, background: BackgroundLoop, world: World, closing: ExitStack) -> Scorer:
     scorer = Scorer(config.reward, build_judge(config, world.node), background, AuditLog(config.run.path / "audit", world.rank))
+    scorer.progress = world.progress
     closing.callback(scorer.close)
     return scorer
 

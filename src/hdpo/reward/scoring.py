@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
@@ -47,6 +47,7 @@ class Scorer:
         self._policy = lru_cache(maxsize=None)(partial(policy_for, rules=config.rules))   # per data_source
         self._decided: Counter[str] = Counter()
         self._waited_s = 0.0
+        self.progress: Callable[[], None] = lambda: None     # set it to what is to be called after each of the judge's verdicts
 
     def submit(self, trajectory: Trajectory) -> None:
         """Start scoring a finished trajectory; returns at once. From any thread, the background loop's included."""
@@ -122,7 +123,9 @@ class Scorer:
                 return verdict
         if self._judge is None:
             return Judgement(Verdict.UNSCORED, "none", "the rules can't say and there is no judge")
-        return await self._judge.judge(task.question, task.ground_truth, answer)
+        judgement = await self._judge.judge(task.question, task.ground_truth, answer)
+        self.progress()
+        return judgement
 
     async def _collect(self, groups: Sequence[tuple[Trajectory, ...]]) -> list[tuple[Judgement, ...]]:
         for count, trajectory in enumerate(t for group in groups for t in group):
