@@ -44,6 +44,8 @@ def _command(name: str, description: str, argv: Sequence[str],
         return 0
     if options.dry_run:
         from hdpo.doctor.doctor import dry_run
+        with contextlib.suppress(DataError):      # said by the check of the data
+            config = with_epochs(config) if name == "sft" else config
         return dry_run(config, name)
     from hdpo.train.lifecycle import follow_launcher, name_the_end
     follow_launcher()

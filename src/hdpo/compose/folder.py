@@ -2,16 +2,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
 
 from hdpo.adapters.model_folder import check_model_folder
 from hdpo.config import Config
+from hdpo.doctor import disk_plan
 from hdpo.doctor.doctor import check_tools
 from hdpo.ranks.world import World
 from hdpo.state.folders import newest_step, read_state
 from hdpo.state.lock import RunLock
 from hdpo.state.same_run import check_same_run, content_of
 from hdpo.state.starting import is_finished, readable_start
+
+log = logging.getLogger(__name__)
 
 
 def begin_run(config: Config, command: str, steal_lock: bool, closing: ExitStack) -> RunLock | None:
@@ -22,6 +26,10 @@ def begin_run(config: Config, command: str, steal_lock: bool, closing: ExitStack
     lock = RunLock(config.run.path, steal_lock)
     closing.callback(lock.release)
     check_start(config, command)
+    if command != "eval":
+        _, warning = disk_plan.here(config, sft=command == "sft")
+        if warning:
+            log.warning(warning)
     return lock
 
 

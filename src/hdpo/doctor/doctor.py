@@ -31,7 +31,8 @@ def dry_run(config: Config, command: str) -> int:
     if command != "sft":
         checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
     if command != "eval" and config.model.path:   # without a model its absence is what is missing
-        checks.append(("memory", lambda: check_memory(config, sft=command == "sft")))
+        checks += [("memory", lambda: check_memory(config, sft=command == "sft")),
+                   ("disk", lambda: check_disk(config, sft=command == "sft"))]
     problems = 0
     for name, check in checks:
         try:
@@ -55,6 +56,15 @@ def check_memory(config: Config, ranks: int = 0, device_gib: float = 0.0, node_g
     """The plan as a table; raises ConfigError with the setting that would make it fit."""
     from hdpo.doctor.memory_plan import here
     return "\n         ".join(here(config, ranks, device_gib, sft=sft, node_gib=node_gib).lines())
+
+
+def check_disk(config: Config, ranks: int = 0, device_gib: float = 0.0, sft: bool = False) -> str:
+    """The plan as a line, with a second one where the whole run may not fit; raises ConfigError where no checkpoint would. Of
+    another machine, which `ranks` or `device_gib` describe, the space is not known."""
+    from hdpo.doctor.disk_plan import here
+    elsewhere = bool(ranks or device_gib)
+    made, warning = here(config, sft=sft, elsewhere=elsewhere, on_device=True if device_gib else None)
+    return "\n         ".join([*made.lines(), *([f"WARNING {warning}"] if warning else [])])
 
 
 def check_data(config: Config, files: Sequence[str], field: str, command: str) -> str:
@@ -114,10 +124,11 @@ def describe_node_0() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Versions, devices, space and services of this machine; with --config the memory an RL run will need."""
+    """Versions, devices, space and services of this machine; with --config the memory and the disk space an RL run will need."""
     parser = argparse.ArgumentParser(
         prog="hdpo doctor", description="What this machine has for training; with --config the memory an RL run "
-        "will need, by phase, refused with a way out when it can't fit; with --gpu a check of its GPU in minutes.")
+        "will need, by phase, and the disk space, refused with a way out when it can't fit; with "
+        "--gpu a check of its GPU in minutes.")
     add_config_options(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
     parser.add_argument("--gpu-gib", type=float, metavar="GIB", help="plan for devices of this size, GiB")
@@ -142,6 +153,7 @@ def main(argv: Sequence[str]) -> int:
         config = load_config(options.config, options.overrides)
         print(f"{'memory':14} " + check_memory(
             config, options.gpus or 0, options.gpu_gib or 0.0, options.host_gib or 0.0, options.sft))
+        print(f"{'disk':14} " + check_disk(config, options.gpus or 0, options.gpu_gib or 0.0, options.sft))
         print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")
         return 0
     for name, found in machine():

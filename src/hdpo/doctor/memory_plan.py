@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from hdpo.config import Config
 from hdpo.doctor.host_plan import GRAPHS, Phases, host_phases, machine_memory
@@ -173,12 +174,12 @@ def check(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_
     if phase is None and host is None:
         return made
     for change in remedies(config, made, phase) if phase else host_remedies(config, sft):
-        changed = _with(config, change)
+        changed = with_change(config, change)
         if _unsplittable(shapes.heads, shapes.kv_heads, changed.rollout.tensor_parallel):
             continue
         after = planned(changed)
         if after.overfull() is None and (phase or after.host_overfull() is None):
-            way = ", ".join(f"{field}={_written(value)}" for field, value in change.items())
+            way = ", ".join(f"{field}={written(value)}" for field, value in change.items())
             break
     else:
         way = "more GPUs, or a shorter context (data.max_prompt_tokens, rollout.max_response_tokens)" if phase else (
@@ -197,7 +198,8 @@ def check(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_
                       f"it fits with {way}")
 
 
-def _with(config: Config, change: Change) -> Config:
+def with_change(config: Config, change: Change) -> Config:
+    """The configuration with other settings; nothing is checked."""
     for field, value in change.items():
         section, name = field.split(".")
         part = getattr(config, section).model_copy(update={name: value})
@@ -205,7 +207,8 @@ def _with(config: Config, change: Change) -> Config:
     return config
 
 
-def _written(value: float | bool | str) -> str:
+def written(value: float | bool | str) -> str:
+    """As --set takes it."""
     return str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
 
 
@@ -283,6 +286,14 @@ def here(config: Config, ranks: int = 0, device_gib: float = 0.0, *, sft: bool =
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 0)) or max(1, count)
     if not sft:
         check_tensor_parallel(config, ranks)
-    dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if device else "float32"
-    return check(config, read_shapes(config.model), ranks, device, getattr(torch, dtype).itemsize, sft=sft, of_node=of_node,
-                 node=node)
+    return check(config, read_shapes(config.model), ranks, device, weight_dtype(config, bool(device)).itemsize, sft=sft,
+                 of_node=of_node, node=node)
+
+
+def weight_dtype(config: Config, on_device: bool | None = None) -> Any:
+    """The torch dtype of the weights; `on_device`: whether on GPUs, None asks this machine."""
+    import torch
+
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    return torch.bfloat16 if (torch.cuda.is_available() if on_device is None else on_device) else torch.float32
