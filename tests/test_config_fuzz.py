@@ -36,7 +36,10 @@ SMALL = [1, 2, 3, 4, 8, 64]
 
 
 def edit_a_value(tree: dict, dice: random.Random) -> None:
-    section, leaf = dice.choice(list(kinds())).split(".")
+    *sections, leaf = dice.choice(list(kinds())).split(".")
+    for section in sections[:-1]:
+        tree = _section(tree, section)
+    section = sections[-1]
     _section(tree, section)[leaf] = dice.choice(VALUES if dice.random() < 0.7 else SMALL)
 
 

@@ -73,7 +73,7 @@ class _Run:
     pump: EnginePump
     tasks: Sequence[Task]
     queue: PromptQueue
-    first_index: int
+    numbers: Sequence[int]
     group_size: int
     temperature: float
     step: int
@@ -119,13 +119,14 @@ class Rollouts:
         self.metrics: dict[str, float] = {}
 
     def collect(self, tasks: Sequence[Task], *, group_size: int, temperature: float, step: int, weight_version: int,
-                queue: PromptQueue | None = None, first_index: int = 0,
+                queue: PromptQueue | None = None, first_index: int = 0, numbers: Sequence[int] | None = None,
                 known: Mapping[tuple[int, int], Trajectory] | None = None, on_finished: OnFinished | None = None,
                 keep: bool = True) -> list[tuple[Trajectory, ...]]:
         """group_size trajectories of each of `tasks` that `queue` gives to this rank (None: of all), in their order.
 
-        The k-th task is prompt number first_index + k of the step: `Trajectory.index`. `known` holds trajectories of this
-        very step, by (index, sample index): they are taken as they are instead of being sampled.
+        The k-th task is prompt number first_index + k of the step, or numbers[k]: `Trajectory.index`, by which its seeds go.
+        `known` holds trajectories of this very step, by (index, sample index): they are taken as they are instead of being
+        sampled.
         `on_finished` is called on the background loop for every trajectory, sampled or known, the moment it is there, but
         not for those that `stop` cut short. Groups that it kept from starting as a whole are not returned. Without `keep`
         nothing is returned, and a trajectory with its pictures is forgotten as soon as `on_finished` had it.
@@ -137,7 +138,8 @@ class Rollouts:
         started = time.monotonic()
         queue = queue or static_queue()
         pump = EnginePump(self._engine, self._background.loop, deterministic=self._deterministic, progress=self.progress)
-        run = _Run(pump, tasks, queue, first_index, group_size, temperature, step, weight_version, known or {}, on_finished,
+        run = _Run(pump, tasks, queue, numbers or range(first_index, first_index + len(tasks)), group_size, temperature, step,
+                   weight_version, known or {}, on_finished,
                    most_live=self._most_live(len(tasks) * group_size, queue.ranks), keep=keep)
         outcome = self._background.submit(self._collect(run))
         outcome.add_done_callback(lambda _: pump.close())
@@ -199,7 +201,7 @@ class Rollouts:
             number = run.queue.claim()
             if number >= len(run.tasks):
                 return False
-            index, task = run.first_index + number, run.tasks[number]
+            index, task = run.numbers[number], run.tasks[number]
             for key in (Key(index, sample) for sample in range(run.group_size)):
                 found = run.known.get(key)
                 if found is not None and found.task.id == task.id:

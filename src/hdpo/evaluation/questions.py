@@ -1,6 +1,7 @@
 """Questions of benchmarks as tasks to roll out, made when they are asked for: a picture is read when its rollout begins."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,11 @@ class Questions(Sequence[Task]):
         messages = [{"role": "system", "content": self.system}, {"role": "user", "content": IMAGE_MARKER * len(images) + text}]
         return Task(name, question.benchmark.name, messages, images, item.gold or "-",
                     {"item": item.id, "arm": self.arm, "benchmark": question.benchmark.name})
+
+    def numbers(self) -> list[int]:
+        """A number for each task by its name alone, so that a question is sampled alike whatever else is still to be asked."""
+        names = (task_id(question.benchmark.name, question.item.id, self.arm) for question in self.questions)
+        return [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 2 for name in names]
 
 
 def task_id(benchmark: str, item: str, arm: str) -> str:

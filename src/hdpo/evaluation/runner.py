@@ -134,8 +134,8 @@ class Runner:
         rollouts.stop = stop.event
         world.phase("evaluate", 0)
         queue: PromptQueue = prompt_queue(world, self.config.run.deterministic)
-        rollouts.collect(questions, queue=queue, group_size=self.plan.samples, temperature=self.plan.temperature, step=0,
-                         weight_version=0, on_finished=finished, keep=False)
+        rollouts.collect(questions, queue=queue, numbers=questions.numbers(), group_size=self.plan.samples,
+                         temperature=self.plan.temperature, step=0, weight_version=0, on_finished=finished, keep=False)
         world.barrier()
 
 
