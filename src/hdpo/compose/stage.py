@@ -23,7 +23,7 @@ from hdpo.compose.rollouts import open_engine, open_rollouts
 from hdpo.compose.scoring import open_scorer
 from hdpo.compose.tools import NoTools, open_tools
 from hdpo.config import Config
-from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
+from hdpo.data.tasks import DemonstrationStream, TaskStream, read_demonstrations, read_tasks
 from hdpo.doctor.doctor import check_tools
 from hdpo.doctor.memory_plan import check_tensor_parallel
 from hdpo.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ from hdpo.train.sft import SftParts
 from hdpo.train.sync import WeightSync
 from hdpo.types import Task
 
-SFT_SHOWN = [("loss", "sft/loss"), ("grad", "actor/grad_norm")]
+SFT_SHOWN = [("loss", "sft/loss"), ("held out", "eval/sft_loss"), ("grad", "actor/grad_norm")]
 RL_SHOWN = [("acc", "reward/accuracy/mean"), ("tools", "tool/rate"), ("needed", "tool/rate_needed"),
             ("blind", "tool/rate_not_needed"), ("|Q|", "hdpo/q_size_mean"), ("k3", "mismatch/k3"), ("s", "time/step")]
 
@@ -78,14 +78,15 @@ class Stage(contextlib.ExitStack):
         config, chat = self.config, self.chat
         check_launcher()
         lock = begin_run(config, "sft", self._steal_lock, self)
-        demonstrations = DemonstrationStream(
-            config.data.train, chat, config.data, seed=config.run.seed,
-            max_tokens=min(config.max_model_len, config.batch.tokens_per_micro_batch))
+        max_tokens = min(config.max_model_len, config.batch.tokens_per_micro_batch)
+        demonstrations = DemonstrationStream(config.data.train, chat, config.data, seed=config.run.seed, max_tokens=max_tokens)
         self.callback(demonstrations.close)
+        held_out = (read_demonstrations(config.data.val, chat, config.data, config.eval.rows, max_tokens)
+                    if config.eval.every_steps else [])
         plan_memory(config, sft=True)
         policy, checkpoints = open_policy(config, chat, self.world, lock, self)
         log = open_log(config, policy.world, SFT_SHOWN, checkpoints.start_step, self)
-        return SftParts(policy, chat, build_packing(config, chat), demonstrations, log, checkpoints)
+        return SftParts(policy, chat, build_packing(config, chat), demonstrations, held_out, log, checkpoints)
 
     def rl(self) -> RlParts:
         config, chat = self.config, self.chat

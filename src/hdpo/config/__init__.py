@@ -254,7 +254,8 @@ class CheckpointConfig(Section):
 
 
 class EvalConfig(Section):
-    every_steps: Number = Field(0, description="Steps between evaluations during RL; 0 only by `hdpo eval`.")
+    every_steps: Number = Field(0, description="Steps between evaluations during RL, and in SFT between losses on "
+                                "data.val (messages as in data.train), which has one at start and end too; 0 is never.")
     rows: Number = Field(0, description="Held-out rows used, from the front; 0 is all.")
     before: bool = Field(False, description="Evaluate before the first RL step too.")
     after: bool = Field(False, description="Evaluate after the last RL step.")

@@ -175,6 +175,16 @@ def read_tasks(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows:
     return Unread(reader.make, index.good())
 
 
+def read_demonstrations(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows: int = 0,
+                        max_tokens: int = 0) -> Unread[Demonstration]:
+    """Held-out demonstrations in file order, the first `rows` good ones (0: all), each read when it is asked for."""
+    reader = _Demonstrations(files, chat, config, max_tokens)
+    index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache, wanted=rows)
+    reader.lengths = index.lengths
+    bad_rows(reader.rows, index, config)
+    return Unread(reader.make, index.good())
+
+
 def check_columns(files: Sequence[str], config: DataConfig, *, demonstrations: bool) -> int:
     """Rows in files of RL rows or demonstrations; of Parquet files the footers are read alone.
 

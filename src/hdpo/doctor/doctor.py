@@ -26,8 +26,8 @@ def dry_run(config: Config, command: str) -> int:
     checks: list[tuple[str, Callable[[], str]]] = [("devices", describe_devices), ("model", lambda: check_model(config))]
     if command != "eval":
         checks.append(("training data", lambda: check_data(config, config.data.train, "data.train (TRAIN_DATA)", command)))
-    if command == "eval" or config.data.val:
-        checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", "rl")))
+    if command == "eval" or config.data.val and (command != "sft" or config.eval.every_steps):
+        checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", command)))
     if command != "sft":
         checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
     if command != "eval" and config.model.path:   # without a model its absence is what is missing

@@ -46,7 +46,7 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
                                          "waiting for other ranks": "rollout/share_ranks"}),
     ("|Q|, correct rollouts of a group", False, {"mean": "hdpo/q_size_mean"}),
     ("Loss", False, {"accuracy": "actor/pg_loss/acc", "tool": "actor/pg_loss/tool"}),
-    ("SFT loss, nat a token", False, {"loss": "sft/loss"}),
+    ("SFT loss, nat a token", False, {"loss": "sft/loss", "held out": "eval/sft_loss"}),
     ("Gradient norm", False, {"norm": "actor/grad_norm"}),
     ("Entropy, nat", False, {"entropy": "actor/entropy"}),
     ("Trainer against engine, nat", False, {"k1": "mismatch/k1", "k3": "mismatch/k3", "mean |d|": "mismatch/abs"}),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from hdpo.data.streams import Unread
 from hdpo.data.tasks import Demonstration, DemonstrationStream
 from hdpo.packing.batching import PackingSpec, make_train_batch
 from hdpo.state.checkpoint import Checkpoints
+from hdpo.train.held_out import HeldOut
 from hdpo.train.lifecycle import StopSignal, go_on, learning_rate
 from hdpo.train.objectives import SftObjective
 from hdpo.train.runlog import RunLog
@@ -27,6 +29,7 @@ class SftParts:
     chat: ChatFormat
     spec: PackingSpec
     demonstrations: DemonstrationStream
+    held_out: Sequence[Demonstration]      # may be none
     log: RunLog
     checkpoints: Checkpoints
 
@@ -42,6 +45,10 @@ def train(config: Config, parts: SftParts) -> bool:
         go_on(demos, position, checkpoints.new_rows)
         objective = SftObjective(log, config.batch.head_chunk_tokens)
         guard = StepGuard(config.optim.max_skipped)
+        held_out = HeldOut(config, policy, parts.held_out, partial(encode, parts.chat), parts.spec, threads)
+        world.phase("evaluation", start)
+        for sink in log.sinks if start == 0 and (at_start := held_out(0)) else []:
+            sink.write(0, at_start)
 
         def begin(rows: Unread[Demonstration]) -> list[Future[Sample]]:
             mine = rows[world.rank::world.size]
@@ -58,8 +65,10 @@ def train(config: Config, parts: SftParts) -> bool:
             lr = learning_rate(config.optim, step)
             with log.timed("update"):
                 guard.note(update(policy, batch.mini_batches[0], objective, lr))
+            with log.timed("evaluation"):
+                held = held_out(step + 1)
             checkpoints.note(step + 1, log.write(step + 1, {
-                **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": demos.epoch,
+                **held, **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": demos.epoch,
                 "data/skipped": len(demos.skipped)}))
             guard.check(partial(checkpoints.save_last, step + 1, demos.state()))
             stopping = world.any(stop.requested)
