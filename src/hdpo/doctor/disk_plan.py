@@ -52,8 +52,8 @@ class DiskPlan:
     def lines(self) -> list[str]:
         said = [f"{name} {_size(size)}" for name, size in self.parts.items() if size]
         has = "" if self.free is None else f", {_size(self.free)} free"
-        return [f"{self.checkpoints} checkpoints of {_size(self.checkpoint)} at once; at most {', '.join(said)} in "
-                f"{self.folder}{has}"]
+        return [f"{self.checkpoints} checkpoints of {_size(self.checkpoint)} at once; in {self.folder}{has}, at most",
+                ", ".join(said)]
 
 
 def plan(config: Config, shapes: Shapes, weight_bytes: int, *, sft: bool = False, free: int | None = None) -> DiskPlan:
