@@ -27,7 +27,7 @@ from hdpo.toyworld.words import PLAIN_SYSTEM
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when stages 1 and 2 found what was planted and nothing else. Raises HdpoError."""
+    """0 when stage 1 found what was planted and stage 2 nothing else than that. Raises HdpoError."""
     parser = argparse.ArgumentParser(
         prog="hdpo curate-demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/curate_demo"), help="folder to write (%(default)s)")
@@ -94,7 +94,8 @@ def scripted_judge() -> Any:
 
 
 def compare(curated: Path, recordings: Sequence[Recording], stages: Sequence[str]) -> int:
-    """Print precision and recall of each stage against what was planted; 1 when stage 1 or 2 is not exact."""
+    """Print precision and recall of each stage against what was planted; 1 when stage 1 is not exact, or stage 2 not precise: how
+    many of the questions that need no tool it finds is up to the model that samples."""
     found: dict[tuple[str, int], tuple[str, str]] = {}
     for row in pq.read_table(curated / "dropped.parquet", columns=["source", "source_row", "stage", "reason"]).to_pylist():
         found[row["source"], row["source_row"]] = row["stage"], row["reason"]
@@ -115,5 +116,5 @@ def compare(curated: Path, recordings: Sequence[Recording], stages: Sequence[str
         errs = " (its judge errs for one row in ten, on purpose)" if stage == "3" else ""
         print(f"stage {stage}: {len(planted[stage])} planted, {len(dropped)} dropped, precision "
               f"{hits / max(1, len(dropped)):.3f}, recall {hits / max(1, len(planted[stage])):.3f}{errs}")
-        exact &= stage == "3" or dropped == planted[stage]
+        exact &= stage == "3" or (dropped == planted[stage] if stage == "1" else dropped <= planted[stage])
     return 0 if exact else 1
