@@ -199,7 +199,7 @@ def test_a_restart_costs_the_trajectories_that_rely_on_what_it_lost_and_no_polic
 def test_the_wall_clock_cuts_the_stragglers_and_says_so(step: Callable[..., Step], caplog: pytest.LogCaptureFixture) -> None:
     reference = step()
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        broken = step(f"http://127.0.0.1:{silent.getsockname()[1]}", max_seconds=4.0)
+        broken = step(f"http://127.0.0.1:{silent.getsockname()[1]}", patience=60.0, max_seconds=4.0)
     check_untouched_rollouts(broken, reference, calls_broken_shard, EndReason.ABORTED)
     cut = [t for t in trajectories(broken).values() if t.end is EndReason.ABORTED]
     assert all(t.error == "exceeded 4 s" for t in cut)
