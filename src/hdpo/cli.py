@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hdpo.descriptors import raise_limit
 from hdpo.errors import USER_STATUS, WORLD_STATUS, HdpoError, UserError, say
 
 COMMANDS = {
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if name not in COMMANDS:
             raise UserError(f"unknown command {name}; commands are {', '.join(COMMANDS)}")
+        raise_limit()
         module, _, function = COMMANDS[name][0].partition(":")
         return getattr(importlib.import_module(module), function)(arguments[1:])
     except HdpoError as exc:

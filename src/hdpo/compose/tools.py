@@ -6,6 +6,8 @@ from contextlib import ExitStack
 
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config
+from hdpo.doctor.host_plan import live
+from hdpo.doctor.memory_plan import ranks_of_run
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.ranks.world import World
@@ -34,10 +36,12 @@ def open_tools(config: Config, world: World | None, closing: ExitStack) -> tuple
 def _start_tool_server(config: Config, world: World | None, closing: ExitStack) -> tuple[str, str]:
     """(URL, token)."""
     tools = config.tools
+    ranks, of_node = ranks_of_run() if world else (1, 1)
     options = [
         "--tools", ",".join(tools.allowed), "--sandbox", tools.sandbox, "--python-timeout", str(tools.python_timeout_s),
         "--call-timeout", str(tools.call_timeout_s), "--search-provider", tools.search_provider,
-        "--search-results", str(tools.search_results), "--max-image-searches", str(tools.max_image_searches)]
+        "--search-results", str(tools.search_results), "--max-image-searches", str(tools.max_image_searches),
+        "--trajectories", str(live(config, ranks) * of_node)]
     for flag, value in (("--text-index", tools.text_index), ("--image-index", tools.image_index),
                         ("--image-cache", tools.image_cache)):
         options += [flag, value] if value else []

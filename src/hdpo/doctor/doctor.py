@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hdpo.config import Config
 from hdpo.config.file import add_config_options, load_config
+from hdpo.descriptors import check_limit
 from hdpo.errors import HdpoError, UserError
 from hdpo.keys import key
 from hdpo.ranks.devices import check_torch_sees_devices, nvidia_smi
@@ -29,7 +30,8 @@ def dry_run(config: Config, command: str) -> int:
     if command == "eval" or config.data.val and (command != "sft" or config.eval.every_steps):
         checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", command)))
     if command != "sft":
-        checks += [("tools", lambda: check_tools(config)), ("judge", lambda: check_judge(config))]
+        checks += [("tools", lambda: check_tools(config)), ("open files", lambda: check_files(config)),
+                   ("judge", lambda: check_judge(config))]
     if command != "eval" and config.model.path:   # without a model its absence is what is missing
         checks += [("memory", lambda: check_memory(config, sft=command == "sft")),
                    ("disk", lambda: check_disk(config, sft=command == "sft"))]
@@ -88,6 +90,15 @@ def check_tools(config: Config) -> str:
     for problem in without_source(config).values():
         raise UserError(problem)
     return f"a tool server will be started with {', '.join(tools.allowed)}"
+
+
+def check_files(config: Config, ranks: int = 0) -> str:
+    """Whether a tool server of this node, and its clients, may open as many files as a run of so many ranks needs."""
+    from hdpo.doctor.host_plan import live
+    from hdpo.doctor.memory_plan import ranks_of_run
+    ranks, of_node = ranks_of_run(ranks)
+    trajectories = live(config, ranks)
+    return check_limit(trajectories if config.tools.url else trajectories * of_node)
 
 
 def without_source(config: Config) -> dict[str, str]:
@@ -154,6 +165,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{'memory':14} " + check_memory(
             config, options.gpus or 0, options.gpu_gib or 0.0, options.host_gib or 0.0, options.sft))
         print(f"{'disk':14} " + check_disk(config, options.gpus or 0, options.gpu_gib or 0.0, options.sft))
+        if not options.sft:
+            print(f"{'open files':14} " + check_files(config, options.gpus or 0))
         print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")
         return 0
     for name, found in machine():
@@ -175,6 +188,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     yield "disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
     shm = Path("/dev/shm")
+    yield "open files", check_limit(0)
     yield "shared memory", f"{shutil.disk_usage(shm).free / 2**30:.1f} GiB free" if shm.exists() else "-"
     yield "docker", describe_docker()
     if "MASTER_ADDR" in os.environ:

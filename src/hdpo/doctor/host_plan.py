@@ -54,11 +54,16 @@ def host_phases(config: Config, shapes: Shapes, ranks: int, of_node: int, size: 
     prompts = math.ceil(config.rollout.prompts_per_step / ranks)
     seen = {"pictures": (rollouts * CROPS + prompts * config.model.max_pixels) * PIXEL_BYTES} if shapes.vision_layers else {}
     rows = seen | {"trajectories": rollouts * config.max_model_len // 2 * TOKEN_BYTES}
-    live = min(math.ceil(LIVE_PER_SEQUENCE * config.rollout.max_num_seqs), math.ceil(FIRST_SHARE * rollouts), rollouts)
-    tools = {} if config.tools.url else {"tool server, sessions": live * (SESSION + SERVED)}
+    tools = {} if config.tools.url else {"tool server, sessions": live(config, ranks) * (SESSION + SERVED)}
     sleeping = {"sleeping engine": asleep(config, shapes, size)}
     return _of_node({"rollout": always | rows | tools | saved, "update": always | rows | sleeping,
                      "save": always | sleeping | saved}, of_node)
+
+
+def live(config: Config, ranks: int) -> int:
+    """Trajectories that one of `ranks` keeps live at once, at most."""
+    rollouts = math.ceil(config.rollout.prompts_per_step * config.rollout.group_size / ranks)
+    return min(math.ceil(LIVE_PER_SEQUENCE * config.rollout.max_num_seqs), math.ceil(FIRST_SHARE * rollouts), rollouts)
 
 
 def asleep(config: Config, shapes: Shapes, size: int) -> int:

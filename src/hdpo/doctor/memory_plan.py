@@ -282,12 +282,21 @@ def here(config: Config, ranks: int = 0, device_gib: float = 0.0, *, sft: bool =
     device = int(device_gib * GIB) or (torch.cuda.get_device_properties(0).total_memory if count else None)
     elsewhere = ranks or device_gib
     node = int(node_gib * GIB) or (None if elsewhere or device is None else machine_memory())
-    of_node = min(ranks, 8) if ranks else int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, count)
-    ranks = ranks or int(os.environ.get("WORLD_SIZE", 0)) or max(1, count)
+    ranks, of_node = ranks_of_run(ranks)
     if not sft:
         check_tensor_parallel(config, ranks)
     return check(config, read_shapes(config.model), ranks, device, weight_dtype(config, bool(device)).itemsize, sft=sft,
                  of_node=of_node, node=node)
+
+
+def ranks_of_run(ranks: int = 0) -> tuple[int, int]:
+    """(ranks, those of them on a node) of the run that is planned here: `ranks` of them, or the launcher's, or one a device."""
+    import torch
+
+    count = max(1, torch.cuda.device_count())
+    if ranks:
+        return ranks, min(ranks, 8)
+    return int(os.environ.get("WORLD_SIZE", 0)) or count, int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or count
 
 
 def weight_dtype(config: Config, on_device: bool | None = None) -> Any:

@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 
 from aiohttp import web
 
+from hdpo.descriptors import check_limit, raise_limit
 from hdpo.errors import HdpoError, UserError
 from hdpo.keys import hide
 from hdpo.toolserver.gate import objection, own_hosts, unpacked
 from hdpo.toolserver.journal import open_journal
 from hdpo.toolserver.lens import ROUTE as QUERY_IMAGES
+from hdpo.toolserver.repeats import Counting
 from hdpo.toolserver.settings import Settings, parse_arguments
 from hdpo.toolserver.token import VARIABLE, forget_token, leave_token, token_file
 from hdpo.toolserver.tools import Toolbox, make_toolbox
@@ -155,7 +157,7 @@ async def serve(settings: Settings) -> None:
             listener = _listen(settings)
             port = listener.getsockname()[1]
             with _token(app[SERVER], port), open_journal(port) as app[SERVER].toolbox.sessions.journal:
-                await web.SockSite(runner, listener, backlog=1024).start()
+                await _accept(runner, listener)
                 host = f"[{settings.host}]" if ":" in settings.host else settings.host
                 url = f"http://{host}:{port}"
                 log.info("%s on %s", ", ".join(app[SERVER].toolbox.tools), url)
@@ -169,6 +171,13 @@ async def serve(settings: Settings) -> None:
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+
+
+async def _accept(runner: web.AppRunner, listener: socket.socket) -> None:
+    """Connections one at a time: where files have run out, asyncio tries each of `backlog` again a second later, and for each
+    of those tries again `backlog` times."""
+    await web.SockSite(runner, listener, backlog=1).start()
+    listener.listen(1024)
 
 
 @contextlib.contextmanager
@@ -208,9 +217,11 @@ def _watched(pid: int, loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the server. Returns the exit status: 2 for bad input, 1 when it could not start."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[Counting(sys.stderr)])
     try:
         settings = parse_arguments(argv)
+        raise_limit()
+        log.info("open files: %s", check_limit(settings.trajectories))
         hide()
         asyncio.run(serve(settings))
     except HdpoError as exc:

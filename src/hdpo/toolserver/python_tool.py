@@ -1,9 +1,13 @@
 """The `python` tool: one cell in the trajectory's session, and the text and images it answers with."""
 from __future__ import annotations
 
+from hdpo import descriptors
 from hdpo.toolserver import layout
-from hdpo.toolserver.sessions import Sandbox, SessionLostError, Trajectory
+from hdpo.toolserver.sessions import Sandbox, SandboxError, SessionLostError, Trajectory
 from hdpo.toolserver.wire import Reply
+
+SESSION_FILES = 3
+"""Files that a session keeps open in the server."""
 
 
 async def run_python(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float) -> Reply:
@@ -21,6 +25,8 @@ async def run_python(sandbox: Sandbox, trajectory: Trajectory, code: str, timeou
 
 async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float) -> Reply:
     if not trajectory.session_open:
+        if not descriptors.room(SESSION_FILES):
+            raise SandboxError(descriptors.too_many())
         trajectory.session_open = True     # before the wait: `finish` in the meantime must close what comes of it
         await sandbox.open(trajectory.session_id, list(trajectory.images))
     result = await sandbox.run(trajectory.session_id, code, timeout_s)

@@ -41,6 +41,7 @@ class Settings:
     python_timeout_s: float = 20.0     # wall clock of one cell
     call_timeout_s: float = 120.0      # one call with everything it waits for, queueing excluded
     workers: int = 0                   # cells that run at the same time; 0: two per core
+    trajectories: int = 0              # expected to be live at once, for checks at the start
     max_queue: int = 4096              # calls accepted but not answered; beyond it 429
     idle_limit_s: float = 3600.0       # a trajectory nobody asks about is closed
     search_provider: str = "auto"
@@ -109,6 +110,8 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--python-timeout", type=float, default=default.python_timeout_s, help="seconds of one cell (%(default)s)")
     add("--call-timeout", type=float, default=default.call_timeout_s, help="seconds of one call (%(default)s)")
     add("--workers", type=int, default=default.workers, help="cells running at once; 0 is two per core (%(default)s)")
+    add("--trajectories", type=int, default=default.trajectories, metavar="N",
+        help="live trajectories to expect; the server does not start where it may not open files enough for them")
     add("--max-queue", type=int, default=default.max_queue, help="open calls before the server answers 429 (%(default)s)")
     add("--idle-limit", type=float, default=default.idle_limit_s, help="seconds before a silent trajectory is closed "
         "(%(default)s)")
@@ -139,7 +142,7 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         sandbox=args.sandbox, sandbox_image=args.sandbox_image, container_memory_mib=args.container_memory,
         container_cpus=args.container_cpus, image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
         lens_key=environment.get("SERPER_API_KEY", ""), python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
-        workers=args.workers, max_queue=args.max_queue, idle_limit_s=args.idle_limit,
+        workers=args.workers, trajectories=args.trajectories, max_queue=args.max_queue, idle_limit_s=args.idle_limit,
         search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
         image_index=args.image_index, search_cache=args.search_cache, search_cache_file=args.search_cache_file,
         search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain,

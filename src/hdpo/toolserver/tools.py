@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hdpo import oddities, text
+from hdpo import descriptors, oddities, text
 from hdpo.agent.parse import MalformedCall, ParsedCall, parse_tool_call
 from hdpo.errors import ConfigError, InfrastructureError
 from hdpo.toolserver import layout
@@ -106,10 +106,12 @@ class Toolbox:
         except TimeoutError:
             problem = f"the call took longer than {self.settings.call_timeout_s:g} s"
         except InfrastructureError as exc:
-            problem = text.one_line(exc)
+            problem = descriptors.exhausted(exc) or text.one_line(exc)
         except Exception as exc:  # noqa: BLE001 - network boundary: a bug of ours is not the policy's fault
-            log.exception("a tool call failed")
-            problem = f"internal error: {type(exc).__name__}"
+            problem = descriptors.exhausted(exc)
+            if not problem:
+                log.exception("a tool call failed")
+                problem = f"internal error: {type(exc).__name__}"
         log.warning("infrastructure failure: %s", problem)
         return Reply(f"Tool unavailable: {problem}", valid=False, infrastructure=True)
 
