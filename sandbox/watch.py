@@ -90,11 +90,12 @@ class Room(Group):
 class Account:
     """The processes below this one, a supervisor, and what they hold.
 
-    `limit` is in bytes; `folders` are the session's file systems in memory. Made before the session covers /proc.
+    `limit` is in bytes; at `folders` the session will have file systems in memory. Made before it mounts any.
     """
 
     def __init__(self, limit: int, folders: list[str], room: Room) -> None:
-        self.limit, self.folders, self.room, self.group = limit, folders, room, Group()
+        self.limit, self.room, self.group = limit, room, Group()
+        self.folders = {folder: os.stat(folder).st_dev for folder in folders}      # of the machine, until the session has its own
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
         self.memory = self.started_with = 0
         self._nice: dict[int, int] = {}
@@ -172,7 +173,8 @@ class Account:
         if self.group.limit:
             self.memory = self.group.used()
             return self.memory
-        beside = sum(map(_used, self.folders)) + self._buffers(processes)
+        beside = sum(_used(folder) for folder, before in self.folders.items() if os.stat(folder).st_dev != before)
+        beside += self._buffers(processes)
         bound = beside + sum(process.resident for process in processes)
         if sum(process.mapped for process in processes) > self.limit:
             hidden = self._shared(processes)       # pages of a shared mapping that no process has in its tables at present
