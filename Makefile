@@ -25,14 +25,17 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-long test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (10 to 14 minutes on 2 cores)
 	$(BIN)/hdpo demo $(ARGS)
 
-test: install ## all tests that this machine can run
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+test: install ## all tests that this machine can run, without the longest (test-long)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not gpu and not long" $(ARGS)
+
+test-long: install ## the proofs that take longest: two nodes, two demos in a folder, tensor parallel RL, exports read elsewhere (10 minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "long and not gpu" $(ARGS)
 
 test-gpu: install ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -284,6 +284,7 @@ def test_two_nodes_take_the_same_sft_step_as_two_ranks_of_one(two_nodes_sft: Pat
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.long
 def test_train_metis_trains_on_two_nodes_with_a_tool_server_on_each_and_starts_both_again_when_a_rank_is_killed(
         nodes: Nodes, two_nodes_sft: Path, toy_world: World) -> None:
     folder = two_nodes_sft.parent
@@ -313,6 +314,7 @@ def test_train_metis_trains_on_two_nodes_with_a_tool_server_on_each_and_starts_b
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_folder_that_nodes_do_not_share_is_refused_in_one_line(nodes: Nodes, toy_world: World) -> None:
     statuses, running = nodes.run([
         command("launch/train_sft.py", sft_arguments(toy_world, nodes.folder / f"node{node}"), 2, "--num_machines", "2",

@@ -45,6 +45,7 @@ def test_two_ranks_with_unequal_work_get_from_one_engine_the_tokens_of_an_engine
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.long
 def test_rl_with_one_engine_on_two_ranks_samples_what_the_trainer_computes_after_every_sync(
         sft_run: Path, toy_world: World) -> None:
     done = accelerate("launch/train_rl.py", rl_settings(

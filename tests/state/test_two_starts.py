@@ -62,6 +62,7 @@ def test_a_second_start_harms_neither_a_live_run_nor_one_that_has_ended(tmp_path
     assert contents(run) == before
 
 
+@pytest.mark.long
 def test_a_demo_goes_on_to_its_end_when_a_second_one_is_started_in_its_folder(tmp_path: Path) -> None:
     run = tmp_path / "demo"
     arguments = [sys.executable, "-m", "hdpo", "demo", "--run", str(run), "--ranks", "1"]
