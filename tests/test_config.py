@@ -46,6 +46,10 @@ curation.necessity.samples curation.necessity.threshold curation.necessity.tempe
 curation.necessity.tool_rows_only curation.judgement.visual_relevance curation.judgement.reasoning_coherence
 curation.judgement.tool_rationale curation.judgement.attempts curation.judgement.send_images
 curation.judgement.max_images curation.judgement.max_chars
+curation.decontamination.data curation.decontamination.benchmarks curation.decontamination.action
+curation.decontamination.unknown curation.decontamination.picture_bits curation.decontamination.picture_likeness
+curation.decontamination.question_ngram curation.decontamination.question_share curation.decontamination.question_words
+curation.prompts.count curation.prompts.shares curation.prompts.system
 """.split()
 
 

@@ -109,7 +109,7 @@ def test_a_folder_of_another_job_unknown_sources_and_missing_files_are_one_line(
             (["curate", "--source", "thyme=/no.parquet", "--out", str(tmp_path / "a")], "/no.parquet: no such data file"),
             (["curate", "--source", f"thyme={recordings[1].file}"], "give --out DIR"),
             (["curate", "--out", str(tmp_path / "a")], "nothing to curate"),
-            (["curate", "--stages", "4"], "stages are 1, 2, 3"),
+            (["curate", "--stages", "5"], "stages are 1, 2, 3, 4"),
             (arguments(recordings[:1], tmp_path / "b", "1,3"), "stage 3 needs a judge"),
             (arguments(recordings[:1], tmp_path / "c", "2"), "stage 2 needs the base model")):
         assert main(bad) == 2

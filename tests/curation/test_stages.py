@@ -15,6 +15,7 @@ from hdpo.curation.stages.compare import same_text, streams
 from hdpo.curation.stages.execution import Execution
 from hdpo.curation.stages.judgement import read_scores
 from hdpo.curation.stages.run import NecessityStage
+from hdpo.protocols import ToolResult
 from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Trajectory, Verdict
 
 
@@ -84,3 +85,27 @@ def test_scores_are_strict_json_of_three_whole_numbers(reply: str) -> None:
 def test_a_tool_server_that_fails_lets_rows_wait() -> None:
     with pytest.raises(Waits, match="no tool server"):
         asyncio.run(Execution(NoTools(), ExecutionSettings())(record(0)))
+
+
+class Restarting:
+    """A tool server whose first session ends under a cell; named as a stand-in for a machine that is too busy."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.sessions = times, list[str]()
+
+    async def call(self, trajectory_id: str, action: str, task: Any) -> ToolResult:
+        self.sessions.append(trajectory_id)
+        if len(self.sessions) <= self.times:
+            return ToolResult("stderr:\n```\ngone\n```", ok=False, metrics={"session_restarted": True})
+        return ToolResult("1")
+
+    async def finish(self, trajectory_id: str) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def test_a_session_that_ends_is_tried_anew_before_the_row_is_dropped_for_it() -> None:
+    for times, reason in ((0, ""), (2, ""), (3, "session_ended")):
+        server = Restarting(times)
+        assert asyncio.run(Execution(server, ExecutionSettings())(record(0))).reason == reason
+        assert len(set(server.sessions)) == min(times + 1, 3)

@@ -7,23 +7,29 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdpo.config import Config
 from hdpo.config.file import add_config_options, load_config
 from hdpo.errors import ConfigError, JudgeError
 from hdpo.report.funnel import write_funnel
 
-STAGES = ("1", "2", "3")
+if TYPE_CHECKING:
+    from hdpo.curation.job import Job
+
+STAGES = ("1", "2", "3", "4")
 EPILOG = """\
 stage 1  every recorded call is made again in the sandbox; what fails or doesn't give the recorded observation is dropped
 stage 2  questions that the base model answers without tools are dropped (model.path, rules and judge as in RL)
 stage 3  a judge grades visual relevance, reasoning and the rationale of tool use (judge.base_url)
+stage 4  rows whose picture or question stands in a benchmark are dropped or reported (curation.decontamination.data=FOLDER,
+         a folder per benchmark); with stage 2, prompts for RL that the base model answers sometimes, by share of each source
 
   hdpo curate --source thyme=thyme.parquet --stages 1 --out runs/sft_data
-  hdpo curate --config FILE --source deepeyes=sft_part_0.json --source openmm=wemath.parquet --stages 1,2,3 --out DIR
+  hdpo curate --config FILE --source deepeyes=sft_part_0.json --source openmm=wemath.parquet --stages 1,2,3,4 --out DIR
 
-The same command goes on from where it was stopped. `make sft ARGS="--set data.train=[DIR/kept.parquet]"` trains on the result."""
+The same command goes on from where it was stopped. `make sft ARGS="--set data.train=[DIR/kept.parquet]"` trains on the result,
+`make rl ARGS="--set data.train=[DIR/rl.parquet]"` on the prompts."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     from hdpo.curation.job import Job
     from hdpo.curation.source import READERS
     parser = argparse.ArgumentParser(prog="hdpo curate", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description="Make SFT data of public tool trajectories, in three stages.")
+                                     description="Make SFT data, and prompts for RL, of public tool trajectories.")
     add_config_options(parser)
     parser.add_argument("--source", action="append", default=[], metavar="NAME=FILES",
                         help=f"what to curate (repeatable); NAME is one of {', '.join(READERS)}")
@@ -47,16 +53,18 @@ def main(argv: Sequence[str]) -> int:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = Job(config, sorted(stages), rank, ranks)      # sources and folder are checked before anything opens
     with ExitStack() as closing:
-        manifest = job.run(_open(config, sorted(stages), closing))
+        manifest = job.run(_open(config, job, closing))
     return _report(manifest, config) if rank == 0 else 0
 
 
-def _open(config: Config, stages: Sequence[str], closing: ExitStack) -> dict[str, Any]:
+def _open(config: Config, job: Job, closing: ExitStack) -> dict[str, Any]:
     from hdpo.background import BackgroundLoop
+    from hdpo.curation.prompts import RL
+    from hdpo.curation.stages.contamination import Contamination
     from hdpo.curation.stages.execution import Execution
     from hdpo.curation.stages.judgement import Judgement
     from hdpo.curation.stages.run import AsyncStage
-    settings = config.curation
+    settings, stages = config.curation, job.stages
     found: dict[str, Any] = {}
     if "3" in stages and not config.judge.base_url:
         raise ConfigError("stage 3 needs a judge: set judge.base_url (JUDGE_BASE_URL)")
@@ -70,7 +78,22 @@ def _open(config: Config, stages: Sequence[str], closing: ExitStack) -> dict[str
         closing.callback(background.close)
         found["3"] = AsyncStage(Judgement(_judge(config, background, closing), settings.judgement), background,
                                 settings.concurrency)
+    if "4" in stages:
+        found["4"] = found[RL] = Contamination(_benchmarks(config, job), settings.decontamination)
     return {stage: found[stage] for stage in stages}
+
+
+def _benchmarks(config: Config, job: Job) -> Any:
+    from hdpo.curation.benchmarks import open_known
+    settings = config.curation.decontamination
+    if not settings.data:
+        if job.rank == 0:
+            print("hdpo curate: nothing is compared with benchmarks; curation.decontamination.data names their folder",
+                  file=sys.stderr)
+        return None
+    known = open_known(settings, job.out / "work", config.data.cache)
+    job.benchmarks = known.about
+    return known
 
 
 def _open_tools(config: Config, closing: ExitStack) -> tuple[Any, Any]:
@@ -118,6 +141,13 @@ def _report(manifest: dict[str, Any], config: Config) -> int:
             reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(gone.items(), key=lambda item: -item[1]))
             print(f"{source:16} stage {stage}: {counts['kept']} of {counts['in']} kept" + (f"; {reasons}" if reasons else ""))
             waiting += sum(counts["waiting"].values())
+            for what, found in (("overlaps with", counts.get("overlaps")), ("not comparable:", counts.get("overlap_unknown"))):
+                if found:
+                    print(f"{'':16} {what} " + ", ".join(f"{name} {count}" for name, count in sorted(found.items())))
+    if rl := manifest["about"].get("rl"):
+        parts = ", ".join(f"{source} {count}" for source, count in rl["per_source"].items())
+        wanted = f" of {rl['wanted']} wanted; more of these shares are not there" if rl["wanted"] > rl["prompts"] else ""
+        print(f"rl.parquet: {rl['prompts']} prompts{wanted} ({parts})")
     for reason, shown in manifest["about"]["first_unreadable"].items():
         print(f"{'':16} unreadable, {reason}: first {shown}")
     page = write_funnel(Path(config.curation.out))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from hdpo.config.types import Count, Number, Section, Share
 
@@ -40,6 +40,28 @@ class JudgementSettings(Section):
     max_chars: Count = Field(16_000, description="Longest trajectory shown to the judge, characters; the middle is cut.")
 
 
+class DecontaminationSettings(Section):
+    data: str = Field("", description="Folder with a folder per benchmark, as for `hdpo eval`; empty compares with none.")
+    benchmarks: list[str] = Field(default_factory=list, description="Benchmarks compared with; empty is all that data holds.")
+    action: Literal["drop", "report"] = Field(
+        "drop", description="Rows that overlap with a benchmark are dropped, or kept with a note in extra_info.")
+    unknown: Literal["keep", "drop"] = Field(
+        "keep", description="What becomes of a row with a picture that can't be compared (one colour, say); counted anyhow.")
+    picture_bits: int = Field(14, ge=0, le=32, description="Differing bits of 64 up to which two pictures are looked at closely.")
+    picture_likeness: float = Field(
+        0.95, gt=0, le=1, description="Correlation of two pictures, at the best of slight crops, from which they are the same.")
+    question_ngram: Count = Field(3, description="Words of the runs in which questions are compared.")
+    question_share: float = Field(0.5, gt=0, le=1, description="Share of a benchmark question's runs that makes it the same.")
+    question_words: Count = Field(8, description="Words below which a benchmark's question is compared as a whole.")
+
+
+class PromptSettings(Section):
+    count: Number = Field(0, description="Prompts for RL over all sources; 0 is as many as the shares allow.")
+    shares: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="Part of each source, such as {deepeyes: 45, thyme: 36, openmm: 19}; empty: all rows.")
+    system: str = Field("", description="System message of the prompts; empty is hdpo's own, with tools.allowed.")
+
+
 class CurationConfig(Section):
     sources: list[str] = Field(
         default_factory=list, description="What is curated, as NAME=FILES with the name of a reader (--source).")
@@ -49,3 +71,5 @@ class CurationConfig(Section):
     execution: ExecutionSettings = Field(default_factory=ExecutionSettings)
     necessity: NecessitySettings = Field(default_factory=NecessitySettings)
     judgement: JudgementSettings = Field(default_factory=JudgementSettings)
+    decontamination: DecontaminationSettings = Field(default_factory=DecontaminationSettings)
+    prompts: PromptSettings = Field(default_factory=PromptSettings)

@@ -59,6 +59,15 @@ def read_chunk(path: Path) -> list[Entry] | None:
     return [_entry(line) for line in lines]
 
 
+def read_states(path: Path) -> dict[int, str] | None:
+    """The state of each of its rows, without reading anything else; None as `read_chunk`."""
+    try:
+        table = pq.read_table(path, columns=["row", "state"])
+    except (OSError, pa.ArrowException):
+        return None
+    return dict(zip(table.column("row").to_pylist(), table.column("state").to_pylist(), strict=True))
+
+
 def _line(entry: Entry) -> dict[str, Any]:
     line = {"row": entry.row, "state": entry.state, "reason": entry.reason, "detail": entry.detail}
     if (record := entry.record) is not None:

@@ -2,6 +2,7 @@
 
     OUT/kept.parquet      demonstrations for SFT (messages, images, ...) with source, source_file, source_row
     OUT/dropped.parquet   the others, with stage, reason and detail; unreadable rows among them, without messages
+    OUT/rl.parquet        prompts for RL (stages 2 and 4), see prompts.py; OUT/rl_dropped.parquet those left out, with the reason
     OUT/manifest.json     {SOURCE: {STAGE: {"in", "kept", "dropped": {reason: n}, "unreadable", "waiting"}}, "about": ...}
     OUT/work/             finished chunks; the same command goes on from them
 
@@ -9,11 +10,9 @@ Rows that wait (a failure of ours, a judge's unreadable reply) are tried again b
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +20,17 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from hdpo.config import Config
-from hdpo.curation.chunks import DROPPED, KEPT, UNREADABLE, WAITING, Entry, chunk_path, read_chunk, write_chunk
+from hdpo.curation.benchmarks import key_of
+from hdpo.curation.chunks import DROPPED, KEPT, UNREADABLE, WAITING, Entry, chunk_path, read_chunk, read_states, write_chunk
+from hdpo.curation.merged import Merged
+from hdpo.curation.prompts import RL, candidate
 from hdpo.curation.record import Outcome, Record, Unreadable, Waits
-from hdpo.curation.result import DROPPED_SCHEMA, KEPT_SCHEMA, PartWriter, dropped_row, kept_row
 from hdpo.curation.source import READERS, Source
 from hdpo.data.store import open_rows
 from hdpo.errors import ConfigError, DataError
 
 POLL_S = 0.5
-VERSION = 1
+VERSION = 2
 """Of readers and stages: chunks of another version are not taken for finished."""
 
 
@@ -54,25 +55,34 @@ def open_sources(config: Config) -> list[Source]:
 
 
 class Job:
-    """`stages`: their names ("1", "2", "3"), in the order in which rows pass them."""
+    """`stages`: their names ("1" to "4"), in the order in which rows pass them. After 2 and 4 prompts for RL are chosen too, as
+    one more stage that begins with what stage 2 has counted."""
 
     def __init__(self, config: Config, stages: Sequence[str], rank: int = 0, ranks: int = 1) -> None:
-        self.config, self.stages, self.rank, self.ranks = config, list(stages), rank, ranks
+        self.config, self.rank, self.ranks = config, rank, ranks
+        self.demonstration_stages = list(stages)
+        self.stages = [*stages, *([RL] if {"2", "4"} <= set(stages) else [])]
         if not config.curation.out:
             raise ConfigError("no folder for the result: give --out DIR")
         self.out, self.size = Path(config.curation.out), config.curation.chunk_rows
         self.sources = open_sources(config)
+        self.benchmarks: dict[str, Any] = {}       # what stage 4 compares with, for the manifest
         self._claim_folder()
 
-    def _key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         settings = self.config.curation.model_dump(mode="json", exclude={"sources", "out", "concurrency"})
-        rest = {"model": self.config.model.path, "judge": self.config.judge.model, "seed": self.config.run.seed} if set(
-            self.stages) - {"1"} else {}
+        rest: dict[str, Any] = {}
+        if set(self.stages) - {"1"}:
+            rest = {"model": self.config.model.path, "judge": self.config.judge.model, "seed": self.config.run.seed}
+        if "4" in self.stages and self.config.curation.decontamination.data:
+            rest["benchmarks"] = key_of(self.config.curation.decontamination)
+        if RL in self.stages:
+            rest["tools"] = list(self.config.tools.allowed)
         return {"version": VERSION, "sources": {s.name: s.rows.fingerprint for s in self.sources}, "settings": settings, **rest}
 
     def _claim_folder(self) -> None:
         """The folder belongs to one set of sources and settings. Raises ConfigError for another job's."""
-        key, file = self._key(), self.out / "job.json"
+        key, file = self.key(), self.out / "job.json"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             known = json.loads(file.read_text()) if file.exists() else None
@@ -88,7 +98,7 @@ class Job:
 
     def run(self, stages: Mapping[str, Stage]) -> dict[str, Any]:
         """The manifest, on rank 0 when all ranks have finished; {} on others."""
-        mine = [(source, chunk) for number, (source, chunk) in enumerate(self._chunks()) if number % self.ranks == self.rank]
+        mine = [(source, chunk) for number, (source, chunk) in enumerate(self.chunks()) if number % self.ranks == self.rank]
         for name, stage in stages.items():
             with tqdm(total=sum(len(self._rows(*place)) for place in mine), desc=f"stage {name}", unit="row",
                       disable=self.rank > 0) as bar:
@@ -98,9 +108,9 @@ class Job:
         if self.rank:
             return {}
         self._wait_for_others()
-        return Merged(self).write()
+        return Merged(self, VERSION).write()
 
-    def _chunks(self) -> Iterator[tuple[Source, int]]:
+    def chunks(self) -> Iterator[tuple[Source, int]]:
         for source in self.sources:
             yield from ((source, chunk) for chunk in range(-(-len(source.rows) // self.size)))
 
@@ -109,25 +119,35 @@ class Job:
 
     def _work(self, name: str, stage: Stage, source: Source, chunk: int) -> None:
         path = chunk_path(self.out, name, source.name, chunk)
-        done = read_chunk(path)
-        if done is not None and not any(entry.state == WAITING for entry in done):
+        states = read_states(path)
+        if states is not None and WAITING not in states.values() and self._came(name, source, chunk) <= states.keys():
             return
-        known = {entry.row: entry for entry in done or () if entry.state != WAITING}
+        known = {entry.row: entry for entry in read_chunk(path) or () if entry.state != WAITING}
         given = self._given(name, source, chunk)
         todo = [entry for entry in given if entry.state == KEPT and entry.row not in known]
         found = stage.run([entry.record for entry in todo if entry.record is not None]) if todo else []
         for entry, outcome in zip(todo, found, strict=True):
             known[entry.row] = _entry_of(entry, outcome)
-        first = name == self.stages[0]
-        entries = [known[e.row] if e.row in known else e for e in given if e.row in known or (first and e.state == UNREADABLE)]
+        first = name in (self.stages[0], RL)       # also says what never came to it
+        entries = [known[e.row] if e.row in known else e for e in given if e.row in known or (first and e.state != KEPT)]
         write_chunk(path, entries)
 
     def _given(self, name: str, source: Source, chunk: int) -> list[Entry]:
-        """What the stage before has kept, or the rows themselves."""
+        """What the stage before has kept, or the rows themselves; for RL what stage 2 has decided."""
+        if name == RL:
+            decided = read_chunk(chunk_path(self.out, "2", source.name, chunk)) or []
+            return [candidate(entry) for entry in decided if entry.state in (KEPT, DROPPED)]
         before = self.stages[:self.stages.index(name)]
         if before:
             return [e for e in read_chunk(chunk_path(self.out, before[-1], source.name, chunk)) or [] if e.state == KEPT]
         return [read_row(source, index) for index in self._rows(source, chunk)]
+
+    def _came(self, name: str, source: Source, chunk: int) -> set[int]:
+        """Rows that a later stage must have, with those that an earlier one has decided since; nothing for the first."""
+        place = self.stages.index(name)
+        before = "2" if name == RL else self.stages[place - 1] if place else None
+        states = read_states(chunk_path(self.out, before, source.name, chunk)) if before else None
+        return {row for row, state in (states or {}).items() if state == KEPT or (name == RL and state == DROPPED)}
 
     def finished(self, name: str, source: Source, chunk: int) -> list[Entry]:
         entries = read_chunk(chunk_path(self.out, name, source.name, chunk))
@@ -137,7 +157,7 @@ class Job:
 
     def _wait_for_others(self) -> None:
         while any(not chunk_path(self.out, name, source.name, chunk).exists()
-                  for name in self.stages for source, chunk in self._chunks()):
+                  for name in self.stages for source, chunk in self.chunks()):
             time.sleep(POLL_S)
 
 
@@ -156,60 +176,3 @@ def _entry_of(entry: Entry, outcome: Outcome | Waits) -> Entry:
     if isinstance(outcome, Waits):
         return Entry(entry.row, WAITING, entry.record, "waits", str(outcome))
     return Entry(entry.row, DROPPED if outcome.reason else KEPT, outcome.record, outcome.reason, outcome.detail)
-
-
-class Merged:
-    """All finished chunks, in the order of the sources' rows, as the job's result."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def write(self) -> dict[str, Any]:
-        job, out = self.job, self.job.out
-        counts: dict[str, dict[str, Any]] = {s.name: {n: _counts() for n in job.stages} for s in job.sources}
-        first_unreadable: dict[tuple[str, str], str] = {}
-        last = job.stages[-1]
-        with (PartWriter(out / "kept.parquet", KEPT_SCHEMA) as kept,
-              PartWriter(out / "dropped.parquet", DROPPED_SCHEMA) as dropped):
-            for source, chunk in job._chunks():
-                rows: list[dict[str, Any]] = []
-                for name in job.stages:
-                    for entry in job.finished(name, source, chunk):
-                        _count(counts[source.name][name], entry)
-                        if entry.state == UNREADABLE:
-                            first_unreadable.setdefault((source.name, entry.reason),
-                                                        f"{source.rows.name(entry.row)}: {entry.detail}")
-                        if entry.state in (DROPPED, UNREADABLE):
-                            rows.append(dropped_row(source, entry, name))
-                        elif entry.state == KEPT and name == last:
-                            kept.add(kept_row(source, entry))
-                dropped.add_all(sorted(rows, key=lambda row: row["source_row"]))
-        manifest = {**counts, "about": self._about(first_unreadable)}
-        part = out / "manifest.json.part"
-        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-        os.replace(part, out / "manifest.json")
-        return manifest
-
-    def _about(self, first_unreadable: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-        from hdpo import __version__
-        digest = {name: _sha256(self.job.out / name) for name in ("kept.parquet", "dropped.parquet")}
-        return {"hdpo": __version__, "version": VERSION, "stages": self.job.stages, "seed": self.job.config.run.seed,
-                "job": self.job._key(), "sha256": digest,
-                "first_unreadable": {f"{source}: {reason}": shown for (source, reason), shown in first_unreadable.items()}}
-
-
-def _counts() -> dict[str, Any]:
-    return {"in": 0, "kept": 0, "dropped": Counter(), "unreadable": Counter(), "waiting": Counter()}
-
-
-def _count(counts: dict[str, Any], entry: Entry) -> None:
-    counts["in"] += 1
-    if entry.state == KEPT:
-        counts["kept"] += 1
-    else:
-        counts[entry.state][entry.reason] += 1
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

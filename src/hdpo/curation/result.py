@@ -58,7 +58,8 @@ class PartWriter:
             self._rows.clear()
 
 
-def _origin(source: Source, entry: Entry) -> dict[str, Any]:
+def origin(source: Source, entry: Entry) -> dict[str, Any]:
+    """Where a row comes from."""
     file, row = source.rows.source_row(entry.row)
     return {"source": source.name, "source_file": Path(file).name, "source_row": row}
 
@@ -66,16 +67,16 @@ def _origin(source: Source, entry: Entry) -> dict[str, Any]:
 def kept_row(source: Source, entry: Entry) -> dict[str, Any]:
     record = entry.record
     assert record is not None
-    origin = _origin(source, entry)
-    extra = {"index": f"{source.name}_{origin['source_row']}", **record.extra}
+    where = origin(source, entry)
+    extra = {"index": f"{source.name}_{where['source_row']}", **record.extra}
     images = [{"bytes": data} for data in record.all_images()]
     return {"data_source": source.name, "messages": record.messages(), "images": images,
             "reward_model": {"ground_truth": record.truth or record.answer, "style": "rule"},
-            "extra_info": json.dumps(extra, sort_keys=True), **origin}
+            "extra_info": json.dumps(extra, sort_keys=True), **where}
 
 
 def dropped_row(source: Source, entry: Entry, stage: str) -> dict[str, Any]:
-    row = {**_origin(source, entry), "stage": stage if entry.record is not None else "read", "reason": entry.reason,
+    row = {**origin(source, entry), "stage": stage if entry.record is not None else "read", "reason": entry.reason,
            "detail": entry.detail}
     if (record := entry.record) is not None:
         row |= {"messages": record.messages(), "images": [{"bytes": data} for data in record.all_images()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from html import escape
 from importlib import resources
@@ -32,7 +33,8 @@ def write_funnel(out: Path) -> Path:
     css += resources.files("hdpo").joinpath("report/assets/funnel.css").read_text()
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     body = _header(out, manifest, about) + "".join(_source(name, stages) for name, stages in manifest.items())
-    body += "".join(_samples(out / "dropped.parquet"))
+    body += _benchmarks(about, manifest)
+    body += "".join(section for name in ("dropped", "rl_dropped") for section in _samples(out / f"{name}.parquet"))
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(out.resolve().name)}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}</style></head>'
@@ -45,9 +47,11 @@ def write_funnel(out: Path) -> Path:
 
 def _header(out: Path, manifest: dict[str, Any], about: dict[str, Any]) -> str:
     given = sum(next(iter(stages.values()))["in"] for stages in manifest.values())
-    kept = sum(list(stages.values())[-1]["kept"] for stages in manifest.values())
+    last = about.get("stages", ["1"])[-1]
+    kept = sum(stages[last]["kept"] for stages in manifest.values())
+    prompts = f'; {about["rl"]["prompts"]:,} prompts for RL' if "rl" in about else ""
     return (f'<header class="page"><p>hdpo curation</p><h1>{escape(out.resolve().name)}</h1><p>{kept:,} of {given:,} rows kept, '
-            f'stages {escape(", ".join(about.get("stages", [])))}</p></header>')
+            f'stages {escape(", ".join(about.get("stages", [])))}{prompts}</p></header>')
 
 
 def _source(name: str, stages: dict[str, Any]) -> str:
@@ -56,10 +60,30 @@ def _source(name: str, stages: dict[str, Any]) -> str:
     for stage, counts in stages.items():
         gone = sorted({**counts["unreadable"], **counts["dropped"], **counts["waiting"]}.items(), key=lambda item: -item[1])
         reasons = ", ".join(f"{escape(reason.replace('_', ' '))} {count:,}" for reason, count in gone)
-        bars.append(f'<li><span class="label">stage {escape(stage)}</span><span class="bar">'
+        label = "prompts" if stage == "rl" else f"stage {stage}"
+        bars.append(f'<li><span class="label">{escape(label)}</span><span class="bar">'
                     f'<i style="width:{100 * counts["kept"] / given:.1f}%"></i></span><b>{counts["kept"]:,}</b>'
                     f'<small>{reasons}</small></li>')
     return f'<section class="funnel"><h2>{escape(name)}</h2><ol>{"".join(bars)}</ol></section>'
+
+
+def _benchmarks(about: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """What was compared with, and how many rows overlap with each."""
+    if not about.get("benchmarks"):
+        return ""
+    overlaps: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    for stages in manifest.values():
+        overlaps.update(stages.get("4", {}).get("overlaps", {}))
+        unknown.update(stages.get("4", {}).get("overlap_unknown", {}))
+    lines = "".join(
+        f"<tr><td>{escape(name)}</td><td>{found['questions']:,}</td><td>{found['pictures']:,}</td>"
+        f"<td>{sum(found['unreadable'].values()):,}</td><td>{overlaps[name]:,}</td></tr>"
+        for name, found in about["benchmarks"].items())
+    rest = ", ".join(f"{escape(reason)} {count:,}" for reason, count in unknown.most_common())
+    return ('<section class="benchmarks"><h2>Benchmarks compared with</h2><table><tr><th></th><th>questions</th><th>pictures</th>'
+            f'<th>not comparable</th><th>rows that overlap</th></tr>{lines}</table>'
+            + (f"<p>Rows of whose pictures nothing is known: {rest}</p>" if rest else "") + "</section>")
 
 
 def _samples(file: Path) -> Iterator[str]:
@@ -75,7 +99,7 @@ def _samples(file: Path) -> Iterator[str]:
                 if len(cards) < SAMPLES:
                     cards.append(_card(batch.slice(place, 1).to_pylist()[0]))
     for (stage, reason, source), cards in sorted(shown.items()):
-        where = "could not be read" if stage == "read" else f"dropped by stage {stage}"
+        where = {"read": "could not be read", "rl": "no prompt for RL"}.get(stage, f"dropped by stage {stage}")
         yield (f'<section class="dropped"><h2>{escape(reason.replace("_", " "))}</h2><p class="why">{escape(source)}, '
                f'{escape(where)}</p>{"".join(cards)}</section>')
 

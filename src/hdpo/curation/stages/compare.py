@@ -2,7 +2,6 @@
 tolerance, pictures by how they look."""
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -83,11 +82,3 @@ def distance(a: bytes, b: bytes) -> float:
         return 1.0
     small = [image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX) for image in (first, second)]
     return sum(ImageStat.Stat(ImageChops.difference(*small)).mean) / 3 / 255
-
-
-def looks(data: bytes) -> int:
-    """A 64-bit perceptual hash (difference hash): near pictures differ in few bits."""
-    with Image.open(io.BytesIO(data)) as image:
-        rows = image.convert("L").resize((9, 8), Image.Resampling.BOX)
-    values = list(rows.getdata())
-    return sum((values[9 * y + x] < values[9 * y + x + 1]) << (8 * y + x) for y in range(8) for x in range(8))

@@ -1,7 +1,8 @@
 """Stage 1, hallucinated dynamics: every recorded call is made again, in order, in one session with the row's pictures.
 
 Code that fails drops the row, and so does an observation that the code doesn't give; or, by setting, the real one takes its
-place. Where they agree the real one is kept as well: it is what the environment says in RL, word for word.
+place. Where they agree the real one is kept as well: it is what the environment says in RL, word for word. A session that ended
+or a cell that took too long may be a busy machine's doing: such a row is run again from its start before it is dropped.
 """
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ from hdpo.curation.stages.compare import same_pictures, same_text, streams
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolBackend, ToolResult
 
+ATTEMPTS = 3
+_AGAIN = ("session_ended", "execution_timed_out")
+
 
 class Execution:
     """`backend` runs calls (a tool server's client)."""
@@ -25,6 +29,13 @@ class Execution:
 
     async def __call__(self, record: Record) -> Outcome:
         """Raises Waits when the tool server failed, which says nothing about the row."""
+        for _ in range(ATTEMPTS):
+            outcome = await self._once(record)
+            if outcome.reason not in _AGAIN:
+                break
+        return outcome
+
+    async def _once(self, record: Record) -> Outcome:
         session = f"curate-{uuid.uuid4().hex}"
         steps: list[Step] = []
         rewritten = 0
@@ -54,6 +65,8 @@ class Execution:
         """("", "") where the recorded observation holds; else (reason, what was found)."""
         if result.metrics.get("timed_out"):
             return "execution_timed_out", "the code ran longer than its limit"
+        if not result.ok and result.metrics.get("session_restarted"):
+            return "session_ended", _last_line(result.text)
         if not result.ok:
             return "execution_failed", _last_line(result.text)
         if step.call.name != "python":
