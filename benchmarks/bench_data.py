@@ -1,6 +1,6 @@
 """What does a step's data cost a rank: seconds, bytes read, resident memory, against the reader of row groups? (D1 to D5)
 
-    python benchmarks/bench_data.py [--short] [--gib 6] [--folder DIR] [--json FILE]
+    python benchmarks/bench_data.py [--short] [--gib 6] [--folder DIR] [--layout groups|one] [--json FILE]
 
 Rows have photographs of the sizes that the 8B settings are meant for (corpus.py), in both layouts: row groups of 100 rows, and
 one row group. Each contender takes shuffled steps of 128 and 256 rows in a process of its own; with 8 ranks they run side by
@@ -29,12 +29,14 @@ from row_groups import RowGroups
 
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 ROWS_PER_GIB = 1500          # of generated rows, about
+LAYOUTS = {"groups": "groups of 100", "one": "one group"}
 
 
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--gib", type=float, default=6.0, help="size of the corpus")
     parser.add_argument("--folder", type=Path, help="where to write it (default: a temporary folder); kept if named")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), help="this layout alone; the JSON file keeps the other's figures")
     parser.add_argument("--take", help="one rank, as JSON: used by the benchmark itself")
     args = parser.parse_args()
     if args.take:
@@ -43,8 +45,9 @@ def main() -> int:
         return 0
     gib = 0.2 if args.short else args.gib
     with tempfile.TemporaryDirectory() as temporary:
-        figures, details = measure(args.folder or Path(temporary), int(gib * ROWS_PER_GIB), args.short)
-    return not report("data", figures, details, args.json, args.short)
+        figures, details = measure(args.folder or Path(temporary), int(gib * ROWS_PER_GIB), args.short,
+                                   [args.layout] if args.layout else list(LAYOUTS))
+    return not report("data", figures, details, args.json, args.short, keep=args.layout is not None)
 
 
 # -- one rank, in a process of its own -----------------------------------------------------------------------------------
@@ -150,12 +153,12 @@ def copy(file: str, cache: str) -> dict[str, float]:
     return {"cpu_s": time.process_time() - start, "held": float(held)}
 
 
-def measure(folder: Path, rows: int, short: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
+def measure(folder: Path, rows: int, short: bool, layouts: list[str]) -> tuple[dict[str, Figure], dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
     details: dict[str, Any] = {"rows": rows}
     counts, steps = ((128,), 2) if short else ((128, 256), 3)
-    for layout, group in (("groups of 100", 100), ("one group", rows)):
+    for layout, group in ((LAYOUTS[name], 100 if name == "groups" else rows) for name in layouts):
         file, cache = folder / f"{group}.parquet", folder / "cache"
         if not file.exists():
             write_rows(file, rows, group)

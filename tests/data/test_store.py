@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import gzip
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hdpo.data.pages import WORTHWHILE, _large_values, fetch
 from hdpo.data.pictures import encoded_images
 from hdpo.data.store import RowStore, open_rows
 from hdpo.errors import DataError
@@ -187,3 +191,52 @@ def test_a_store_crosses_processes_as_the_names_of_its_files(tmp_path: Path, cac
     sent = pickle.dumps(store)
     again: RowStore = pickle.loads(sent)
     assert len(sent) < 20_000 and again[399] == store[399]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_the_pages_of_a_row_are_asked_for_exactly(kind: pa.DataType) -> None:
+    """Of a slice of nested rows the addresses are those of its own large values, and small ones are left alone."""
+    pictures = [bytes([65 + k]) * (WORTHWHILE + k) for k in range(4)]
+    table = pa.table({"images": pa.array([[{"bytes": pictures[0]}], [], [{"bytes": pictures[1]}, {"bytes": pictures[2]}],
+                                          [{"bytes": pictures[3]}]], pa.list_(pa.struct([("bytes", kind)]))),
+                      "text": ["a", "b", "c", "d"]})
+    (chunk,) = table.slice(2, 1)["images"].chunks
+    ((first, last),) = _large_values(chunk)
+    assert ctypes.string_at(first, last - first) == pictures[1] + pictures[2]
+    assert not list(_large_values(table["text"].chunk(0))) and not list(_large_values(table.slice(1, 1)["images"].chunk(0)))
+    fetch(table)
+
+
+def test_rows_of_a_dataset_are_read_by_name_from_an_offline_cache(tmp_path: Path) -> None:
+    """`owner/name:split` out of `datasets` own cache (HF_DATASETS_CACHE), without network; another name is one line."""
+    code = """
+import json, sys
+import datasets
+from hdpo.data.store import open_rows
+from hdpo.errors import DataError
+rows = open_rows(["someone/signs:test"])
+print(json.dumps([len(rows), rows.name(1), rows.row(1)["question"], len(rows.row(1)["images"][0]["bytes"])]))
+try:
+    open_rows(["someone/others:test"])
+except DataError as exc:
+    print(str(exc))
+"""
+    cache = tmp_path / "cache"
+    made = datasets.Dataset.from_list(rows(0, 3))
+    # what load_dataset("someone/signs") leaves behind: owner___name/config/version/hash
+    folder = cache / "someone___signs" / "default" / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True)
+    made.info.splits = datasets.SplitDict({"test": datasets.SplitInfo("test", num_examples=3, dataset_name="signs")})
+    made.info.dataset_name, made.info.config_name, made.info.version = "signs", "default", datasets.Version("0.0.0")
+    made.info.builder_name = "parquet"
+    made.info.write_to_directory(str(folder))
+    with datasets.arrow_writer.ArrowWriter(path=str(folder / "signs-test.arrow"), features=made.features) as writer:
+        for one in made:
+            writer.write(one)
+        writer.finalize()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={
+        **os.environ, "HF_DATASETS_CACHE": str(cache), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    found, missing = done.stdout.strip().splitlines()
+    assert json.loads(found) == [3, "signs:test row 1", "q1", len(PICTURE)]
+    assert missing.startswith("someone/others:test: no such data file, and no dataset that can be loaded")

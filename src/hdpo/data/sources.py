@@ -28,7 +28,8 @@ from hdpo.errors import DataError
 ROW_COLUMN = "__row__"
 """The column of a copy whose rows are JSON text."""
 
-BATCH_BYTES = 64 << 20
+BATCH_BYTES, BUFFER_BYTES = 64 << 20, 1 << 20
+"""Of rows copied at once, and of a column of a row group read at once: without the second a whole group would be held."""
 _SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".json": "json",
              ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv"}
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%+:-]+)?")
@@ -128,7 +129,7 @@ def parquet_footer(file: Path) -> tuple[int, list[str]]:
 
 def _open_parquet(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file, pre_buffer=False)
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except (OSError, pa.ArrowException) as exc:
         raise DataError(f"{file}: not a readable Parquet file ({' '.join(str(exc).split())})") from exc
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 
+from hdpo.data import pages
 from hdpo.data.copies import cache_folder, copy_of
 from hdpo.data.sources import ROW_COLUMN, DatasetName, resolve
 from hdpo.errors import DataError
@@ -97,13 +98,16 @@ class RowStore(Sequence[Row]):
         part, number = self._place(index)
         if not part.as_text:
             wanted = None if columns is None else [name for name in columns if name in part.columns]
-            table = part.rows[number]
+            table = part.rows[number] if wanted is None else part.rows[number].select(wanted)
+            pages.fetch(table)
             try:
-                return (table if wanted is None else table.select(wanted)).to_pylist()[0]
+                return table.to_pylist()[0]
             except (UnicodeDecodeError, OverflowError) as exc:      # text that is no UTF-8, a date beyond Python's
                 raise DataError(f"a value can't be read ({exc})") from None
+        table = part.rows[number]
+        pages.fetch(table)
         try:
-            row = json.loads(part.rows[number][ROW_COLUMN][0].as_py())
+            row = json.loads(table[ROW_COLUMN][0].as_py())
         except ValueError as exc:
             raise DataError(f"not valid JSON ({exc})") from None
         if not isinstance(row, dict):
@@ -122,7 +126,11 @@ class RowStore(Sequence[Row]):
 
     def touch(self, indices: Iterable[int]) -> int:
         """Read the rows' pages into memory without making anything of them, for whoever asks next; returns their bytes."""
-        return sum(part.rows[number].take([0]).nbytes for part, number in map(self._place, indices))
+        total = 0
+        for part, number in map(self._place, indices):
+            pages.fetch(table := part.rows[number])
+            total += table.take([0]).nbytes
+        return total
 
     def _place(self, index: int) -> tuple[_Part, int]:
         number = bisect_right(self._starts, index) - 1
@@ -152,6 +160,7 @@ def open_rows(sources: Sequence[str], *, cache: str = "", image_root: str = "") 
         for file in found:
             copy = copy_of(file, folder)
             rows = datasets.Dataset.from_file(str(copy.arrow)).with_format("arrow")
+            pages.read_at_random(copy.arrow)
             parts.append(_Part(number, str(file), file.parent, rows, copy.columns, copy.as_text, copy.fingerprint))
     if not parts:
         raise DataError("no data files are given (data.train, data.val)")
