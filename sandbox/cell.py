@@ -5,12 +5,13 @@ images by `show()`, `display()` or as last expression. Tracebacks keep the frame
 """
 from __future__ import annotations
 
+import _signal
 import ast
 import builtins
 import io
 import linecache
 import os
-import signal
+import random
 import sys
 import textwrap
 import traceback
@@ -56,9 +57,12 @@ class Capture(io.RawIOBase):
 
 
 class Interpreter:
-    """The namespace of one trajectory. `run` executes a cell; nothing it does may raise out of it."""
+    """The namespace of one trajectory. `run` executes a cell; nothing it does may raise out of it.
 
-    def __init__(self, images: list[bytes], max_output: int, max_images: int) -> None:
+    Made in the template, so that sessions share what it is made of; `begin` makes it a session's own.
+    """
+
+    def __init__(self, max_output: int, max_images: int) -> None:
         self.max_output, self.max_images = max_output, max_images
         self.pid = os.getpid()
         self.running = False
@@ -71,8 +75,20 @@ class Interpreter:
         self.names["__builtins__"] = builtins
         self.names["display"] = self.display
         self._preload()
+
+    def begin(self, images: list[bytes]) -> None:
+        """In its process, before the first cell. Raises what a picture that can't be opened does."""
+        self.pid = os.getpid()
+        seed = int.from_bytes(os.urandom(4), "big")      # forked sessions would otherwise share one stream
+        random.seed(seed)
+        self.names["np"].random.seed(seed)
+        self.listen()
         for number, data in enumerate(images, start=1):
             self.names[f"image_{number}"] = load_image(data)
+
+    def listen(self) -> None:
+        """For the order to stop a cell. The module's other half, `signal`, would make enumerations of it at each call."""
+        _signal.signal(_signal.SIGINT, self.on_interrupt)
 
     def _preload(self) -> None:
         import base64
@@ -85,7 +101,6 @@ class Interpreter:
         from PIL.Image import Image as ImageType
         self.names.update(base64=base64, math=math, os=os, sin=math.sin, cos=math.cos, BytesIO=BytesIO, plt=plt, np=np,
                           Image=Image)
-        np.random.seed(int.from_bytes(os.urandom(4), "big"))   # forked sessions would otherwise share one stream
         self.plt, self.image_type = plt, ImageType
         plt.show = self._show_figures
         ImageType.show = lambda image, *args, **kwargs: self.display(image)   # type: ignore[method-assign]
@@ -140,7 +155,7 @@ class Interpreter:
         ok = self._guarded(code)
         if os.getpid() != self.pid:   # a child the cell forked ran off its end: it must not speak for the session
             os._exit(0)
-        signal.signal(signal.SIGINT, self.on_interrupt)
+        self.listen()
         reap()
         return {"ok": ok, "stdout": self._collect(0), "stderr": self._collect(1)}, self.shown
 
@@ -156,8 +171,9 @@ class Interpreter:
         stream = self.streams[which]
         _flush((sys.stdout, sys.stderr)[which])
         size = os.fstat(stream.fd).st_size      # what child processes and C code wrote to the descriptor itself
-        stream.write(os.pread(stream.fd, min(size, self.max_output), 0))
-        stream.total += max(0, size - self.max_output)
+        if size:
+            stream.write(os.pread(stream.fd, min(size, self.max_output), 0))
+            stream.total += max(0, size - self.max_output)
         return stream.text()
 
     def on_interrupt(self, *_: Any) -> None:
@@ -195,7 +211,8 @@ class Interpreter:
         last = tree.body[-1] if tree.body else None
         if isinstance(last, ast.Expr):
             tree.body.pop()
-        exec(compile(tree, name, "exec"), self.names)
+        if tree.body:
+            exec(compile(tree, name, "exec"), self.names)
         if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), name, "eval"), self.names)
             if value is not None:

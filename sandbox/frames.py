@@ -16,6 +16,8 @@ from typing import Any
 HEADER = struct.Struct(">II")
 MAX_JSON = 4 << 20
 MAX_BLOBS = 256 << 20
+AT_ONCE = 1 << 16
+"""Bytes asked for before a frame's lengths are known: all of most frames."""
 
 
 class FrameError(Exception):
@@ -66,10 +68,15 @@ def read_exactly(conn: socket.socket, size: int) -> bytes:
 
 
 def receive(conn: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
-    """Read one frame from a blocking socket. Raises EOFError or FrameError."""
-    json_size, blob_size = sizes(read_exactly(conn, HEADER.size))
-    text = read_exactly(conn, json_size)
-    return unpack(text, read_exactly(conn, blob_size))
+    """Read one frame from a blocking socket, where nothing follows it unasked. Raises EOFError or FrameError."""
+    data = conn.recv(AT_ONCE)
+    if len(data) < HEADER.size:
+        data += read_exactly(conn, HEADER.size - len(data))
+    json_size, blob_size = sizes(data[:HEADER.size])
+    end = HEADER.size + json_size
+    if (missing := end + blob_size - len(data)) > 0:
+        data += read_exactly(conn, missing)
+    return unpack(data[HEADER.size:end], data[end:])
 
 
 def send(conn: socket.socket, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -25,7 +24,8 @@ def run_session(conn: socket.socket, options: argparse.Namespace, work: str) -> 
     if "namespaces" in options.controls:
         isolation.private_mounts(work, options.limits.file_bytes)
     os.chdir(work)
-    _own_environment(work)
+    if work != options.work:
+        move_in(work)
     out = [os.open(os.path.join(work, name), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) for name in (".out", ".err")]
     null = os.open(os.devnull, os.O_RDONLY)
     for fd, target in ((null, 0), (out[0], 1), (out[1], 2)):
@@ -41,21 +41,27 @@ def run_session(conn: socket.socket, options: argparse.Namespace, work: str) -> 
     _serve(conn, options)
 
 
-def _own_environment(work: str) -> None:
+def own_environment(work: str) -> None:
+    """That of all sessions, made once by the template: nothing of what the template was given but where programs are."""
     keep = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TZ") if name in os.environ}
     os.environ.clear()
-    os.environ.update(keep, HOME=work, TMPDIR=work, MPLBACKEND="Agg", MPLCONFIGDIR=work, OMP_NUM_THREADS="1",
-                      OPENBLAS_NUM_THREADS="1")
-    tempfile.tempdir = work
+    os.environ.update(keep, MPLBACKEND="Agg", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     sys.path[:] = [entry for entry in sys.path if entry not in ("", os.path.dirname(os.path.abspath(__file__)))]
     sys.path.insert(0, work)
     sys.argv = [""]
+    move_in(work)
+
+
+def move_in(work: str) -> None:
+    """Where a session writes."""
+    os.environ.update(HOME=work, TMPDIR=work, MPLCONFIGDIR=work)
+    tempfile.tempdir = sys.path[0] = work
 
 
 def _serve(conn: socket.socket, options: argparse.Namespace) -> None:
     message, images = frames.receive(conn)
-    interpreter = Interpreter(images, options.max_output_kib << 10, options.max_images)
-    signal.signal(signal.SIGINT, interpreter.on_interrupt)
+    interpreter: Interpreter = options.interpreter
+    interpreter.begin(images)
     os.close(LOG_FD)
     frames.send(conn, {"status": "ready"})
     while True:

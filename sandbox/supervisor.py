@@ -61,7 +61,7 @@ class Supervisor:
         self.account = Account(self.options.limits.memory_bytes or 1 << 60,
                                [self.work, "/dev/shm"] if self.private else [], self.options.room)
         self.kills = self.options.room.kills()
-        self.pid = os.fork()
+        self.pid = isolation.fork()
         if self.pid == 0:
             run_in_fork(self._session)
         self.data.close()

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import struct
+from typing import Any
 
 # name: (number on x86_64, number on aarch64); None where the architecture lacks the call
 _DENIED: dict[str, tuple[int | None, int | None]] = {
@@ -73,11 +74,22 @@ def program(machine: str) -> bytes:
     return b"".join(struct.pack("HBBI", *line) for line in [*code, allow])
 
 
-def install() -> None:
-    """Needs no_new_privs. Inherited by every child, can't be taken off. Raises OSError where the kernel refuses."""
+@functools.cache
+def _prepared() -> tuple[Any, ...]:
+    """A call that installs the program of this machine, its arguments, and what they point to. Made once, in the template."""
     text = program(os.uname().machine)
     buffer = ctypes.create_string_buffer(text, len(text))
     fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(text) // 8, ctypes.addressof(buffer)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.c_void_p(ctypes.addressof(fprog)), 0, 0) == -1:
+    return (ctypes.CDLL(None, use_errno=True).prctl, (_PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(fprog), 0, 0), buffer)
+
+
+def install() -> None:
+    """Needs no_new_privs. Inherited by every child, can't be taken off. Raises OSError where the kernel refuses."""
+    prctl, arguments, _ = _prepared()
+    if prctl(*arguments) == -1:
         raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def known(machine: str) -> bool:
+    """Whether there is a program for such a machine, which is prepared then."""
+    return machine in ARCHITECTURES and bool(_prepared())

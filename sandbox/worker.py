@@ -31,6 +31,7 @@ import sys
 import frames
 import isolation
 from cell import Capture, Interpreter, reap
+from session import own_environment
 from supervisor import Supervisor, run_in_fork
 from watch import PAGE, Room
 
@@ -68,7 +69,8 @@ def rehearse() -> None:
     Without it every session does so in pages of its own, 0.6 MB each.
     """
     kept = sys.modules["__main__"], sys.stdout, sys.stderr
-    interpreter = Interpreter([], 1 << 16, 1)
+    interpreter = Interpreter(1 << 16, 1)
+    interpreter.begin([])
     interpreter.streams = Capture(1 << 16, os.memfd_create("out")), Capture(1 << 16, os.memfd_create("err"))
     for code in ["1 + 1", "print('x')", "1 / 0", "import io\nImage.new('RGB', (2, 2)).save(io.BytesIO(), 'PNG')"] * 10:
         result, images = interpreter.run(code)
@@ -118,7 +120,7 @@ class Template:
 
     def _fork(self, client: socket.socket, data: socket.socket, group: int) -> None:
         try:
-            pid = os.fork()
+            pid = isolation.fork()
         except OSError:           # no process or no memory left: this session can't be had, the others go on
             client.send(NO_PROCESS)
             return
@@ -174,6 +176,9 @@ def prepare(options: argparse.Namespace) -> None:
             address = min(address, memory + int(file.read().split()[0]) * PAGE)
     options.room = Room()
     options.limits = isolation.Limits(address, memory, options.processes, options.disk_mib << 20)
+    own_environment(options.work)
+    options.own_main = sys.modules["__main__"]      # kept: its end would touch all that it has
+    options.interpreter = Interpreter(options.max_output_kib << 10, options.max_images)
     gc.collect()
     gc.freeze()
 

@@ -92,7 +92,7 @@ class SessionPool:
             how = await session.give_up()
         elif status in ("died", "killed"):
             session.link = None
-        return replace(result, restarted=result.restarted or ended_before, ended=how)
+        return replace(result, restarted=True, ended=how) if ended_before or how else result
 
     async def close(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)
