@@ -67,7 +67,9 @@ class Interpreter:
         self.pid = os.getpid()
         self.running = False
         self.count = 0
+        self.said = -1     # bytes of stdout up to the value that was shown last
         self.shown: list[bytes] = []
+        self.opened: list[int] = []
         self.streams = Capture(max_output, 1), Capture(max_output, 2)
         self.module = types.ModuleType("__main__")
         self.names = self.module.__dict__
@@ -103,7 +105,7 @@ class Interpreter:
                           Image=Image)
         self.plt, self.image_type = plt, ImageType
         plt.show = self._show_figures
-        ImageType.show = lambda image, *args, **kwargs: self.display(image)   # type: ignore[method-assign]
+        ImageType.show = lambda image, *args, **kwargs: self._open(image)   # type: ignore[method-assign]
 
     # -- what a cell shows -------------------------------------------------------------------------------------------
     def display(self, *values: Any, **_: Any) -> None:
@@ -114,7 +116,19 @@ class Interpreter:
             elif hasattr(value, "savefig") and hasattr(value, "canvas"):
                 self._add_figure(value)
             elif value is not None:
-                print(repr(value))
+                self._say(repr(value))
+
+    def _open(self, image: Any) -> None:
+        """`image.show()`, which opens a window where there is one: not every reader of the result wants to see it."""
+        before = len(self.shown)
+        self.display(image)
+        self.opened += range(before, len(self.shown))
+
+    def _say(self, text: str) -> None:
+        """A value's text. IPython shows it without an end of its line: where it is the last text of all, that is told."""
+        print(text)
+        _flush(sys.stdout)
+        self.said = self.streams[0].total
 
     def _show_figures(self, *_: Any, **__: Any) -> None:
         for number in self.plt.get_fignums():
@@ -149,15 +163,18 @@ class Interpreter:
 
     # -- running -----------------------------------------------------------------------------------------------------
     def run(self, code: str) -> tuple[dict[str, Any], list[bytes]]:
-        """({"ok", "stdout", "stderr"}, PNG files) of one cell."""
-        self.shown = []
+        """({"ok", "stdout", "stderr", "ends_with_value", "opened"}, PNG files) of one cell. ends_with_value: stdout's last text
+        is a value that was shown; opened: which files were shown by `image.show()`."""
+        self.shown, self.opened, self.said = [], [], -1
         self._clear_streams()
         ok = self._guarded(code)
         if os.getpid() != self.pid:   # a child the cell forked ran off its end: it must not speak for the session
             os._exit(0)
         self.listen()
         reap()
-        return {"ok": ok, "stdout": self._collect(0), "stderr": self._collect(1)}, self.shown
+        stdout, stderr = self._collect(0), self._collect(1)
+        return {"ok": ok, "stdout": stdout, "stderr": stderr, "ends_with_value": self.said == self.streams[0].total,
+                "opened": self.opened}, self.shown
 
     def _clear_streams(self) -> None:
         for name, stream in zip(("stdout", "stderr"), self.streams):

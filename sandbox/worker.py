@@ -15,7 +15,8 @@ When the connection ends, the template ends, and everything with it. When the cl
 whatever reason, that session is killed.
 
 Conversation, in frames: {"op": "open"} + images -> {"status": "ready"}; then any number of {"op": "run", "code"} ->
-{"ok", "stdout", "stderr"} + PNG files, which the client must treat as hostile. The clock is the client's too.
+{"ok", "stdout", "stderr", "ends_with_value", "opened"} + PNG files, which
+the client must treat as hostile. The clock is the client's too.
 """
 from __future__ import annotations
 

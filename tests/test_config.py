@@ -26,6 +26,7 @@ rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollou
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager
 rollout.sleep rollout.image_cache_gib
 tools.url tools.allowed tools.sandbox tools.i_trust_the_model tools.call_timeout_s tools.python_timeout_s tools.retries
+tools.layout
 tools.max_image_searches tools.search_provider tools.text_index tools.image_index tools.image_cache tools.search_results
 reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross_check reward.max_unscored
 judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache

@@ -159,7 +159,7 @@ def test_any_word_number_or_symbol_is_a_query(query: str) -> None:
 
 def test_rows_without_a_snippet_are_not_each_others_duplicates() -> None:
     rows = [("a", "1", ""), ("b", "2", ""), ("a", "1", ""), ("", "", ""), ("c", "3", "same"), ("d", "4", "same")]
-    text = layout.search_results("q", rows)
+    text = layout.COMPACT.search_results("q", rows)
     assert "found 3 results" in text and all(f"[Title: {title}]" in text for title in "abc")
 
 

@@ -18,7 +18,7 @@ from hdpo.errors import ConfigError, DataError
 from hdpo.toolserver import layout
 from hdpo.toolserver.image_cache import ImageCache
 from hdpo.toolserver.image_index import ImageIndex
-from hdpo.toolserver.image_search import MAX_RETURNED, MAX_SIDE, ImageQuery, InTurn, run_image_search
+from hdpo.toolserver.image_search import MAX_SIDE, ImageQuery, InTurn, run_image_search
 from hdpo.toolserver.lens import QUERY_SIDE, SerperLens, Showcase
 from hdpo.toolserver.providers import BrightData, HttpProvider, SearchError, SerpApi, Serper, hosted_provider
 from hdpo.toolserver.search_cache import CachedSearch
@@ -55,9 +55,9 @@ def test_a_file_that_is_no_index_is_named(tmp_path: Path) -> None:
 
 
 def test_repeated_snippets_are_shown_once_and_an_empty_result_says_so() -> None:
-    text = layout.search_results("q", [("a", "1", "same"), ("b", "2", "same"), ("c", "3", "x" * 30_000)])
+    text = layout.COMPACT.search_results("q", [("a", "1", "same"), ("b", "2", "same"), ("c", "3", "x" * 30_000)])
     assert "found 2 results" in text and "Page 2. [Title: c](Link: 3)" in text and len(text) < 21_000
-    assert layout.search_results("q", []) == "No search results found for q."
+    assert layout.COMPACT.search_results("q", []) == "No search results found for q."
 
 
 # -- hosted providers ------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_an_image_that_is_not_in_the_index_has_no_result(photos: ImageIndex) -> 
 def test_returned_images_are_bounded(tmp_path: Path) -> None:
     badge(0).resize((4000, 3000)).save(tmp_path / "big.jpg")
     (tmp_path / "labels.json").write_text('{"big.jpg": "big"}')
-    reply = asyncio.run(run_image_search(ImageIndex(tmp_path), (encoded(badge(0), "PNG"),)))
+    reply = asyncio.run(run_image_search(ImageIndex(tmp_path), (encoded(badge(0), "PNG"),), words=layout.COMPACT))
     assert reply.text == "1. [big]" and max(Image.open(io.BytesIO(reply.images[0])).size) == MAX_SIDE
 
 
@@ -198,7 +198,7 @@ def test_a_part_of_an_image_can_be_the_query(photos: ImageIndex) -> None:
     images = (encoded(badge(3), "PNG"), encoded(scene, "PNG"))
     for arguments, title in (({"image": 2, "box": box}, "1. [badge 7]"), ({"image": 2}, layout.NO_IMAGE_RESULT),
                              ({}, "1. [badge 3]"), ({"image": 1, "box": [-50, -50, 9999, 9999]}, "1. [badge 3]")):
-        assert asyncio.run(run_image_search(photos, images, "", arguments)).text == title
+        assert asyncio.run(run_image_search(photos, images, "", arguments, layout.COMPACT)).text == title
 
 
 def test_a_query_that_does_not_exist_is_the_models_mistake(photos: ImageIndex) -> None:
@@ -225,17 +225,17 @@ def recorded(folder: Path, rows: Any) -> Path:
     return folder / "cache.json"
 
 
-def test_the_references_recorded_searches_answer_by_the_rows_index_and_bounded(tmp_path: Path) -> None:
+def test_the_references_recorded_searches_answer_by_the_rows_index_as_recorded(tmp_path: Path) -> None:
     cache = ImageCache(recorded(tmp_path, {
         "source_1": {"tool_returned_web_title": [f"page {n}" for n in range(20)],
                      "cached_images_path": [f"images/{n}.jpg" for n in range(5)]},
         "source_2": {"tool_returned_web_title": ["only a title"], "cached_images_path": []}}))
     images = (encoded(badge(3), "PNG"),)
     first = asyncio.run(run_image_search(cache, images, "source_1"))
-    assert first.text.splitlines()[0] == "1. [page 0]" and first.text.count("[page") == 10
-    assert len(first.images) == MAX_RETURNED and Image.open(io.BytesIO(first.images[0])).size == (MAX_SIDE, 576)
+    assert "found 5 results" in first.text and "\n5. <image>\n[page 4]" in first.text and first.text.count("[page") == 5
+    assert [Image.open(io.BytesIO(image)).size for image in first.images] == [(2000, 1500)] * 5
     second = asyncio.run(run_image_search(cache, images, "source_2"))
-    assert (second.text, second.images) == ("1. [only a title]", ())
+    assert second.text.endswith("## Web Results\n1. [only a title]\n") and not second.images
     for index, arguments in (("unknown", {}), ("source_1", {"box": [0, 0, 9, 9]})):
         assert asyncio.run(run_image_search(cache, images, index, arguments)).text == layout.NO_IMAGE_RESULT
 
@@ -243,8 +243,8 @@ def test_the_references_recorded_searches_answer_by_the_rows_index_and_bounded(t
 def test_sources_are_asked_in_turn_until_one_knows(tmp_path: Path, photos: ImageIndex) -> None:
     both = InTurn([ImageCache(recorded(tmp_path, {"i": {"tool_returned_web_title": ["recorded"]}})), photos])
     images = (encoded(badge(3), "PNG"),)
-    assert asyncio.run(run_image_search(both, images, "i")).text == "1. [recorded]"
-    assert asyncio.run(run_image_search(both, images, "j")).text == "1. [badge 3]"
+    assert asyncio.run(run_image_search(both, images, "i", words=layout.COMPACT)).text == "1. [recorded]"
+    assert asyncio.run(run_image_search(both, images, "j", words=layout.COMPACT)).text == "1. [badge 3]"
 
 
 @pytest.mark.parametrize("rows, says", [

@@ -25,6 +25,7 @@ from tool_server import ToolServer, all_gone, call_text, png, python, task, unti
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
+from hdpo.toolserver.layout import REFERENCE
 from hdpo.toolserver.process import start_tool_server
 from hdpo.toolserver.text_search import build_text_index
 from hdpo.toolserver.token import token_for
@@ -61,7 +62,7 @@ def test_a_reference_trainers_request_is_answered_in_the_references_format(serve
     assert set(body) == {"observations", "dones", "valids", "processing_time_ms", "queue_time_ms"}
     first, second = body["observations"]
     assert first["image"][0].startswith("data:image/png;base64,")
-    assert second["obs"] == "Code execution result:\nstdout:\n```\nhi\n```" and second["timeout"] is False
+    assert second["obs"] == REFERENCE.python_result("hi\n", "", 0) and second["timeout"] is False
     assert second["metrics"]["code_success"] is True and second["metrics"]["code_lines"] == 1
     assert body["dones"] == [False, False] and body["valids"] == [True, True]
     assert float(headers["X-Process-Time"]) > 0
@@ -153,7 +154,7 @@ def test_a_retry_that_arrives_while_the_first_attempt_still_runs_joins_it(server
     body = {"trajectory_ids": ["join"] * 2, "request_ids": ["r"] * 2,
             "actions": [python("import time; time.sleep(0.3); m = globals().get('m', 0) + 1; print('m', m)")] * 2}
     observations = server.post(body)[1]["observations"]
-    assert [o["obs"] for o in observations] == ["Code execution result:\nstdout:\n```\nm 1\n```"] * 2
+    assert [o["obs"] for o in observations] == [REFERENCE.python_result("m 1\n", "", 0)] * 2
 
 
 def test_images_and_nothing_else_of_the_task_travel_and_only_once(server: ToolServer) -> None:
@@ -222,7 +223,7 @@ for path in glob.glob('/proc/[0-9]*/environ'):
 print('KEY' in str(seen).upper())
 """
     (result,) = server.talk(python(code))
-    assert result.text.strip("`\n").endswith("False")
+    assert result.text == REFERENCE.python_result("False\n", "", 0)
 
 
 def test_64_trajectories_at_once_keep_their_variables_apart(server: ToolServer) -> None:
@@ -257,7 +258,7 @@ def test_image_search_finds_the_rows_image_once_per_trajectory(server: ToolServe
     buffer = io.BytesIO()
     badge(1).save(buffer, "JPEG")
     first, second = server.talk(call_text("image_search"), call_text("image_search"), images=(buffer.getvalue(),))
-    assert first.text == "1. [badge 1]" and len(first.images) == 1
+    assert first.text == REFERENCE.image_results(["badge 1"], [True]) and len(first.images) == 1
     assert "already called" in second.text and second.ok and second.metrics["deduplicated"]
 
 
@@ -302,7 +303,7 @@ def test_a_hosted_image_search_fetches_the_query_from_the_server_without_its_tok
     box = {"trajectory_ids": ["x"], "actions": [call_text("image_search", box=[0, 0, 10, 20])],
            "extra_fields": [{"images": ["data:image/png;base64," + base64.b64encode(png()).decode()]}]}
     status, body, _ = running.post(box, {"Authorization": "Bearer letmein"})
-    assert status == 200 and body["observations"][0]["obs"] == "1. [Found it]"
+    assert status == 200 and body["observations"][0]["obs"] == REFERENCE.image_results(["Found it"], [False])
     ((address, shown),) = seen
     assert Image.open(io.BytesIO(shown)).size == (10, 20)
     with pytest.raises(urllib.error.HTTPError, match="404"):

@@ -81,6 +81,8 @@ def _checked(name: str, arguments: dict[str, Any]) -> ParsedCall | MalformedCall
     value = arguments.get(key)
     if key == "query" and isinstance(value, list) and value:
         value = value[0]
+    if key == "query" and isinstance(value, str) and not value.strip():
+        return MalformedCall("Error: Search query is empty.")      # the reference's words
     if not isinstance(value, str) or not value.strip():
         return _malformed(f'the arguments of {name} must hold "{key}", a non-empty string', name)
     return ParsedCall(name, {key: valid(value, "call")})   # JSON escapes can spell half a surrogate pair

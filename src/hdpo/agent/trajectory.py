@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hdpo import oddities
 from hdpo.agent.builder import Segment, TrajectoryBuilder
-from hdpo.agent.chat import ChatFormat
+from hdpo.agent.chat import IMAGE_MARKER, ChatFormat
 from hdpo.agent.images import TOOL_PIXELS, decode_image
 from hdpo.agent.parse import extract_answer
 from hdpo.agent.tools import AgentTools, ToolOutcome
@@ -155,10 +155,14 @@ class Player:
 
     def _observation(self, outcome: ToolOutcome, max_images: int) -> Segment:
         text, images = outcome.call.observation, []
+        places = text.count(IMAGE_MARKER) == len(outcome.images)
         for i, data in enumerate(outcome.images):
             try:
                 images.append(decode_image(data, f"image {i + 1}", TOOL_PIXELS))
             except DataError as exc:
                 oddities.count("image/tool")
+                if places:      # the others keep theirs
+                    *before, after = text.split(IMAGE_MARKER, len(images) + 1)
+                    text = IMAGE_MARKER.join(before) + after
                 text += f"\n[{exc}]"
         return self._chat.observation(text, images, self._config.max_observation_tokens, max_images)

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from typing import Any
 
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config
 from hdpo.doctor.host_plan import live
 from hdpo.doctor.memory_plan import ranks_of_run
-from hdpo.errors import ToolServerError
+from hdpo.errors import ConfigError, ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.ranks.world import World
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
@@ -27,10 +28,18 @@ def open_tools(config: Config, world: World | None, closing: ExitStack) -> tuple
         mine = _start_tool_server(config, world, closing) if world is None or world.local_rank == 0 else None
         servers = [(0, mine)] if world is None else world.gather((world.node, mine))
         url, token = next(server for node, server in servers if server and node == (world.node if world else 0))
-    wait_until_healthy(url, timeout=30.0)
+    check_layout(wait_until_healthy(url, timeout=30.0), config)
     client = ToolClient(url, timeout=tools.call_timeout_s, retries=tools.retries, token=token)
     closing.callback(lambda: background.run(client.close(), timeout=10))
     return background, client
+
+
+def check_layout(health: dict[str, Any], config: Config) -> None:
+    """Raises ConfigError for a server that answers in another layout; the reference's own says nothing of its only one."""
+    theirs, ours = health.get("layout", "reference"), config.tools.layout
+    if theirs != ours:
+        raise ConfigError(f"tools.layout is {ours}, and the tool server at tools.url answers in the layout {theirs}: start it "
+                          f"with --layout {ours}, or set tools.layout={theirs}")
 
 
 def _start_tool_server(config: Config, world: World | None, closing: ExitStack) -> tuple[str, str]:
@@ -41,7 +50,7 @@ def _start_tool_server(config: Config, world: World | None, closing: ExitStack) 
         "--tools", ",".join(tools.allowed), "--sandbox", tools.sandbox, "--python-timeout", str(tools.python_timeout_s),
         "--call-timeout", str(tools.call_timeout_s), "--search-provider", tools.search_provider,
         "--search-results", str(tools.search_results), "--max-image-searches", str(tools.max_image_searches),
-        "--trajectories", str(live(config, ranks) * of_node)]
+        "--trajectories", str(live(config, ranks) * of_node), "--layout", tools.layout]
     for flag, value in (("--text-index", tools.text_index), ("--image-index", tools.image_index),
                         ("--image-cache", tools.image_cache)):
         options += [flag, value] if value else []

@@ -127,6 +127,9 @@ class ToolsConfig(Section):
     python_timeout_s: PositiveFloat = Field(20.0, description="Wall clock of one Python cell, seconds.")
     retries: Number = Field(
         2, description="Further attempts at a call that broke off; an unreachable server is waited for until call_timeout_s.")
+    layout: Literal["reference", "compact"] = Field(
+        "reference", description="Layout of what a tool's answer says: the reference's, with which its data and checkpoints were "
+        "made, or a compact one for small models (the demo's); demonstrations must have the same.")
     max_image_searches: Number = Field(1, description="Image searches per trajectory; later ones get a fixed reply.")
     search_provider: Literal["auto", "serper", "serpapi", "brightdata", "embedded"] = Field(
         "auto", description="serper, serpapi, brightdata or embedded (SEARCH_PROVIDER); auto: by key.")

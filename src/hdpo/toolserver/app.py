@@ -85,6 +85,7 @@ class Server:
             "status": "draining" if self.draining else "healthy", "concurrent_requests": self.open_calls,
             "thread_pool_size": self.settings.running_cells, "active_tasks": self.open_calls,
             "max_concurrent": self.settings.max_queue, "tools": self.toolbox.tools,
+            "layout": self.settings.layout,
             "uptime_seconds": round(time.monotonic() - self.started, 3),
             "trajectories": len(self.toolbox.sessions.trajectories)})
 

@@ -5,22 +5,26 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from hdpo import text
+from hdpo import oddities, pictures, text
 from hdpo.errors import DataError
 from hdpo.toolserver.http_service import SearchError
-from hdpo.toolserver.image_search import MAX_RETURNED, MAX_TITLES, ImageQuery, Match, bounded
+from hdpo.toolserver.image_search import MAX_TITLES, ImageQuery, Match, encoded, open_image
+
+MAX_RECORDED_SIDE = 4096
+"""Longest side of an image that is returned as it was recorded, pixels; the agent shows the model a bounded copy anyway."""
 
 
 class ImageCache:
     """`ImageProvider` for the first image of rows whose index was recorded.
 
-    Image paths are relative to the file's folder and may not leave it. Raises DataError naming the row that is wrong.
+    Titles and images are pairs, as the reference reads them: where a row has images, further titles are left out. Images are
+    returned as they are recorded. Their paths are relative to the file's folder and may not leave it. Raises DataError naming
+    the row that is wrong.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -41,8 +45,8 @@ class ImageCache:
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
                 raise DataError(f"{where}: expected lists of strings, tool_returned_web_title and cached_images_path")
         assert titles is not None and images is not None
-        return [(title or "", self._inside(where, image) if image else None)
-                for title, image in itertools.zip_longest(titles[:MAX_TITLES], images[:MAX_RETURNED])]
+        files = [self._inside(where, image) if image else None for image in images[:MAX_TITLES]]
+        return list(zip(titles[:MAX_TITLES], files or [None] * MAX_TITLES))
 
     def _inside(self, where: str, name: str) -> Path:
         folder = self.path.parent.resolve()
@@ -66,6 +70,10 @@ class ImageCache:
 def _shown(file: Path | None) -> bytes | None:
     """A picture that can't be read is left out: the title says what was found."""
     try:
-        return bounded(file) if file else None
-    except SearchError:
+        if file is None:
+            return None
+        width, height = pictures.size_of(data := file.read_bytes())
+        return data if max(width, height) <= MAX_RECORDED_SIDE else encoded(open_image(data), MAX_RECORDED_SIDE)
+    except (pictures.PictureError, SearchError, OSError):
+        oddities.count("image/search")
         return None

@@ -112,7 +112,7 @@ def make_query(images: Sequence[bytes], index: str, arguments: Mapping[str, Any]
 
 
 async def run_image_search(provider: ImageProvider, images: Sequence[bytes], index: str = "",
-                           arguments: Mapping[str, Any] | None = None) -> Reply:
+                           arguments: Mapping[str, Any] | None = None, words: layout.Reference = layout.REFERENCE) -> Reply:
     """One call. A reply that is not valid names a mistake in the call. Raises SearchError when the provider fails."""
     if not images:
         return Reply(layout.NO_IMAGE_RESULT, metrics={"search_success": True, "num_results": 0})
@@ -120,6 +120,6 @@ async def run_image_search(provider: ImageProvider, images: Sequence[bytes], ind
     if isinstance(query, str):
         return Reply(query, valid=False)
     matches = (await provider.search(query))[:MAX_TITLES]
-    shown = [match.image for match in matches if match.image is not None][:MAX_RETURNED]
-    return Reply(layout.image_results([match.title for match in matches]), tuple(shown),
+    shown = tuple(match.image for match in matches if match.image is not None)
+    return Reply(words.image_results([match.title for match in matches], [match.image is not None for match in matches]), shown,
                  metrics={"search_success": True, "num_results": len(matches)})

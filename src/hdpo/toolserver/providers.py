@@ -29,6 +29,11 @@ class TextProvider(Protocol):
     async def close(self) -> None: ...
 
 
+def asked(query: str) -> str:
+    """The query as an answer names it."""
+    return query.strip().replace('"', "")
+
+
 def searchable(query: str) -> str:
     """The query as a provider is asked; empty when there is nothing to search for: no letter, digit or symbol in it."""
     plain = " ".join(query.replace('"', " ").split())[:MAX_QUERY_CHARS]

@@ -10,20 +10,21 @@ SESSION_FILES = 3
 """Files that a session keeps open in the server."""
 
 
-async def run_python(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float) -> Reply:
+async def run_python(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float,
+                     words: layout.Reference = layout.REFERENCE) -> Reply:
     """Execute `code` in the trajectory's session, opened at the first call. Raises SandboxError when the sandbox fails.
 
     SessionLostError is for good: no later cell of the trajectory is executed without what the earlier ones had set.
     """
     if not trajectory.lost:
         try:
-            return await _run_cell(sandbox, trajectory, code, timeout_s)
+            return await _run_cell(sandbox, trajectory, code, timeout_s, words)
         except SessionLostError as exc:
             trajectory.lost = str(exc)
     raise SessionLostError(f"the session of this trajectory was lost: {trajectory.lost}")
 
 
-async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float) -> Reply:
+async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float, words: layout.Reference) -> Reply:
     if not trajectory.session_open:
         if not descriptors.room(SESSION_FILES):
             raise SandboxError(descriptors.too_many())
@@ -38,7 +39,9 @@ async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout
         trajectory.calls_lost = 0
     if result.restarted:
         notes.append(f"The session ended: {result.ended}.\n" * bool(result.ended) + layout.SESSION_RESTARTED)
-    stderr = "\n".join(part for part in (result.stderr.strip("\n"), *notes) if part)
-    text = layout.python_result(result.stdout, stderr, len(result.images))
+    stderr = "\n".join(part for part in (result.stderr.strip("\n"), *notes) if part) if notes else result.stderr
+    images = words.images(result.images, result.opened, result.ok)
+    stdout = result.stdout.removesuffix("\n") if result.ends_with_value else result.stdout
+    text = words.python_result(stdout, stderr, len(images), result.ok)
     metrics = {"code_success": result.ok, "code_lines": code.count("\n") + 1, "session_restarted": result.restarted}
-    return Reply(text, result.images, metrics=metrics, timed_out=result.timed_out)
+    return Reply(text, images, metrics=metrics, timed_out=result.timed_out)

@@ -170,11 +170,14 @@ class SessionLink:
 def _result(message: dict[str, Any], blobs: list[bytes], interrupted: bool) -> CellResult:
     stdout, stderr = (_text(message.get(name)) for name in ("stdout", "stderr"))
     shown = blobs[:MAX_IMAGES]
-    images = tuple(blob for blob in shown if is_bounded_png(blob))
-    if len(images) < len(shown):
-        oddities.count("image/cell", len(shown) - len(images))
+    good = [place for place, blob in enumerate(shown) if is_bounded_png(blob)]
+    if len(good) < len(shown):
+        oddities.count("image/cell", len(shown) - len(good))
+    said = message.get("opened")
+    opened = frozenset(good.index(place) for place in good if isinstance(said, list) and place in said)
     ok = message.get("ok") is True and not interrupted
-    return CellResult(stdout, stderr, images, ok=ok, restarted=False, timed_out=interrupted)
+    return CellResult(stdout, stderr, tuple(shown[place] for place in good), ok=ok, restarted=False, timed_out=interrupted,
+                      ends_with_value=message.get("ends_with_value") is True, opened=opened)
 
 
 def _text(value: Any) -> str:

@@ -44,6 +44,8 @@ class CellResult:
     restarted: bool            # the namespace was lost by the code's own doing, before or during this cell
     timed_out: bool
     ended: str = ""            # how, when it was
+    ends_with_value: bool = False             # stdout's last text is a value that was shown
+    opened: frozenset[int] = frozenset()      # which images were shown by `image.show()`
 
 
 class Sandbox(Protocol):

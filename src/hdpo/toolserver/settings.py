@@ -11,6 +11,7 @@ from hdpo.toolserver.token import LOOPBACK, VARIABLE
 
 TOOLS = ("python", "text_search", "image_search")
 SANDBOXES = ("process", "docker", "docker-strict")
+LAYOUTS = ("reference", "compact")
 LENS_URL = "https://google.serper.dev/lens"
 EXAMPLES = f"""\
 examples:
@@ -44,6 +45,7 @@ class Settings:
     trajectories: int = 0              # expected to be live at once, for checks at the start
     max_queue: int = 4096              # calls accepted but not answered; beyond it 429
     idle_limit_s: float = 3600.0       # a trajectory nobody asks about is closed
+    layout: str = "reference"          # of what the model reads
     search_provider: str = "auto"
     search_results: int = 10
     search_cache: str = "on"           # on, off, replay
@@ -115,6 +117,8 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--max-queue", type=int, default=default.max_queue, help="open calls before the server answers 429 (%(default)s)")
     add("--idle-limit", type=float, default=default.idle_limit_s, help="seconds before a silent trajectory is closed "
         "(%(default)s)")
+    add("--layout", choices=LAYOUTS, default=default.layout, help="layout of what the model reads: the reference's, with which "
+        "its data was made, or a compact one (%(default)s)")
     add("--search-provider", default=environment.get("SEARCH_PROVIDER") or default.search_provider,
         help="serper, serpapi, brightdata or embedded; auto takes the first with a key (SEARCH_PROVIDER or auto)")
     add("--search-results", type=int, default=default.search_results, help="results of a text search (%(default)s)")
@@ -142,7 +146,8 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         sandbox=args.sandbox, sandbox_image=args.sandbox_image, container_memory_mib=args.container_memory,
         container_cpus=args.container_cpus, image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
         lens_key=environment.get("SERPER_API_KEY", ""), python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
-        workers=args.workers, trajectories=args.trajectories, max_queue=args.max_queue, idle_limit_s=args.idle_limit,
+        workers=args.workers, trajectories=args.trajectories, layout=args.layout, max_queue=args.max_queue,
+        idle_limit_s=args.idle_limit,
         search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
         image_index=args.image_index, search_cache=args.search_cache, search_cache_file=args.search_cache_file,
         search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain,

@@ -12,7 +12,7 @@ from pathlib import Path
 from hdpo.errors import DataError
 from hdpo.toolserver import layout
 from hdpo.toolserver.http_service import SearchError
-from hdpo.toolserver.providers import MAX_QUERY_CHARS, Result, TextProvider, searchable
+from hdpo.toolserver.providers import MAX_QUERY_CHARS, Result, TextProvider, asked, searchable
 from hdpo.toolserver.wire import Reply
 
 MAX_TERMS = 32
@@ -75,9 +75,9 @@ def build_text_index(path: str | os.PathLike[str], pages: Iterable[Result]) -> i
     return max(0, count)
 
 
-async def run_text_search(provider: TextProvider, query: str) -> Reply:
+async def run_text_search(provider: TextProvider, query: str, words: layout.Reference = layout.REFERENCE) -> Reply:
     """A reply that is not valid names a mistake in the call. Raises SearchError when the provider fails: that is no result."""
     if not searchable(query):
         return Reply(layout.nothing_to_search(query), valid=False)      # the policy's mistake: it must not end as an outage
     results = await provider.search(query)
-    return Reply(layout.search_results(query, results), metrics={"search_success": True, "num_results": len(results)})
+    return Reply(words.search_results(asked(query), results), metrics={"search_success": True, "num_results": len(results)})

@@ -56,6 +56,10 @@ class Toolbox:
         return next((source.showcase for source in sources if isinstance(source, SerperLens)), None)
 
     @property
+    def words(self) -> layout.Reference:
+        return layout.LAYOUTS[self.settings.layout]
+
+    @property
     def tools(self) -> list[str]:
         return [tool for tool, part in zip(TOOLS, (self.sandbox, self.text, self.images)) if part is not None]
 
@@ -123,11 +127,12 @@ class Toolbox:
         if parsed.name == "python":
             assert self.sandbox is not None
             async with self._place(), asyncio.timeout(self.settings.call_timeout_s):
-                return await run_python(self.sandbox, trajectory, parsed.arguments["code"], self.settings.python_timeout_s)
+                return await run_python(self.sandbox, trajectory, parsed.arguments["code"], self.settings.python_timeout_s,
+                                        self.words)
         async with asyncio.timeout(self.settings.call_timeout_s):
             if parsed.name == "text_search":
                 assert self.text is not None
-                return await run_text_search(self.text, parsed.arguments["query"])
+                return await run_text_search(self.text, parsed.arguments["query"], self.words)
             return await self._image_search(trajectory, parsed.arguments)
 
     @contextlib.asynccontextmanager
@@ -155,8 +160,8 @@ class Toolbox:
     async def _image_search(self, trajectory: Trajectory, arguments: dict[str, Any]) -> Reply:
         assert self.images is not None
         if trajectory.image_searches >= self.settings.max_image_searches:
-            return Reply(layout.IMAGE_SEARCH_USED, metrics={"deduplicated": True})
-        reply = await run_image_search(self.images, trajectory.images, trajectory.index, arguments)
+            return Reply(self.words.image_search_used(trajectory.image_searches), metrics={"deduplicated": True})
+        reply = await run_image_search(self.images, trajectory.images, trajectory.index, arguments, self.words)
         trajectory.image_searches += reply.valid      # a mistaken call searched for nothing
         return reply
 

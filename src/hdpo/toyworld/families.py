@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from hdpo.toolserver import layout
+from hdpo.toolserver.layout import COMPACT as layout
 from hdpo.toyworld import words
 from hdpo.toyworld.glyphs import Glyphs
 
@@ -157,7 +157,7 @@ def _identity(rng: random.Random, source: Source, drawn: bool) -> Puzzle:
     return Puzzle(
         family="identity", tool_needed=not drawn, question="<image>" + words.ASK_BADGE, images=(picture,), answer=number,
         direct_reason=words.READ, tool_reason=words.LOOK_UP, call=words.IMAGE_CALL,
-        observation=layout.image_results([words.BADGE_TITLE.format(number)]), observation_images=(picture,))
+        observation=layout.image_results([words.BADGE_TITLE.format(number)], [True]), observation_images=(picture,))
 
 
 def labelled_badge(rng: random.Random, source: Source) -> Puzzle:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hdpo.toolserver import layout
+from hdpo.toolserver.layout import COMPACT as layout
 from hdpo.toyworld import words
 from hdpo.toyworld.glyphs import Glyphs, load_glyphs
 from hdpo.toyworld.tokenizer import VIEW
@@ -150,7 +150,7 @@ class Teacher:
             elif kind == 2:
                 code = str(self.random.randrange(10, 100))
                 pictures.append(self.badge(self.random.choice(("", code))))
-                turns.append((layout.image_results([words.BADGE_TITLE.format(code)]) + "{image}", code))
+                turns.append((layout.image_results([words.BADGE_TITLE.format(code)], [True]) + "{image}", code))
             elif kind == 3:
                 turns.append((f"{fact} {words.ASK_FACT.format(name)}", code))
             else:

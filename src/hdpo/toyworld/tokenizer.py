@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hdpo.toolserver import layout
+from hdpo.toolserver.layout import COMPACT as layout
 from hdpo.toyworld import words
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -35,7 +35,7 @@ def _corpus() -> list[str]:
     names = [f"{stem} {kind}" for stem in words.STEMS for kind in words.KINDS]
     facts = [words.FACT.format(name, 1) for name in names]
     observations = [layout.python_result("1", "", 0), layout.python_result("1", "error", 1), layout.python_result("", "", 1),
-                    layout.python_result("", "", 0), layout.image_results([words.BADGE_TITLE.format(1)] * 2)]
+                    layout.python_result("", "", 0), layout.image_results([words.BADGE_TITLE.format(1)] * 2, [True] * 2)]
     observations += [layout.search_results(n, [(n, words.LINK, f)]) for n, f in zip(names, facts, strict=True)]
     fixed, found = observations[:5], observations[5:]
     often = [*fixed, "system\n", "user\n", "assistant\n", "\n\n", "1+2?", "3*4?"] * 50
