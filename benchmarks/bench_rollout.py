@@ -33,7 +33,8 @@ from rollout_world import (
     toy_chat,
 )
 
-from hdpo.agent.rollout import FIRST_SHARE, Rollouts, sampling_seed
+from hdpo.agent.queue import sampling_seed
+from hdpo.agent.rollout import FIRST_SHARE, Rollouts
 from hdpo.background import BackgroundLoop
 from hdpo.config import RolloutConfig, ToolsConfig
 from hdpo.protocols import GenerateRequest, ToolBackend

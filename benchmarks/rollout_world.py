@@ -19,7 +19,7 @@ from PIL import Image
 
 from hdpo.agent.chat import ChatFormat, load_chat_format
 from hdpo.agent.parse import EXAMPLES
-from hdpo.agent.rollout import sampling_seed
+from hdpo.agent.queue import sampling_seed
 from hdpo.protocols import GenerateRequest, ToolResult
 from hdpo.types import Completion, StopReason, Task
 
@@ -113,6 +113,10 @@ class TimedEngine:
         steps = sum(self.steps_of(turn) for turns in self._plan.turns.values() for turn in turns)
         return max(longest, steps / self.max_num_seqs * step_s)
 
+    def so_far(self, request_id: str) -> Completion:
+        made = self._rows[request_id][1] if request_id in self._rows else 0
+        return Completion(self._filler * made, [-0.5] * made, StopReason.ABORTED, 0)
+
     def num_unfinished(self) -> int:
         return len(self._rows)
 
@@ -142,6 +146,8 @@ class TimedTools:
         _, _, prompt, sample = trajectory_id.split("-")
         await asyncio.sleep(self._plan.turns[int(prompt), int(sample)][number].tool_s or 0.0)
         return ToolResult("Code execution result:\n7")
+
+    def expect(self, trajectory_id: str) -> None: ...
 
     async def finish(self, trajectory_id: str) -> None: ...
 

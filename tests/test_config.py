@@ -21,6 +21,7 @@ model.path model.dtype model.attention model.gradient_checkpointing model.freeze
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
 data.train data.val data.mix data.cache data.image_root data.insert_markers data.max_prompt_tokens data.bad_row data.shuffle
 rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.dynamic_sampling
+rollout.carry_over rollout.carry_max_versions
 rollout.max_turns rollout.max_response_tokens
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager

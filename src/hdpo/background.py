@@ -10,6 +10,7 @@ import concurrent.futures
 import gc
 import sys
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 SWITCH_INTERVAL_S = 5e-4
 """How long a thread may keep the interpreter while another wants it. Python's 5 ms, waited for at every lock and socket
 that the loop touches while threads decode pictures, add up to tenths of a second (benchmarks/bench_rollout.py)."""
+
+LAG_PERIOD_S = 0.02
 
 
 class BackgroundLoop:
@@ -55,6 +58,14 @@ class BackgroundLoop:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=10)
         self.loop.close()
+
+
+async def watch_lag(found: list[float]) -> None:
+    """How late the loop wakes a sleeper, seconds, over and over: whatever blocks it delays everything on it."""
+    while True:
+        due = time.monotonic() + LAG_PERIOD_S
+        await asyncio.sleep(LAG_PERIOD_S)
+        found.append(max(0.0, time.monotonic() - due))
 
 
 def freeze_heap() -> None:

@@ -29,6 +29,7 @@ class GenerateRequest:
     seed: int                  # the same request with the same seed and weights gives the same tokens
     image_keys: tuple[str, ...] = ()   # unique per image content, so that the engine need not hash pixels; may be empty
     watch: Callable[[list[int]], object] | None = None   # called by `step` with all ids sampled so far, as they are sampled
+    begun: int = 0             # of `token_ids`, the last that were sampled in this turn already, before it was cut
 
 
 class Engine(Protocol):
@@ -48,6 +49,11 @@ class Engine(Protocol):
         ...
 
     def num_unfinished(self) -> int: ...
+
+    def so_far(self, request_id: str) -> Completion:
+        """What a request has sampled until now: ABORTED, unless it has ended and was not returned yet. Nothing for one that
+        is unknown."""
+        ...
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; an aborted request is never returned by `step`."""
@@ -105,6 +111,11 @@ class ToolBackend(Protocol):
 
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         """Execute the sampled action text. Raises ToolServerError when the failure is ours, never for the policy's."""
+        ...
+
+    def expect(self, trajectory_id: str) -> None:
+        """The trajectory has had calls, made by an earlier process: if its session is gone, its next call that needs one fails
+        as the server's fault."""
         ...
 
     async def finish(self, trajectory_id: str) -> None:

@@ -31,6 +31,7 @@ class StopReason(Enum):
     END_OF_TURN = "end_of_turn"  # <|im_end|> was sampled
     LENGTH = "length"          # the token budget of the request ran out
     ABORTED = "aborted"        # the engine dropped the request
+    CUT = "cut"                # the step ended; the turn goes on in the next (rollout.carry_over)
 
 
 class EndReason(Enum):
@@ -121,7 +122,8 @@ class Trajectory:
 
     `images` are what the model saw (already bounded), in order of their placeholder runs in `token_ids`;
     `image_keys[i]` names the content of `images[i]` (empty where nobody computed it).
-    `log_probs[t]` is 0.0 wherever mask[t] is 0.
+    `log_probs[t]` is 0.0 wherever mask[t] is 0. `versions[t]` is the version of the weights that sampled token t with
+    log_probs[t], and -1 where mask[t] is 0; empty where nobody asked.
     """
 
     task: Task
@@ -134,11 +136,12 @@ class Trajectory:
     calls: tuple[ToolCall, ...]
     end: EndReason
     turns: tuple[str, ...]     # decoded text of each sampled turn (for parsing and display only, never re-encoded)
-    weight_version: int = 0
+    weight_version: int = 0    # of the step in which it ended
     seconds: float = 0.0
     error: str = ""            # why, when end is INFRASTRUCTURE or ABORTED
     image_keys: tuple[str, ...] = ()
-    index: int = 0             # number of its prompt among those of the step, over all ranks
+    index: int = 0             # number of its prompt, over all ranks: in the step, or (rollout.carry_over) in the run
+    versions: list[int] = field(default_factory=list)   # [L]
 
     @property
     def num_tool_calls(self) -> int:
@@ -152,6 +155,24 @@ class Trajectory:
     @property
     def final_turn(self) -> str:
         return self.turns[-1] if self.turns else ""
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that sampled any of its tokens; its last ones where that is not recorded."""
+        return min((version for version in self.versions if version >= 0), default=self.weight_version)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A trajectory that the end of a step cut short and that goes on in the next, with other weights, from where it stands.
+
+    `so_far` would be ABORTED if it ended here. Its last turn's call is still to be answered where it has more turns than calls.
+    """
+
+    so_far: Trajectory
+    compact_ids: list[int]     # the engine's stream of so_far.token_ids, see agent/builder.py
+    begun: int                 # tokens of the turn under way, at the end of both streams
+    session: str               # its name on the tool server
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from hdpo import oddities
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import encode_png
 from hdpo.agent.parse import EXAMPLES, extract_answer, format_ok
-from hdpo.agent.rollout import PromptQueue, Rollouts, sampling_seed
+from hdpo.agent.queue import PromptQueue, sampling_seed
+from hdpo.agent.rollout import Rollouts
 from hdpo.background import BackgroundLoop
 from hdpo.config import RolloutConfig, ToolsConfig
 from hdpo.errors import RequestRefused, ToolServerError

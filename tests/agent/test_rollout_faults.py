@@ -64,6 +64,8 @@ class Shards:
         self.on_call(self._shard(trajectory_id) is self.other, self.calls[trajectory_id])
         return await self._shard(trajectory_id).call(trajectory_id, action, task)
 
+    def expect(self, trajectory_id: str) -> None: ...
+
     async def finish(self, trajectory_id: str) -> None:
         await self._shard(trajectory_id).finish(trajectory_id)
 

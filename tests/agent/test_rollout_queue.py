@@ -17,7 +17,8 @@ from scripted import ScriptedEngine, ScriptedTools, delays
 from test_rollout import ANSWER, CALL, OBSERVATION, by_seed, task, tokens
 
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.rollout import PromptQueue, Rollouts, static_queue
+from hdpo.agent.queue import PromptQueue, static_queue
+from hdpo.agent.rollout import Rollouts
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config, HdpoConfig, RolloutConfig, ToolsConfig
 from hdpo.packing.batching import PackingSpec, make_train_batch

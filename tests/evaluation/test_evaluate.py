@@ -8,7 +8,7 @@ import threading
 import pytest
 from synthetic_run import CoinRollouts, make_task
 
-from hdpo.agent.rollout import static_queue
+from hdpo.agent.queue import static_queue
 from hdpo.evaluation.evaluate import evaluate, format_table, summarise, write_summary
 
 TASKS = [make_task(index, needed=index % 3 == 0) for index in range(10)]

@@ -73,6 +73,11 @@ class ScriptedEngine:
     def num_unfinished(self) -> int:
         return len(self._rows)
 
+    def so_far(self, request_id: str) -> Completion:
+        row = self._rows.get(request_id)
+        ids = row.ids[:row.emitted] if row else []
+        return Completion(ids, [-0.01 * (i + 1) for i in range(len(ids))], StopReason.ABORTED, self.version)
+
     def abort(self, request_ids: Sequence[str]) -> None:
         for name in request_ids:
             if self._rows.pop(name, None) is not None:
@@ -106,6 +111,10 @@ class ScriptedTools:
         self.calls: list[tuple[str, str]] = []
         self.started: list[str] = []
         self.finished: list[str] = []
+        self.expected: list[str] = []
+
+    def expect(self, trajectory_id: str) -> None:
+        self.expected.append(trajectory_id)
 
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         self.started.append(trajectory_id)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from hdpo.agent.rollout import static_queue
+from hdpo.agent.queue import static_queue
 from hdpo.config import Config
 from hdpo.config.file import dump_config
 from hdpo.evaluation.evaluate import evaluate, write_summary

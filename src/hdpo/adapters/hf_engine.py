@@ -95,7 +95,10 @@ class HfEngine:
                 f"prompt of {len(prompt)} tokens leaves no room in max_model_len {self.max_model_len}", request_id)
         if not all(0 <= token < self._vocabulary for token in request.token_ids):
             raise RequestRefused(f"a token is outside the vocabulary of {self._vocabulary}", request_id)
-        self._waiting.append(_Row(request_id, request, prompt, pixel_values, grid_thw, random.Random(request.seed)))
+        row = _Row(request_id, request, prompt, pixel_values, grid_thw, random.Random(request.seed))
+        if self._spelled_end is not None:
+            row.spelled = self._spelled_end.within(request.token_ids[len(request.token_ids) - request.begun:])
+        self._waiting.append(row)
 
     def _expand(self, request: GenerateRequest) -> tuple[list[int], Tensor | None, Tensor | None]:
         """Compact -> expanded ids, with the image processor's tensors."""
@@ -206,6 +209,12 @@ class HfEngine:
             return StopReason.END_OF_TURN
         budget = min(row.request.max_tokens, self.max_model_len - len(row.prompt))
         return StopReason.LENGTH if len(row.token_ids) >= budget else None
+
+    def so_far(self, request_id: str) -> Completion:
+        """What a request has sampled until now, ABORTED; nothing for one that is unknown."""
+        rows = (row for cohort in self._cohorts for row in cohort.rows if row.id == request_id)
+        row = next(rows, None)
+        return Completion(row.token_ids if row else [], row.log_probs if row else [], StopReason.ABORTED, self._version)
 
     def num_unfinished(self) -> int:
         return len(self._waiting) + sum(len(cohort.rows) for cohort in self._cohorts)

@@ -69,6 +69,10 @@ class LockstepEngine:
         self._refused = [refused for refused in self._refused if refused.request_id not in request_ids]
         self._own = [(request_id, completion) for request_id, completion in self._own if request_id not in request_ids]
 
+    def so_far(self, request_id: str) -> Completion:
+        """What a request has sampled until now: ABORTED, unless it has ended and was not returned yet."""
+        return dict(self._own).get(request_id) or self._part.so_far(f"{self._rank}/{request_id}")
+
     def step(self) -> list[tuple[str, Completion]]:
         """Advance the requests of all ranks unless one of them holds; return those of this rank that finished."""
         self._advance()

@@ -122,7 +122,7 @@ class VllmEngine:
         if request.watch is not None:
             self._watched[request_id] = request.watch
         if self._spelled_end is not None:
-            stop_at(self._engine, name, self._spelled_end)
+            stop_at(self._engine, name, self._spelled_end, request.token_ids[len(request.token_ids) - request.begun:])
 
     def step(self) -> list[tuple[str, Completion]]:
         """Advance every running request by at least one token; return those that finished."""
@@ -150,6 +150,17 @@ class VllmEngine:
         flat = output.logprobs   # the sampled id comes first in each position
         return Completion(token_ids, [flat.logprobs[i] for i in flat.start_indices], stop, self._version,
                           num_cached)
+
+    def so_far(self, request_id: str) -> Completion:
+        """What a request has sampled until now, ABORTED; nothing for one that is unknown."""
+        from vllm.v1.engine import FinishReason
+
+        processor = self._engine.output_processor
+        for name in processor.external_req_ids.get(request_id, []):
+            state = processor.request_states[name]
+            output = state.make_request_output([], None, FinishReason.ABORT, None)
+            return self._completion(output.outputs[0], state.num_cached_tokens or 0)
+        return Completion([], [], StopReason.ABORTED, self._version)
 
     def num_unfinished(self) -> int:
         return self._engine.get_num_unfinished_requests()

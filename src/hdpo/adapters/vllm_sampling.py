@@ -47,13 +47,13 @@ def normalised(logits: Any) -> Any:
     return logits - logits.logsumexp(-1, keepdim=True)
 
 
-def stop_at(engine: Any, request_id: str, tag: SpelledTag) -> None:
-    """End the request `request_id` (vLLM's own name for it) with the token that completes `tag`. Where vLLM would look for stop
-    strings in detokenized text, the tag is looked for in tokens."""
+def stop_at(engine: Any, request_id: str, tag: SpelledTag, begun: Sequence[int] = ()) -> None:
+    """End the request `request_id` (vLLM's own name for it) with the token that completes `tag`, of which `begun`, the turn's
+    tokens so far, may hold a part. Where vLLM would look for stop strings in detokenized text, it is looked for in tokens."""
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
     class Watch(IncrementalDetokenizer):
-        matched = 0
+        matched = tag.within(begun)
 
         def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
             for token in new_token_ids:

@@ -31,22 +31,24 @@ class Segment:
 
 @dataclass(slots=True)
 class TrajectoryBuilder:
-    """token_ids, mask and log_probs (all [L], expanded) have equal length after every append."""
+    """token_ids, mask, log_probs and versions (all [L], expanded) have equal length after every append."""
 
     compact_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     image_keys: list[str] = field(default_factory=list)
 
     def append_given(self, segment: Segment) -> None:
-        """Tokens the policy is shown: mask 0, log-prob 0."""
+        """Tokens the policy is shown: mask 0, log-prob 0, version -1."""
         count = len(segment.expanded_ids)
         self.compact_ids += segment.compact_ids
         self.token_ids += segment.expanded_ids
         self.mask += [0] * count
         self.log_probs += [0.0] * count
+        self.versions += [-1] * count
         self.images += segment.images
         self.image_keys += segment.image_keys
 
@@ -59,3 +61,4 @@ class TrajectoryBuilder:
         self.token_ids += completion.token_ids
         self.mask += [1] * count
         self.log_probs += completion.log_probs
+        self.versions += [completion.weight_version] * count

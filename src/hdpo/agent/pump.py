@@ -10,17 +10,20 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hdpo.agent.trajectory import Key
 from hdpo.errors import RequestRefused
 from hdpo.protocols import Engine, GenerateRequest, SharedEngine
-from hdpo.types import Completion
+from hdpo.types import Completion, StopReason
 
 STOP_POLL_S = 0.2
 """How often a blocked pump looks at the stop event, seconds."""
 MEET_S = 0.005
 """How long a rank without work waits before it meets those that share its engine, seconds."""
+
+
+_NOTHING = Completion([], [], StopReason.CUT, weight_version=-1)
 
 
 @dataclass(slots=True)
@@ -53,7 +56,7 @@ class EnginePump:
         self._waiting: dict[Key, _Pending] = {}
         self._running: dict[str, _Pending] = {}
         self._count = 0
-        self._closed = False
+        self._closed = self._over = False
         self.engine_steps, self.engine_seconds, self.idle_seconds = 0, 0.0, 0.0
 
     # -- called on the event loop ---------------------------------------------------------------------------------
@@ -72,6 +75,10 @@ class EnginePump:
         except asyncio.CancelledError:
             self._inbox.put(lambda: self._drop(pending))
             raise
+
+    def cut(self) -> None:
+        """End every generation as CUT, with what it has sampled so far; those asked for later with nothing."""
+        self._inbox.put(self._cut)
 
     def ended(self, key: Key) -> None:
         """The trajectory sends no further request."""
@@ -135,6 +142,9 @@ class EnginePump:
         return 0.0 if self._shared.num_unfinished() and not self._deterministic else MEET_S
 
     def _submit(self) -> None:
+        if self._over:
+            self._end([(pending, _NOTHING) for pending in self._waiting.values()])
+            self._waiting.clear()
         order = sorted(self._waiting) if self._deterministic else list(self._waiting)
         for key in order:
             pending = self._waiting.pop(key)
@@ -159,6 +169,18 @@ class EnginePump:
         if replies:
             self._progress()
             self._loop.call_soon_threadsafe(_resolve, replies)
+
+    def _cut(self) -> None:
+        self._over = True
+        found = [(pending, self._engine.so_far(name)) for name, pending in self._running.items()]
+        if self._running:
+            self._engine.abort(list(self._running))
+            self._running.clear()
+        self._end([(pending, replace(it, stop=StopReason.CUT) if it.stop is StopReason.ABORTED else it) for pending, it in found])
+
+    def _end(self, found: list[tuple[_Pending, Completion]]) -> None:
+        if found:
+            self._loop.call_soon_threadsafe(_resolve, [(pending.reply, completion) for pending, completion in found])
 
     def _drop(self, pending: _Pending) -> None:
         if self._waiting.get(pending.key) is pending:

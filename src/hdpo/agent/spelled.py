@@ -25,6 +25,13 @@ class SpelledTag:
             return self._begins.get(token, 0)
         return self._read(matched, self._texts[token] if token < len(self._texts) else "")
 
+    def within(self, tokens: Sequence[int]) -> int:
+        """Characters of the tag that the text of `tokens` ends with."""
+        matched = 0
+        for token in tokens:
+            matched = self.after(matched, token)
+        return matched
+
     def complete(self, matched: int) -> bool:
         return matched == len(self.tag)
 

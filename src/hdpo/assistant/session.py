@@ -18,7 +18,7 @@ from hdpo.agent.builder import Segment
 from hdpo.agent.chat import IMAGE_MARKER, ChatFormat
 from hdpo.agent.parse import ParsedCall, extract_answer, parse_tool_call
 from hdpo.agent.pump import EnginePump
-from hdpo.agent.rollout import sampling_seed
+from hdpo.agent.queue import sampling_seed
 from hdpo.agent.tools import AgentTools
 from hdpo.agent.trajectory import Key, Live, Player
 from hdpo.assistant.speech import Hear, Reply, Seen, Spoken, TurnEnded, outside_reasoning
@@ -126,6 +126,7 @@ class Assistant:
             try:
                 async with asyncio.timeout(self._config.rollout.max_seconds):
                     end = await self._player.play(live, opened.prompt, listener.generate)
+                assert end is not None, "nothing cuts it"
             except TimeoutError:
                 end, live.error = EndReason.ABORTED, f"exceeded {self._config.rollout.max_seconds:g} s (rollout.max_seconds)"
             listener.observed()

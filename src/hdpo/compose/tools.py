@@ -67,6 +67,8 @@ class NoTools:
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         raise ToolServerError("there is no tool server")
 
+    def expect(self, trajectory_id: str) -> None: ...
+
     async def finish(self, trajectory_id: str) -> None:
         pass
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from hdpo.config.curation import CurationConfig
+from hdpo.config.rules import rules
 from hdpo.config.types import LARGEST, Address, Beta, Count, Name, Number, RulePolicy, Section, Share
 
 
@@ -89,6 +90,12 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, ge=0.01, le=2, description="Sampling temperature of training rollouts, from 0.01 to 2.")
     dynamic_sampling: Number = Field(
         0, description="Rounds in which groups without any advantage are replaced by further prompts; 0 is off.")
+    carry_over: Share = Field(
+        0.0, description="Share of further prompts that a step has open: it ends when prompts_per_step groups are "
+        "complete, and what is unfinished goes on in the next with its weights; 0 waits for the longest rollout.")
+    carry_max_versions: int = Field(
+        2, ge=2, le=LARGEST, description="Versions of weights that tokens of a step's groups may come from, its own included; "
+        "the step waits for groups that would exceed it (carry_over only).")
     max_turns: Number = Field(10, description="Tool calls a trajectory may make; the generation after the last must answer.")
     max_response_tokens: Count = Field(16384, description="Tokens after the prompt, over all turns and observations.")
     max_turn_tokens: Count = Field(16384, description="Tokens of one generation.")
@@ -296,23 +303,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         """Raises ValueError for fields that contradict each other, named in full: the message's reader looks for them."""
-        low, high = self.hdpo.importance_range
-        rules = (
-            (self.rollout.prompts_per_step % self.optim.mini_batch_prompts == 0,
-             f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) must be a multiple of "
-             f"optim.mini_batch_prompts ({self.optim.mini_batch_prompts})"),
-            (0 < low <= 1 <= high, f"hdpo.importance_range ({low}, {high}) must hold 1, with a lower bound above 0"),
-            (self.hdpo.dual_clip == 0 or self.hdpo.dual_clip > 1,
-             f"hdpo.dual_clip ({self.hdpo.dual_clip}) must be above 1, or 0"),
-            (self.hdpo.w_acc + self.hdpo.w_tool > 0, "hdpo.w_acc and hdpo.w_tool are both 0: nothing would be trained"),
-            (self.model.min_pixels <= self.model.max_pixels,
-             f"model.min_pixels ({self.model.min_pixels}) must not exceed model.max_pixels ({self.model.max_pixels})"),
-            (self.max_model_len <= LARGEST, "data.max_prompt_tokens and rollout.max_response_tokens are too large together"),
-            (self.data.val or not self.eval.every_steps,
-             f"eval.every_steps ({self.eval.every_steps}) needs data.val: name files of held-out rows there (VAL_DATA)"))
         known = {f"{section}.{field}" for section, info in type(self).model_fields.items() for field in info.default.model_dump()}
         allowed = [(name in known, f"run.allow: there is no setting {name} (`hdpo settings`)") for name in self.run.allow]
-        for holds, problem in (*rules, *allowed):
+        for holds, problem in (*rules(self), *allowed):
             if not holds:
                 raise ValueError(problem)
         return self

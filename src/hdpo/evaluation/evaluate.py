@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hdpo.agent.rollout import PromptQueue, static_queue
+from hdpo.agent.queue import PromptQueue, static_queue
 from hdpo.config import Config
 from hdpo.ranks.world import World
 from hdpo.state.dump import write_rollouts

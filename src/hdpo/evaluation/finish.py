@@ -114,4 +114,5 @@ def _dumped(record: Mapping[str, Any], mark: Mark | None, reward: Reward, kept: 
         detail=judgement.detail, end=record["end"], error=record["error"], reward_accuracy=reward.accuracy,
         reward_tool=reward.tool,
         correct=reward.correct, format_ok=reward.format_ok, scored=reward.scored, advantages=[], num_tool_calls=record["calls"],
-        prompt_length=record["prompt_tokens"], token_ids=[], mask=[], log_probs=[], weight_version=0, seconds=0.0)
+        prompt_length=record["prompt_tokens"], token_ids=[], mask=[], log_probs=[], weight_version=0, seconds=0.0,
+        weight_versions=[])

@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.rollout import LIVE_PER_SEQUENCE, PromptQueue, Rollouts
+from hdpo.agent.queue import PromptQueue
+from hdpo.agent.rollout import LIVE_PER_SEQUENCE, Rollouts
 from hdpo.config import Config
 from hdpo.evaluation.items import Benchmark, Item
 from hdpo.evaluation.kept import Kept, record_of

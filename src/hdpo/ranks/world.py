@@ -110,9 +110,10 @@ class World:
             return self._claimed[counter] - count
         return self.store.add(f"claim/{counter}", count) - count
 
-    def queue(self) -> Callable[[], int]:
-        """A new counter that all ranks claim from: each call gives the next number, to one rank. Ranks ask for queues in
-        the same order, which needs no communication."""
+    def queue(self) -> Callable[..., int]:
+        """A new counter that all ranks claim from: each call gives the next number, to one rank; called with n it takes n numbers
+        and gives the first, so that 0 looks how many are taken. Ranks ask for queues in the same order, which needs no
+        communication."""
         self._queues += 1
         return partial(self.claim, f"queue/{self._queues}")
 

@@ -70,6 +70,8 @@ class Checkpoints:
         self._writing: Writing | None = None
         self._metric: tuple[int, float] = (-1, math.nan)
         self._changes: list[dict[str, Any]] = []
+        self.beside: Callable[[Path], Callable[[], list[Path]]] = lambda folder: list
+        """Set it to what writes more into the folder of a whole state, as `Saved.export_model` does."""
         self.new_rows = False      # whether the training rows are not those of the checkpoint (run.allow)
         self.content: dict[str, str] = self.world.broadcast(content_of(config) if self.world.is_main else None)
         if self.world.is_main:
@@ -109,7 +111,8 @@ class Checkpoints:
         if self.world.broadcast(final.is_dir()):
             return final
         partial = self._begin(final)
-        write_model, state = self.policy.export_model(partial), self.policy.snapshot_state()
+        write_model, write_beside = self.policy.export_model(partial), self.beside(partial)
+        state = self.policy.snapshot_state()
         state.rng = rng_state()
         summary = {"step": step, "data": data, "world_size": self.world.size, "metric": self._metric_at(step),
                    "config": self.config.model_dump(mode="json"), "content": self.content, "changes": self._changes}
@@ -119,7 +122,7 @@ class Checkpoints:
             sync_folder(final.parent)
             prune(self.run, self.config.checkpoint.keep)
 
-        self._writing = Writing(self.world, final, partial, write_model, state, summary, commit)
+        self._writing = Writing(self.world, final, partial, lambda: write_model() + write_beside(), state, summary, commit)
         return final
 
     def save_due(self, step: int, data: dict[str, Any], before: Callable[[], object] = lambda: None) -> None:

@@ -66,6 +66,7 @@ class DumpedRollout:
     log_probs: list[float]             # [L]
     weight_version: int
     seconds: float
+    weight_versions: list[int]         # [L] of the weights that sampled each token with its log-prob; -1 where mask is 0
 
 
 _TYPES = {
@@ -178,7 +179,8 @@ def _dumped(step: int, trajectory: Trajectory, judgement: Judgement, reward: Rew
         reward_accuracy=reward.accuracy, reward_tool=reward.tool, correct=reward.correct, format_ok=reward.format_ok,
         scored=reward.scored, advantages=advantages, num_tool_calls=trajectory.num_tool_calls,
         prompt_length=trajectory.prompt_length, token_ids=trajectory.token_ids, mask=trajectory.mask,
-        log_probs=trajectory.log_probs, weight_version=trajectory.weight_version, seconds=trajectory.seconds)
+        log_probs=trajectory.log_probs, weight_version=trajectory.weight_version, seconds=trajectory.seconds,
+        weight_versions=trajectory.versions)
 
 
 def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None,

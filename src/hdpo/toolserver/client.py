@@ -85,6 +85,10 @@ class ToolClient:
         ran = all(reply.metrics.get(name, True) for name in ("code_success", "search_success"))
         return ToolResult(reply.text, reply.images, ok=reply.valid and ran, done=reply.done, metrics=metrics)
 
+    def expect(self, trajectory_id: str) -> None:
+        """See `ToolBackend.expect`. The server asks for the images of a trajectory that it does not know."""
+        self._known.setdefault(trajectory_id, True)
+
     async def finish(self, trajectory_id: str) -> None:
         """Release the trajectory's session on the server. Never raises: the server reaps idle sessions anyway."""
         self._known.pop(trajectory_id, None)

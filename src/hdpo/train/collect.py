@@ -6,18 +6,26 @@ after a resume; which rank rolls out which prompt is settled while it runs. A gr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from hdpo.agent.rollout import OnFinished, PromptQueue, Rollouts, static_queue
+from hdpo.agent.carry import Carry
+from hdpo.agent.queue import PromptQueue, static_queue
+from hdpo.agent.rollout import Rollouts
+from hdpo.agent.run import OnFinished
 from hdpo.config import Config, HdpoConfig
 from hdpo.data.tasks import TaskStream
 from hdpo.ranks.world import World
 from hdpo.reward.scoring import Scorer
-from hdpo.state.spool import Known
+from hdpo.state.records import Records
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import group_advantages, is_trained
-from hdpo.types import RewardedGroup, Task, Trajectory
+from hdpo.types import Carried, RewardedGroup, Task, Trajectory
+
+OnCut = Callable[[Iterable[Carried], Iterable[Trajectory], int], object]
+"""Called when a step is over before its trajectories are, see Spool.cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,14 @@ class Collector:
     """Collects a step's groups; one per rank. `Rollouts.stop` says when to give up."""
 
     def __init__(self, config: Config, rollouts: Rollouts, scorer: Scorer, tasks: TaskStream, world: World, log: RunLog,
-                 on_finished: OnFinished) -> None:
+                 on_finished: OnFinished, on_cut: OnCut = lambda going, failed, claimed: None) -> None:
         self._config, self._rollouts, self._scorer = config, rollouts, scorer
-        self._tasks, self._world, self._log, self._on_finished = tasks, world, log, on_finished
+        self._tasks, self._world, self._log, self._on_finished, self._on_cut = tasks, world, log, on_finished, on_cut
 
-    def __call__(self, step: int, known: Known | None = None) -> tuple[Scored, Scored] | None:
+    def restore(self, folder: Path, position: dict[str, Any]) -> None:
+        """Go on as the state in a checkpoint's trainer/ folder says; `position` is its data position, where the tasks stand."""
+
+    def __call__(self, step: int, known: Records | None = None) -> tuple[Scored, Scored] | None:
         """(all groups this rank rolled out, those of them that are trained), or None when the run was asked to stop.
 
         Rollouts of the step that are `known` already are taken as they are. Collective. Over all ranks, prompts_per_step
@@ -82,15 +93,23 @@ class Collector:
         self._log.add("rollout/refills", refills)
         return scored, self._chosen(scored, wanted)
 
-    def _roll_out(self, prompts: Sequence[Task], step: int, first_index: int, known: Known | None,
-                  ) -> list[tuple[Trajectory, ...]] | None:
+    def position(self) -> dict[str, Any]:
+        """Where the data stands, for a checkpoint."""
+        return self._tasks.state()
+
+    def snapshot(self, folder: Path) -> Callable[[], list[Path]]:
+        """What else a checkpoint of now must hold: call the returned function, on any thread, to write it; it returns files."""
+        return list
+
+    def _roll_out(self, prompts: Sequence[Task], step: int, first_index: int, known: Mapping[tuple[int, int], Any] | None,
+                  queue: PromptQueue | None = None, carry: Carry | None = None) -> list[tuple[Trajectory, ...]] | None:
         config, world, log = self._config, self._world, self._log
         started = time.monotonic()
         with log.timed("rollout"):
             groups = self._rollouts.collect(
-                prompts, queue=prompt_queue(world, config.run.deterministic), first_index=first_index, step=step,
+                prompts, queue=queue or prompt_queue(world, config.run.deterministic), first_index=first_index, step=step,
                 weight_version=step, group_size=config.rollout.group_size, temperature=config.rollout.temperature,
-                known=known, on_finished=self._on_finished)
+                known=known, on_finished=self._on_finished, carry=carry)
             stop = self._rollouts.stop
             stopped = world.any(stop is not None and stop.is_set())     # here ranks wait for each other
         self._note(time.monotonic() - started)

@@ -16,6 +16,7 @@ from hdpo.protocols import Engine
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
 from hdpo.state.checkpoint import Checkpoints
 from hdpo.state.spool import Spool
+from hdpo.train.carry import Carrying
 from hdpo.train.collect import Collector, Scored
 from hdpo.train.lifecycle import StopSignal, due, go_on, learning_rate
 from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
@@ -58,17 +59,17 @@ def train(config: Config, parts: RlParts) -> bool:
         rollouts.stop = stop.event
         start, position = checkpoints.resume(engine.sleep)
         go_on(tasks, position, checkpoints.new_rows)
+        collect = open_collector(config, parts, position)
         objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
                                   config.batch.head_chunk_tokens)
         guard = StepGuard(config.optim.max_skipped)
-        collect = Collector(config, rollouts, parts.scorer, tasks, world, log, parts.ended)
         world.phase("parity", start)
         parts.sync.open(start, fresh=start == 0)
         if start == 0 and config.eval.before:
             run_evaluation(config, parts, config.eval.label_before, 0)
 
         for step in log.steps(start, steps, "RL"):
-            position = tasks.state()
+            position = collect.position()
             with log.timed("sync"):
                 checkpoints.check()
                 send_weights(parts, step, position)
@@ -94,18 +95,29 @@ def train(config: Config, parts: RlParts) -> bool:
             checkpoints.note(step + 1, log.write(step + 1, {
                 **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch,
                 "data/skipped": len(tasks.skipped)}, rewarded.groups, rewarded.advantages))
-            guard.check(partial(checkpoints.save_last, step + 1, tasks.state()))
+            guard.check(partial(checkpoints.save_last, step + 1, collect.position()))
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             with log.timed("save"):
-                checkpoints.save_due(step + 1, tasks.state(), log.finish)
+                checkpoints.save_due(step + 1, collect.position(), log.finish)
             if world.any(stop.requested) and step + 1 < steps:
-                return leave(config, parts, step + 1, tasks.state())
+                return leave(config, parts, step + 1, collect.position())
         checkpoints.finish()
         if config.eval.after and not run_evaluation(config, parts, config.eval.label_after, steps):
             log.note(f"stopped in the evaluation after step {steps}, which is saved; the same command evaluates again")
             return False
     return True
+
+
+def open_collector(config: Config, parts: RlParts, position: dict[str, Any] | None) -> Collector:
+    """What collects a step's groups, with whatever the checkpoint carries."""
+    carries = config.rollout.carry_over or "started" in (position or {})     # also when run.allow has turned it off meanwhile
+    collect = (Carrying if carries else Collector)(config, parts.rollouts, parts.scorer, parts.tasks, parts.policy.world,
+                                                   parts.log, parts.ended, parts.spool.cut)
+    parts.checkpoints.beside = collect.snapshot
+    if position is not None and parts.checkpoints.start is not None:
+        collect.restore(parts.checkpoints.start / "trainer", position)
+    return collect
 
 
 def send_weights(parts: RlParts, step: int, position: dict[str, Any]) -> None:

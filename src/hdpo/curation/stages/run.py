@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from hdpo.agent.rollout import PromptQueue, static_queue
+from hdpo.agent.queue import PromptQueue, static_queue
 from hdpo.background import BackgroundLoop
 from hdpo.config.curation import NecessitySettings
 from hdpo.curation.record import Outcome, Record, Waits

@@ -1,0 +1,34 @@
+"""What fields must be to each other, named in full: the message's reader looks for them."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hdpo.config.types import LARGEST
+
+if TYPE_CHECKING:
+    from hdpo.config import Config
+
+
+def rules(c: Config) -> list[tuple[bool, str]]:
+    """(whether it holds, what is wrong otherwise)."""
+    low, high = c.hdpo.importance_range
+    return [
+        (c.rollout.prompts_per_step % c.optim.mini_batch_prompts == 0,
+         f"rollout.prompts_per_step ({c.rollout.prompts_per_step}) must be a multiple of "
+         f"optim.mini_batch_prompts ({c.optim.mini_batch_prompts})"),
+        (0 < low <= 1 <= high, f"hdpo.importance_range ({low}, {high}) must hold 1, with a lower bound above 0"),
+        (c.hdpo.dual_clip == 0 or c.hdpo.dual_clip > 1,
+         f"hdpo.dual_clip ({c.hdpo.dual_clip}) must be above 1, or 0"),
+        (c.hdpo.w_acc + c.hdpo.w_tool > 0, "hdpo.w_acc and hdpo.w_tool are both 0: nothing would be trained"),
+        (not (c.rollout.carry_over and c.run.deterministic),
+         "rollout.carry_over: where a step ends depends on time, which run.deterministic can't repeat; turn one of them off"),
+        (not (c.rollout.carry_over and c.rollout.dynamic_sampling),
+         "rollout.carry_over and rollout.dynamic_sampling both start further prompts; set one of them to 0"),
+        (not (c.rollout.carry_over and c.hdpo.importance == "none"),
+         "rollout.carry_over trains tokens of earlier weights, which hdpo.importance must correct for; set it to token"),
+        (c.model.min_pixels <= c.model.max_pixels,
+         f"model.min_pixels ({c.model.min_pixels}) must not exceed model.max_pixels ({c.model.max_pixels})"),
+        (c.max_model_len <= LARGEST, "data.max_prompt_tokens and rollout.max_response_tokens are too large together"),
+        (bool(c.data.val) or not c.eval.every_steps,
+         f"eval.every_steps ({c.eval.every_steps}) needs data.val: name files of held-out rows there (VAL_DATA)"),
+    ]
