@@ -20,7 +20,7 @@ MAP = [line.split("   " if line.count("   ") else "  ")[0].split() for line in r
 """The rooms as hdpo's docstring lists them, lowest first: [[a module or room, ...], ...]."""
 ROOMS = ["maths", "words", *(names[0] for names in MAP[2:])]
 MATHS, WORDS = set(MAP[0]), set(MAP[1])
-VENDORS = {"vllm", "deepspeed", "accelerate", "openai", "wandb", "tensorboard", "peft"}
+VENDORS = {"vllm", "deepspeed", "accelerate", "openai", "wandb", "tensorboard", "peft", "mcp"}
 
 
 def module_name(file: Path) -> str:

@@ -26,10 +26,12 @@ rollout.max_turns rollout.max_response_tokens
 rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollout.max_seconds rollout.max_num_seqs
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager
 rollout.sleep rollout.image_cache_gib
-tools.url tools.allowed tools.sandbox tools.i_trust_the_model tools.call_timeout_s tools.python_timeout_s tools.retries
+tools.url tools.allowed tools.own tools.mcp
+tools.sandbox tools.i_trust_the_model tools.call_timeout_s tools.python_timeout_s tools.retries
 tools.layout
 tools.max_image_searches tools.search_provider tools.text_index tools.image_index tools.image_cache tools.search_results
-reward.answer_weight reward.format_weight reward.rules reward.judge reward.cross_check reward.max_unscored
+reward.answer_weight reward.format_weight reward.rules reward.function
+reward.function_timeout_s reward.tool_cost reward.judge reward.cross_check reward.max_unscored
 judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.deadline_s judge.votes judge.cache
 judge.max_prediction_chars judge.max_tokens judge.extra_body
 hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip_low hdpo.clip_high hdpo.dual_clip

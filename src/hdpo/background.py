@@ -44,6 +44,15 @@ class BackgroundLoop:
         """Run a coroutine here and wait for it from another thread."""
         return self.submit(work).result(timeout)
 
+    def abandon(self) -> None:
+        """`close` for a loop that may be blocked by code that is not ours: after a second it is left behind."""
+        def end() -> None:
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            self.loop.call_soon(self.loop.stop)
+        self.loop.call_soon_threadsafe(end)
+        self._thread.join(timeout=1)
+
     def close(self) -> None:
         if not self._thread.is_alive():
             return

@@ -9,15 +9,17 @@ import contextlib
 import ctypes
 import os
 import re
+from collections.abc import Collection
 
 _NAMES = re.compile(r"JUDGE_API_KEY(_\d+)?|WANDB_API_KEY|SERPER_API_KEY|SERPAPI_API_KEY|BRIGHTDATA_API_TOKEN|"
                     r"HDPO_TOOL_SERVER_TOKEN|HDPO_SERVE_KEY|OPENAI_API_KEY|VLLM_API_KEY")
 _held: dict[str, str] = {}
 
 
-def withdraw() -> None:
-    """Take the keys out of this process's environment, and make it unreadable for others of the same user (Linux)."""
-    for name in [name for name in os.environ if _NAMES.fullmatch(name)]:
+def withdraw(further: Collection[str] = ()) -> None:
+    """Take the keys out of this process's environment, those named `further` too, and make it unreadable for others of the same
+    user (Linux)."""
+    for name in [name for name in os.environ if _NAMES.fullmatch(name) or name in further]:
         _held[name] = os.environ.pop(name)
     hide()
 
@@ -34,5 +36,5 @@ def key(name: str) -> str:
 
 
 def environment_with_keys() -> dict[str, str]:
-    """For a child process that needs them all: the tool server, which asks search providers."""
-    return {**_held, **os.environ}
+    """For a child process that needs them: the tool server, which asks search providers. Keys of own tools stay here."""
+    return {**{name: value for name, value in _held.items() if _NAMES.fullmatch(name)}, **os.environ}

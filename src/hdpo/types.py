@@ -107,7 +107,7 @@ class Completion:
 class ToolCall:
     """One call the policy made. Calls that failed for our own reasons carry infrastructure=True and do not count."""
 
-    name: str                  # "python" | "text_search" | "image_search" | "" when unparseable
+    name: str                  # "python" | "text_search" | "image_search" | an own tool's | "" when unparseable
     arguments: dict[str, Any]
     ok: bool                   # the call was well-formed and the tool ran without an error
     observation: str           # text shown to the model
@@ -177,11 +177,12 @@ class Carried:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict and who gave it: "rule", "judge", "cache", or "none" (nothing to judge / infrastructure)."""
+    """A verdict and who gave it: "rule", "judge", "cache", "own", or "none" (nothing to judge / infrastructure)."""
 
     verdict: Verdict
     by: str
     detail: str = ""           # raw reply of the judge, or the rule's name
+    answer: float | None = None   # an own reward's share of the answer's weight; None: 1 if correct, else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class Reward:
     """`correct` is a field: membership of Q is never inferred from a number."""
 
     accuracy: float            # 0.9 * answer + 0.1 * format
-    tool: float                # 1 / (num_tool_calls + 1) if correct, else 0
+    tool: float                # 1 / (T + 1) if correct, else 0; T counts calls, by reward.tool_cost
     correct: bool
     format_ok: bool
     scored: bool               # False: leaves both channels, group statistics and norms

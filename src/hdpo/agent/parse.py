@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from hdpo.text import valid
+from hdpo.text import valid, valid_tree
 
 TOOL_CALL_OPEN, TOOL_CALL_CLOSE = "<tool_call>", "</tool_call>"
 
@@ -30,7 +31,8 @@ _CALL = re.compile(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL
 
 @dataclass(frozen=True, slots=True)
 class ParsedCall:
-    """A well-formed call: `name` is one of TOOL_NAMES, `arguments` holds exactly the keys that tool takes."""
+    """A well-formed call: `name` is one of TOOL_NAMES, and `arguments` holds exactly the keys that tool takes; or an own tool's,
+    whose arguments are an object of any kind."""
 
     name: str
     arguments: dict[str, Any]
@@ -43,15 +45,18 @@ class MalformedCall:
     message: str
 
 
-def parse_tool_call(text: str, tools: Sequence[str] = TOOL_NAMES) -> ParsedCall | MalformedCall:
+def parse_tool_call(text: str, tools: Sequence[str] = TOOL_NAMES,
+                    own: Mapping[str, str] = MappingProxyType({})) -> ParsedCall | MalformedCall:
     """Read the last `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` of `text`.
 
     python takes {"code": str}; text_search (alias: search) takes {"query": str, or a list whose first item is used};
     image_search takes optionally {"image": number from 1, "box": [left, top, right, bottom] in pixels of that image}, the
     part of it to search for. Further argument keys are ignored. Never raises. `tools` are those on offer: what is said
-    about a malformed call names no other. A well-formed call of another tool is returned, for the caller to refuse.
+    about a malformed call names no other. A well-formed call of another tool is returned, for the caller to refuse. `own` are
+    the user's tools, each with a correct call of it.
     """
-    example = next((name for name in EXAMPLES if name in tools), "python")
+    known = {**EXAMPLES, **own}
+    example = known[next((name for name in known if name in tools), "python")]
     blocks = _CALL.findall(text)
     if not blocks:
         return _malformed("no <tool_call>...</tool_call> block was found", example)
@@ -65,12 +70,17 @@ def parse_tool_call(text: str, tools: Sequence[str] = TOOL_NAMES) -> ParsedCall 
         return _malformed("the JSON between the tags must be an object with the keys name and arguments", example)
     name = call.get("name")
     name = _ALIASES.get(name, name) if isinstance(name, str) else name
-    if not isinstance(name, str) or name not in EXAMPLES:
+    if not isinstance(name, str) or name not in known:
         shown = json.dumps(name)[:80]
         return _malformed(f"name is {shown}, but the tools are {', '.join(tools)}", example)
     arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
-        return _malformed(f"the arguments of {name} must be a JSON object", name if name in tools else example)
+        return _malformed(f"the arguments of {name} must be a JSON object", known[name] if name in tools else example)
+    if name in own:
+        try:
+            return ParsedCall(name, valid_tree(arguments, "call"))
+        except RecursionError:
+            return _malformed(f"the arguments of {name} are nested too deeply", own[name])
     return _checked(name, arguments)
 
 
@@ -84,7 +94,7 @@ def _checked(name: str, arguments: dict[str, Any]) -> ParsedCall | MalformedCall
     if key == "query" and isinstance(value, str) and not value.strip():
         return MalformedCall("Error: Search query is empty.")      # the reference's words
     if not isinstance(value, str) or not value.strip():
-        return _malformed(f'the arguments of {name} must hold "{key}", a non-empty string', name)
+        return _malformed(f'the arguments of {name} must hold "{key}", a non-empty string', EXAMPLES[name])
     return ParsedCall(name, {key: valid(value, "call")})   # JSON escapes can spell half a surrogate pair
 
 
@@ -92,18 +102,23 @@ def _checked_region(arguments: dict[str, Any]) -> ParsedCall | MalformedCall:
     name = "image_search"
     chosen = {key: arguments[key] for key in ("image", "box") if arguments.get(key) is not None}
     if "image" in chosen and (type(chosen["image"]) is not int or chosen["image"] < 1):
-        return _malformed(f'"image" of {name} must be a number from 1', name)
+        return _malformed(f'"image" of {name} must be a number from 1', EXAMPLES[name])
     if "box" in chosen:
         box = chosen["box"]
         if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) and abs(side) < 1e6 for side in box):
-            return _malformed(f'"box" of {name} must be four numbers, [left, top, right, bottom] in pixels', name)
+            return _malformed(f'"box" of {name} must be four numbers, [left, top, right, bottom] in pixels', EXAMPLES[name])
         if box[0] >= box[2] or box[1] >= box[3]:
-            return _malformed(f'"box" of {name} is empty: left must be below right, and top below bottom', name)
+            return _malformed(f'"box" of {name} is empty: left must be below right, and top below bottom', EXAMPLES[name])
     return ParsedCall(name, chosen)
 
 
-def _malformed(problem: str, name: str) -> MalformedCall:
-    return MalformedCall(f"Tool call error: {problem}. A correct call looks like this: {EXAMPLES[name]}")
+def _malformed(problem: str, example: str) -> MalformedCall:
+    return MalformedCall(call_error(problem, example))
+
+
+def call_error(problem: str, example: str) -> str:
+    """What the model is told of a call that can't be carried out."""
+    return f"Tool call error: {problem}. A correct call looks like this: {example}"
 
 
 def extract_answer(final_turn: str) -> str | None:

@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 
 from hdpo import oddities, text
-from hdpo.agent.parse import EXAMPLES, MalformedCall, parse_tool_call
+from hdpo.agent.own_calls import own_examples
+from hdpo.agent.parse import EXAMPLES, MalformedCall, call_error, parse_tool_call
 from hdpo.config import ToolsConfig
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolBackend
@@ -34,12 +35,12 @@ class AgentTools:
 
     def __init__(self, backend: ToolBackend, config: ToolsConfig) -> None:
         self._backend = backend
-        self._allowed: tuple[str, ...] = tuple(config.allowed)
+        self._allowed, self._own = config.offered, own_examples(config)
         self._timeout = config.call_timeout_s
 
     async def run(self, trajectory_id: str, turn: str, task: Task) -> ToolOutcome:
         """Execute the tool call a sampled turn ends with. A backend's ToolServerError becomes an infrastructure call."""
-        parsed = parse_tool_call(turn, self._allowed)
+        parsed = parse_tool_call(turn, self._allowed, self._own)
         if isinstance(parsed, MalformedCall):
             return ToolOutcome(ToolCall("", {}, ok=False, observation=parsed.message))
         if parsed.name not in self._allowed:
@@ -61,5 +62,5 @@ class AgentTools:
     def _refusal(self, name: str) -> str:
         if not self._allowed:
             return f"Tool call error: {name} is not available, and no other tool is. Answer without tools."
-        return (f"Tool call error: {name} is not available here; available: {', '.join(self._allowed)}. "
-                f"A correct call looks like this: {EXAMPLES[self._allowed[0]]}")
+        return call_error(f"{name} is not available here; available: {', '.join(self._allowed)}",
+                          {**EXAMPLES, **self._own}[self._allowed[0]])

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from hdpo.agent.builder import Segment
 from hdpo.agent.chat import IMAGE_MARKER, ChatFormat
+from hdpo.agent.own_calls import own_examples
 from hdpo.agent.parse import ParsedCall, extract_answer, parse_tool_call
 from hdpo.agent.pump import EnginePump
 from hdpo.agent.queue import sampling_seed
@@ -69,6 +70,7 @@ class Assistant:
                  config: Config) -> None:
         self._engine, self._chat, self._backend, self._background, self._config = engine, chat, backend, background, config
         self._player = Player(chat, AgentTools(backend, config.tools), config.rollout, config.max_model_len)
+        self._own = own_examples(config.tools)
         self._pump = EnginePump(engine, background.loop)
         self._name, self._numbers = uuid.uuid4().hex[:12], itertools.count()
         self._finishing: set[asyncio.Task[None]] = set()
@@ -165,7 +167,7 @@ class Assistant:
         spoken.so_far(completion.token_ids, last=True)
         text = self._chat.decode(completion.token_ids)
         called = completion.stop is StopReason.TOOL_CALL
-        parsed = parse_tool_call(text, self._config.tools.allowed) if called else None
+        parsed = parse_tool_call(text, self._config.tools.offered, self._own) if called else None
         name, arguments = (parsed.name, parsed.arguments) if isinstance(parsed, ParsedCall) else ("", None)
         hear(TurnEnded(text, called, name, arguments))
         return completion

@@ -119,7 +119,7 @@ def _opened(options: argparse.Namespace) -> Iterator[tuple[Asked, Assistant, Ter
     """Settings, model and tools are open; what happens is shown on standard output."""
     with tempfile.TemporaryDirectory(prefix="hdpo-ask-") as scratch:
         asked = read_model(options, Path(scratch))
-        withdraw()
+        withdraw(asked.config.tools.key_names)
         from hdpo.assistant.terminal import Terminal
         from hdpo.compose.stage import Stage
         if hasattr(sys.stdout, "reconfigure"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hdpo.compose.own_tools import with_mcp_tools
 from hdpo.config import Config
 from hdpo.config.file import add_config_options, load_config
 from hdpo.errors import ModelError, UserError
@@ -53,6 +54,7 @@ def read_model(options: argparse.Namespace, scratch: Path) -> Asked:
     said = load_config(options.config, [*ours, *options.overrides])      # by who asks, not by the run
     config = _within_context(load_config([*own, *options.config], [*ours, *options.overrides]), said)
     config = config if config.tools.url or "allowed" in said.tools.model_fields_set else _with_sources(config)
+    config = with_mcp_tools(config)
     return Asked(config, _system(options, config, run), options.temperature)
 
 
@@ -98,7 +100,7 @@ def _system(options: argparse.Namespace, config: Config, run: Path | None) -> li
     if trained:
         return [{"role": "system", "content": trained}]
     from hdpo.evaluation.prompts import system_prompt
-    return [{"role": "system", "content": system_prompt(list(config.tools.allowed))}]
+    return [{"role": "system", "content": system_prompt(config.tools)}]
 
 
 def _first_system(files: Sequence[str]) -> str:

@@ -97,6 +97,7 @@ def _run(config: Config, plan: Any, benchmarks: Sequence[Benchmark], options: ar
     from hdpo.evaluation.runner import Runner, selected, settings_of
     with Stage(config, options.steal_lock) as stage:
         parts = stage.benchmarks()
+        config = stage.config
         world, folder = stage.world, config.run.path / "benchmarks"
         settings = settings_of(config, plan, stage.chat, benchmarks)
         if world.is_main:

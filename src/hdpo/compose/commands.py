@@ -35,7 +35,7 @@ def evaluate(argv: Sequence[str]) -> int:
 def _command(name: str, description: str, argv: Sequence[str],
              run: Callable[[Config, bool], None]) -> int:
     config, options = parse_run(name, description, argv)
-    withdraw()
+    withdraw(config.tools.key_names)
     if config.model.path and not Path(config.model.path).is_dir() and not options.print_config:
         config = _found(config)
     if options.print_config:

@@ -9,6 +9,7 @@ from hdpo.adapters.model_folder import check_model_folder
 from hdpo.config import Config
 from hdpo.doctor import disk_plan
 from hdpo.doctor.doctor import check_tools
+from hdpo.doctor.own_code import check_own
 from hdpo.ranks.world import World
 from hdpo.state.folders import newest_step, read_state
 from hdpo.state.lock import RunLock
@@ -38,6 +39,8 @@ def check_start(config: Config, command: str) -> None:
     Raises UserError."""
     if command != "eval" and (start := readable_start(config)) is not None:
         check_same_run(start, read_state(start), config, content_of(config))
+    if command != "sft":
+        check_own(config)
     if command != "sft" and not config.tools.url:
         check_tools(config)
     check_model_folder(config.model.path)

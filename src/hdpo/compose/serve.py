@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="hdpo-serve-") as scratch:
         asked = read_model(options, Path(scratch))
-        withdraw()
+        withdraw(asked.config.tools.key_names)
         if not key(VARIABLE) and options.host not in ("127.0.0.1", "::1", "localhost"):
             raise UserError(f"--host {options.host} serves other machines: set {VARIABLE} to the key that clients must send")
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET

@@ -18,6 +18,7 @@ from hdpo.background import BackgroundLoop, freeze_heap
 from hdpo.compose.checks import check_devices, check_launcher, check_rl
 from hdpo.compose.folder import begin_run
 from hdpo.compose.logs import open_log, open_run_folder
+from hdpo.compose.own_tools import with_mcp_tools
 from hdpo.compose.policy import build_packing, open_policy, plan_memory
 from hdpo.compose.rollouts import open_engine, open_rollouts
 from hdpo.compose.scoring import open_scorer
@@ -26,6 +27,7 @@ from hdpo.config import Config
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_demonstrations, read_tasks
 from hdpo.doctor.doctor import check_tools
 from hdpo.doctor.memory_plan import check_tensor_parallel
+from hdpo.doctor.own_code import check_own
 from hdpo.errors import ConfigError, DataError
 from hdpo.evaluation.evaluate import Evaluator
 from hdpo.evaluation.runner import bounded_sequences
@@ -92,6 +94,7 @@ class Stage(contextlib.ExitStack):
         config, chat = self.config, self.chat
         check_launcher()
         lock = begin_run(config, "rl", self._steal_lock, self)
+        config = self.config = with_mcp_tools(config)
         tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed, max_images=config.rollout.max_images)
         self.callback(tasks.close)
         held_out = self.held_out()
@@ -118,8 +121,8 @@ class Stage(contextlib.ExitStack):
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
-        config, chat = self.config, self.chat
-        begin_run(config, "eval", self._steal_lock, self)
+        begin_run(self.config, "eval", self._steal_lock, self)
+        config, chat = with_mcp_tools(self.config), self.chat
         check_tensor_parallel(config, self.world.size)
         choose_interface()
         world = self.world.connect()
@@ -137,6 +140,7 @@ class Stage(contextlib.ExitStack):
     def benchmarks(self) -> BenchmarkParts:
         """The ranks are connected; engine and tools are opened by `open`, when there is something to roll out."""
         begin_run(self.config, "eval", self._steal_lock, self)
+        self.config = with_mcp_tools(self.config)
         check_tensor_parallel(self.config, self.world.size)
         choose_interface()
         world = self.world.connect()
@@ -155,6 +159,7 @@ class Stage(contextlib.ExitStack):
     def assistant(self) -> Assistant:
         """Engine and tools of this process alone, for people's questions."""
         config, chat = self.config, self.chat
+        check_own(config)
         check_tools(config)
         check_tensor_parallel(config, 1)
         background, backend = open_tools(config, None, self)
@@ -184,5 +189,5 @@ class BenchmarkParts:
     def rollouts(self, refuse: bool) -> Rollouts:
         config = bounded_sequences(self._stage.config, self._stage.chat.max_pixels)
         if refuse:
-            config = config.model_copy(update={"tools": config.tools.model_copy(update={"allowed": []})})
+            config = config.model_copy(update={"tools": config.tools.none})
         return open_rollouts(config, self._stage.chat, self._engine, self._backend, self.background, self._stage)

@@ -6,23 +6,26 @@ from contextlib import ExitStack
 from typing import Any
 
 from hdpo.background import BackgroundLoop
+from hdpo.compose.own_tools import with_own_tools
 from hdpo.config import Config
 from hdpo.doctor.host_plan import live
 from hdpo.doctor.memory_plan import ranks_of_run
 from hdpo.errors import ConfigError, ToolServerError
-from hdpo.protocols import ToolResult
+from hdpo.protocols import ToolBackend, ToolResult
 from hdpo.ranks.world import World
 from hdpo.toolserver.client import ToolClient, wait_until_healthy
 from hdpo.toolserver.process import KeptToolServer
 from hdpo.types import Task
 
 
-def open_tools(config: Config, world: World | None, closing: ExitStack) -> tuple[BackgroundLoop, ToolClient]:
+def open_tools(config: Config, world: World | None, closing: ExitStack) -> tuple[BackgroundLoop, ToolBackend]:
     """The background loop and a client of the configured tool server, or of one started for this node (world None: for this
-    process). Collective."""
+    process), with the user's own tools beside. Collective."""
     tools = config.tools
     background = BackgroundLoop()
     closing.callback(background.close)
+    if not (tools.url or tools.allowed):     # a server that is told no tools would offer all
+        return background, _closing(with_own_tools(config, NoTools()), background, closing)
     url, token = tools.url, ""
     if not url:
         mine = _start_tool_server(config, world, closing) if world is None or world.local_rank == 0 else None
@@ -30,8 +33,12 @@ def open_tools(config: Config, world: World | None, closing: ExitStack) -> tuple
         url, token = next(server for node, server in servers if server and node == (world.node if world else 0))
     check_layout(wait_until_healthy(url, timeout=30.0), config)
     client = ToolClient(url, timeout=tools.call_timeout_s, retries=tools.retries, token=token)
-    closing.callback(lambda: background.run(client.close(), timeout=10))
-    return background, client
+    return background, _closing(with_own_tools(config, client), background, closing)
+
+
+def _closing(backend: ToolBackend, background: BackgroundLoop, closing: ExitStack) -> ToolBackend:
+    closing.callback(lambda: background.run(backend.close(), timeout=10))
+    return backend
 
 
 def check_layout(health: dict[str, Any], config: Config) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, mo
 
 from hdpo.config.curation import CurationConfig
 from hdpo.config.rules import rules
+from hdpo.config.tools import ToolsConfig
 from hdpo.config.types import LARGEST, Address, Beta, Count, Name, Number, RulePolicy, Section, Share
 
 
@@ -121,37 +122,17 @@ class RolloutConfig(Section):
         "0.06.")
 
 
-class ToolsConfig(Section):
-    url: Address = Field("", description="Tool server to use (REMOTE_TOOL_SERVER_URL); empty starts one for the run.")
-    allowed: list[Literal["python", "text_search", "image_search"]] = Field(
-        ["python", "text_search", "image_search"], description="Tools the agent may call.")
-    sandbox: Literal["process", "docker", "docker-strict"] = Field(
-        "process", description="Where the run's own tool server executes Python; process is no security boundary, "
-        "docker-strict gives each session a container of its own.")
-    i_trust_the_model: bool = Field(False, description="Run the process sandbox even where the machine forbids user namespaces: "
-                                    "the model's code then has this user's files and processes in reach.")
-    call_timeout_s: PositiveFloat = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
-    python_timeout_s: PositiveFloat = Field(20.0, description="Wall clock of one Python cell, seconds.")
-    retries: Number = Field(
-        2, description="Further attempts at a call that broke off; an unreachable server is waited for until call_timeout_s.")
-    layout: Literal["reference", "compact"] = Field(
-        "reference", description="Layout of what a tool's answer says: the reference's, with which its data and checkpoints were "
-        "made, or a compact one for small models (the demo's); demonstrations must have the same.")
-    max_image_searches: Number = Field(1, description="Image searches per trajectory; later ones get a fixed reply.")
-    search_provider: Literal["auto", "serper", "serpapi", "brightdata", "embedded"] = Field(
-        "auto", description="serper, serpapi, brightdata or embedded (SEARCH_PROVIDER); auto: by key.")
-    text_index: str = Field("", description="SQLite FTS5 file of the embedded text search.")
-    image_index: str = Field("", description="Folder of labelled images of the embedded image search.")
-    image_cache: str = Field("", description="JSON file of recorded image searches by row index; asked before the index.")
-    search_results: Count = Field(10, description="Results of one text search.")
-
-
 class RewardConfig(Section):
     answer_weight: NonNegativeFloat = Field(0.9, description="Weight of a right answer in the accuracy reward.")
     format_weight: NonNegativeFloat = Field(0.1, description="Weight of a well-formed response in the accuracy reward.")
     rules: dict[str, RulePolicy] = Field(
         default_factory=lambda: dict[str, RulePolicy]({"*": "auto"}),
         description="Rule policy per data_source, '*' for the rest: auto, text, number, choice, yesno, maths, list or judge.")
+    function: str = Field(
+        "", description="module:name or file.py:name of a function that says what is right, in place of rules and judge.")
+    function_timeout_s: PositiveFloat = Field(60.0, description="Wall clock of one call of reward.function, seconds.")
+    tool_cost: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="What a call of each tool adds to T in 1/(T+1), '*' for the rest; the paper's is 1.")
     judge: bool = Field(True, description="Ask the judge where rules can't say; without it such rollouts are unscored.")
     cross_check: Share = Field(
         0.02, description="Share of answers decided by rules that the judge is asked about too, for the audit file only.")

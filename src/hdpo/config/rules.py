@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hdpo.config.tools import SHIPPED
 from hdpo.config.types import LARGEST
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 def rules(c: Config) -> list[tuple[bool, str]]:
     """(whether it holds, what is wrong otherwise)."""
+    tools = {*SHIPPED, *c.tools.own, "*"}
     low, high = c.hdpo.importance_range
     return [
         (c.rollout.prompts_per_step % c.optim.mini_batch_prompts == 0,
@@ -31,4 +33,8 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (c.max_model_len <= LARGEST, "data.max_prompt_tokens and rollout.max_response_tokens are too large together"),
         (bool(c.data.val) or not c.eval.every_steps,
          f"eval.every_steps ({c.eval.every_steps}) needs data.val: name files of held-out rows there (VAL_DATA)"),
+        *((name in tools or bool(c.tools.mcp), f"reward.tool_cost: there is no tool {name}; there are {', '.join(sorted(tools))}")
+          for name in c.reward.tool_cost),
+        *((not tool.mcp or tool.mcp in c.tools.mcp, f"tools.own.{name}.mcp: {tool.mcp} is not in tools.mcp")
+          for name, tool in c.tools.own.items()),
     ]

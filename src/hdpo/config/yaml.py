@@ -77,6 +77,11 @@ class Document:
         inside = get_args(kind)
         if isinstance(node, yaml.ScalarNode) and is_text(kind) and node.tag in self._loader.yaml_constructors:
             return node.value
+        if isinstance(node, yaml.MappingNode) and is_section(kind):     # inside of a list or a dict
+            self._check_keys(node, "")
+            self._loader.flatten_mapping(node)
+            fields = {name: info.annotation for name, info in kind.model_fields.items()}
+            return {key.value: self.value(value, fields.get(key.value)) for key, value in node.value}
         if isinstance(node, yaml.SequenceNode) and get_origin(kind) is list:
             return [self.value(item, inside[0]) for item in node.value]
         if isinstance(node, yaml.MappingNode) and get_origin(kind) is dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 from hdpo.config import Config
 from hdpo.config.file import add_config_options, load_config
 from hdpo.descriptors import check_limit
+from hdpo.doctor.own_code import check_own
 from hdpo.errors import HdpoError, UserError
 from hdpo.keys import key
 from hdpo.ranks.devices import check_torch_sees_devices, nvidia_smi
@@ -32,6 +33,8 @@ def dry_run(config: Config, command: str) -> int:
     if command != "sft":
         checks += [("tools", lambda: check_tools(config)), ("open files", lambda: check_files(config)),
                    ("judge", lambda: check_judge(config))]
+        if config.tools.own or config.tools.mcp or config.reward.function:
+            checks.append(("own code", lambda: ", ".join(check_own(config))))
     if command != "eval" and config.model.path:   # without a model its absence is what is missing
         checks += [("memory", lambda: check_memory(config, sft=command == "sft")),
                    ("disk", lambda: check_disk(config, sft=command == "sft"))]
@@ -89,6 +92,8 @@ def check_tools(config: Config) -> str:
             raise UserError(f"{field}: no such file or folder: {path}")
     for problem in without_source(config).values():
         raise UserError(problem)
+    if not tools.allowed:
+        return "no tool server: tools.allowed is empty"
     return f"a tool server will be started with {', '.join(tools.allowed)}"
 
 
@@ -115,6 +120,8 @@ def without_source(config: Config) -> dict[str, str]:
 
 
 def check_judge(config: Config) -> str:
+    if config.reward.function:
+        return f"off: {config.reward.function} says what is right"
     if not config.reward.judge:
         return "off; what the rules can't decide is unscored"
     if not config.judge.base_url:

@@ -3,23 +3,20 @@ from __future__ import annotations
 
 import hashlib
 
-from hdpo.agent.parse import EXAMPLES
-
-_WHAT = {"python": "python runs code; the pictures are image_1, image_2, ... and what plt.show() draws comes back as a picture",
-         "text_search": "text_search looks up facts", "image_search": "image_search says what a picture shows"}
+from hdpo.agent.own_calls import tools_block
+from hdpo.config import ToolsConfig
 
 _FORM = "Begin every turn with your thoughts inside <reason></reason>."
 _ANSWER = "Put the final answer, and nothing else, into <answer></answer>."
 
 
-def system_prompt(tools: list[str]) -> str:
+def system_prompt(tools: ToolsConfig) -> str:
     """The text that offers these tools; without any, one that asks for an answer alone."""
-    if not tools:
+    if not tools.offered:
         return f"You answer questions about pictures. {_FORM} {_ANSWER}"
-    lines = "\n".join(f"- {_WHAT[name]}: {EXAMPLES[name]}" for name in tools)
     return ("You answer questions about pictures. You may call tools, and you call one only where you could not answer well "
-            f"without it:\n{lines}\n{_FORM} Then write either one tool call, whose result you are shown, or the answer. "
-            f"{_ANSWER}")
+            f"without it:\n{tools_block(tools)}\n{_FORM} Then write either one tool call, whose result you are shown, or the "
+            f"answer. {_ANSWER}")
 
 
 def version(text: str) -> str:

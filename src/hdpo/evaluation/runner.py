@@ -50,8 +50,8 @@ class Plan:
 
     def prompt_of(self, arm: str, config: Config) -> str:
         if arm == NO_TOOLS and self.no_tools_form == ABSENT:
-            return self.system_plain or system_prompt([])
-        return self.system or system_prompt(list(config.tools.allowed))
+            return self.system_plain or system_prompt(config.tools.none)
+        return self.system or system_prompt(config.tools)
 
 
 def settings_of(config: Config, plan: Plan, chat: ChatFormat, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def settings_of(config: Config, plan: Plan, chat: ChatFormat, benchmarks: Sequen
         "model": config.model.path, "max_pixels": chat.max_pixels, "min_pixels": chat.min_pixels,
         "turns": config.rollout.max_turns + 1, "temperature": plan.temperature, "greedy": plan.temperature == 0,
         "max_response_tokens": config.rollout.max_response_tokens, "max_prompt_tokens": config.data.max_prompt_tokens,
-        "no_tools_form": plan.no_tools_form, "tools": list(config.tools.allowed), "seed": config.run.seed,
+        "no_tools_form": plan.no_tools_form, "tools": list(config.tools.offered), "seed": config.run.seed,
         "bare": plan.bare, "prompts": {arm: version(plan.prompt_of(arm, config)) for arm in (TOOLS, NO_TOOLS)},
         "benchmark_prompts": {benchmark.name: benchmark.prompt_version for benchmark in benchmarks}}
 

@@ -2,12 +2,12 @@
 
 Source: HDPO (arXiv 2604.08545) and its reference implementation:
     accuracy = 0.9 * [answer correct] + 0.1 * [format ok]
-    tool     = 1 / (num_tool_calls + 1) if the answer is correct, else 0
+    tool     = 1 / (T + 1) if the answer is correct, else 0; T is the number of calls, or what reward.tool_cost makes of them
 Format is judged on what the policy sampled, never on tool observations, which could hold tags of their own.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hdpo.agent.parse import format_ok
 from hdpo.config import RewardConfig
@@ -19,12 +19,20 @@ def format_reward(turns: Sequence[str]) -> float:
     return float(format_ok(turns))
 
 
-def accuracy_reward(answer_correct: bool, format_ok: bool, answer_weight: float = 0.9, format_weight: float = 0.1) -> float:
-    """In {0, 0.1, 0.9, 1} with the default weights. A right answer counts in any format."""
+def accuracy_reward(answer_correct: float, format_ok: bool, answer_weight: float = 0.9, format_weight: float = 0.1) -> float:
+    """In {0, 0.1, 0.9, 1} with the default weights; an own reward may grade the answer in between. A right
+    answer counts in any format."""
     return answer_weight * answer_correct + format_weight * format_ok
 
 
-def tool_reward(correct: bool, num_tool_calls: int) -> float:
+def cost_of_calls(trajectory: Trajectory, costs: Mapping[str, float]) -> float:
+    """T: what the policy's calls cost. A call costs what `costs` says of its tool, or of "*"; the paper's is 1. Calls that failed
+    on our side cost nothing; one that can't be read has no tool."""
+    other = costs.get("*", 1.0)
+    return sum(costs.get(call.name, other) for call in trajectory.calls if not call.infrastructure)
+
+
+def tool_reward(correct: bool, num_tool_calls: float) -> float:
     """In [0, 1]: 1 for a right answer without a call, 1/2 with one, ...; 0 for a wrong answer, however frugal."""
     return 1.0 / (num_tool_calls + 1) if correct else 0.0
 
@@ -37,5 +45,6 @@ def reward_of(trajectory: Trajectory, judgement: Judgement, config: RewardConfig
     if not trajectory.end.scorable or judgement.verdict is Verdict.UNSCORED:
         return Reward(accuracy=0.0, tool=0.0, correct=False, format_ok=well_formed, scored=False)
     correct = judgement.verdict is Verdict.CORRECT
-    accuracy = accuracy_reward(correct, well_formed, config.answer_weight, config.format_weight)
-    return Reward(accuracy, tool_reward(correct, trajectory.num_tool_calls), correct, well_formed, scored=True)
+    answer = float(correct) if judgement.answer is None else judgement.answer
+    accuracy = accuracy_reward(answer, well_formed, config.answer_weight, config.format_weight)
+    return Reward(accuracy, tool_reward(correct, cost_of_calls(trajectory, config.tool_cost)), correct, well_formed, scored=True)

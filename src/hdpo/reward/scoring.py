@@ -19,6 +19,7 @@ from hdpo.config import RewardConfig
 from hdpo.errors import UnscoredLimitError
 from hdpo.protocols import Judge
 from hdpo.reward.audit import AuditLog, audit_record
+from hdpo.reward.own import OwnReward
 from hdpo.reward.rewards import reward_of
 from hdpo.reward.rules import RuleVerdict, may_need_maths, policy_for, rule_verdict
 from hdpo.types import Judgement, RewardedGroup, Trajectory, Verdict
@@ -30,7 +31,8 @@ _CROSS_CHECK_GRACE_S = 5.0   # a step never waits longer than this for verdicts 
 class Scorer:
     """Scores trajectories on the background loop; one instance per rank.
 
-    `judge` may be None: what the rules can't decide is then UNSCORED. `audit`, if given, gets one file per step.
+    `judge` may be None: what the rules can't decide is then UNSCORED. With reward.function neither is asked. `audit`, if given,
+    gets one file per step.
     Between two calls of `score`, each trajectory object may be submitted once; `score` forgets them all.
     """
 
@@ -38,6 +40,7 @@ class Scorer:
                  audit: AuditLog | None = None) -> None:
         self.config = config
         self._judge = judge if config.judge else None
+        self._own = OwnReward(config) if config.function else None
         self._background = background
         self._audit = audit
         # keyed by identity: the trajectory is kept alive beside its verdict, so an id can't be reused meanwhile
@@ -84,6 +87,8 @@ class Scorer:
         self._background.run(self._forget())
         if self._judge is not None:
             self._background.run(self._judge.close())
+        if self._own is not None:
+            self._own.close()
         self._slow_rules.shutdown(wait=False, cancel_futures=True)
 
     # --- on the background loop ---------------------------------------------------------------------------------------
@@ -104,6 +109,8 @@ class Scorer:
         """The verdict, if no waiting is needed for it."""
         if not trajectory.end.scorable:
             return Judgement(Verdict.UNSCORED, "none", trajectory.error or trajectory.end.value)
+        if self._own is not None:
+            return None
         if not any(g.strip() for g in _alternatives(trajectory)):
             return Judgement(Verdict.UNSCORED, "none", "no ground truth")
         if answer is None:
@@ -115,6 +122,10 @@ class Scorer:
         return rule_verdict(answer, task.ground_truth, self._policy(task.data_source), task.question, maths)
 
     async def _decide(self, trajectory: Trajectory, answer: str) -> Judgement:
+        if self._own is not None:
+            judgement = await self._own.judge(trajectory)
+            self.progress()
+            return judgement
         task = trajectory.task
         if may_need_maths(task.ground_truth, answer, self._policy(task.data_source)):
             verdict = _by_rule(await asyncio.get_running_loop().run_in_executor(

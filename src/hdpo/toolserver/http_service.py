@@ -28,13 +28,14 @@ _BUSY, _RETRIED = (429, 503), (408, 425, 500, 502, 504)
 
 
 class SearchError(InfrastructureError):
-    """The search provider could not be reached or answered with an error."""
+    """The service could not be reached or answered with an error."""
 
 
 class HttpService:
     """A subclass says how to ask."""
 
     name = ""
+    counted = "search"       # kind of the oddities
 
     def __init__(self, key: str, url: str) -> None:
         self._key, self._url = key, url
@@ -61,7 +62,7 @@ class HttpService:
                     raise SearchError(f"{self.name}: the answer is not a JSON object{problem and f' ({problem})'}")
                 return body
             busy = status in _BUSY
-            oddities.count(f"search/{'busy' if busy else 'failed'}")
+            oddities.count(f"{self.counted}/{'busy' if busy else 'failed'}")
             waits, failures = waits + busy, failures + (not busy)
             if failures == ATTEMPTS or status is not None and status not in _BUSY + _RETRIED:
                 raise SearchError(f"{self.name}: {problem}")
@@ -100,7 +101,7 @@ class HttpService:
                 content = await _read(response)
                 hint = text.one_line(response.headers.get("x-brd-err-msg", ""))      # BrightData's own words
                 if response.status == 200:
-                    return 200, hint, text.valid_tree(json.loads(content) if content.strip() else None, "search"), 0.0
+                    return 200, hint, text.valid_tree(json.loads(content) if content.strip() else None, self.counted), 0.0
                 said = hint or text.one_line(content.decode("utf-8", "replace"))
                 return response.status, self._without_key(f"HTTP {response.status}: {said}"), None, retry_after(response.headers)
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as exc:
