@@ -19,6 +19,7 @@ run.name run.folder run.seed run.deterministic run.resume run.resume_from run.al
 run.spool_gib
 model.path model.dtype model.attention model.gradient_checkpointing model.freeze model.lora_rank
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
+model.max_tool_pixels model.tell_sizes
 data.train data.val data.mix data.cache data.image_root data.insert_markers data.max_prompt_tokens data.bad_row data.shuffle
 rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.dynamic_sampling
 rollout.carry_over rollout.carry_max_versions

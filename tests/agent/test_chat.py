@@ -95,7 +95,7 @@ def test_no_special_vision_or_call_token_can_come_from_text_and_the_budget_holds
     assert len(segment.images) <= max_images
     blocks = {chat._image_block[0], chat._image_block[-1], chat.image_token_id}
     control = set(chat.banned_ids) | set(chat.stop_ids) | {chat._control.token_to_id("<tool_call>")}
-    assert sum(i == chat.image_token_id for i in inner) == 8 * len(segment.images)
+    assert sum(i == chat.image_token_id for i in inner) == sum(i.width * i.height // 256 for i in segment.images)
     assert [i for i in inner if i in control and i not in blocks] == []
     assert inner.count(chat._image_block[0]) == len(segment.images)
 

@@ -11,4 +11,4 @@ def open_chat(model: ModelConfig) -> ChatFormat:
     torchvision_shim.activate()
     from hdpo.adapters.model_folder import check_files
     check_files(model.path)
-    return load_chat_format(model.path, model.min_pixels, model.max_pixels)
+    return load_chat_format(model.path, model.min_pixels, model.max_pixels, model.max_tool_pixels, model.tell_sizes)

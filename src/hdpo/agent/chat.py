@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from tokenizers import Tokenizer
 
 from hdpo.agent.builder import Segment
 from hdpo.agent.families import FAMILIES, Family
-from hdpo.agent.images import bound_image, bounded_size, content_key, num_image_tokens
-from hdpo.agent.observation import cut_middle, images_that_fit
+from hdpo.agent.images import bound_image, bounded_size, content_key, num_image_tokens, resized
+from hdpo.agent.observation import cut_middle, images_room, images_that_fit
 from hdpo.agent.parse import TOOL_CALL_CLOSE
 from hdpo.agent.spelled import SpelledTag
 from hdpo.errors import ConfigError, DataError, ModelError
@@ -26,6 +27,8 @@ from hdpo.pixels import PixelScale, expand, frame_patches
 from hdpo.types import Vision
 
 IMAGE_MARKER = "<image>"
+TOOL_PICTURE = 5120 * 32 * 32
+"""Largest picture of a tool that the model sees, pixels, where nothing else is said."""
 
 
 class ChatFormat:
@@ -37,13 +40,15 @@ class ChatFormat:
                 placeholders and images would part; and ids of a padded head that no token has. Engine and trainer both leave
                 them out of the softmax
     min_pixels, max_pixels  the given bounds narrowed to those of the image processor, so that it resizes nothing
+    max_tool_pixels         the bound of pictures that tools return, max_pixels at most
+    tells_sizes             whether each picture's own size is written behind it: tools have it at that size
     image_token_id          None for a text-only model: prompts with images are refused, images of tools are left out
     """
 
     def __init__(self, family: Family, tokenizer: Any, image_processor: Any, min_pixels: int, max_pixels: int,
-                 head_size: int = 0) -> None:
+                 head_size: int = 0, max_tool_pixels: int = TOOL_PICTURE, tells_sizes: bool = False) -> None:
         """`image_processor` is None for a text-only model. `head_size`: rows of its head, ids it could sample."""
-        self.family = family
+        self.family, self.tells_sizes = family, tells_sizes
         self._template = tokenizer
         self._processor = image_processor
         # Copies of the Rust tokenizer: transformers' wrapper changes shared state while it encodes, which threads trip over
@@ -77,11 +82,12 @@ class ChatFormat:
             self.factor = int(image_processor.patch_size) * self.merge_size
             self.min_pixels, self.max_pixels = self._narrow(min_pixels, max_pixels)
             self.scale = self._frame_scale()
+        self.max_tool_pixels = max(min(max_tool_pixels, self.max_pixels), self.min_pixels)
 
     @property
     def fingerprint(self) -> str:
         """Equal for formats that make the same tokens of the same messages and image sizes."""
-        return f"{self._words}/{self.factor}/{self.min_pixels}/{self.max_pixels}"
+        return f"{self._words}/{self.factor}/{self.min_pixels}/{self.max_pixels}/{self.max_tool_pixels}/{self.tells_sizes}"
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -123,13 +129,16 @@ class ChatFormat:
         return self.image_token_id is not None
 
     def bound(self, image: Image) -> Image:
-        """The image as the model sees it; the same object if it already is."""
+        """A prompt's image as the model sees it; the same object if it already is."""
         return bound_image(image, self.factor, self.min_pixels, self.max_pixels)
 
     def image_tokens(self, size: tuple[int, int]) -> int:
-        """Placeholder tokens of an image of `size` (width, height) after bounding."""
-        return num_image_tokens(
-            bounded_size(*size, self.factor, self.min_pixels, self.max_pixels), self.factor)
+        """Placeholder tokens of a prompt's image of `size` (width, height) after bounding."""
+        return num_image_tokens(self.bounded_size(size), self.factor)
+
+    def bounded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """A prompt's image of `size` (width, height) as the model sees it."""
+        return bounded_size(*size, self.factor, self.min_pixels, self.max_pixels)
 
     def vision(self, images: Sequence[Image]) -> Vision | None:
         """The patches of bounded images; None for none."""
@@ -179,32 +188,41 @@ class ChatFormat:
 
         Raises DataError if markers and images differ in number or a message holds control tokens.
         """
-        return self.segment(self.prompt_ids(messages, len(images)), [self.bound(image) for image in images])
+        ids = self.prompt_ids(messages, [image.size for image in images])
+        return self.segment(ids, [self.bound(image) for image in images])
 
     def prompt_length(self, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of `prompt` with images expanded, from the original (width, height) of each image alone."""
-        return len(self.prompt_ids(messages, len(sizes))) + sum(self.image_tokens(size) - 1 for size in sizes)
+        return len(self.prompt_ids(messages, sizes)) + sum(self.image_tokens(size) - 1 for size in sizes)
 
-    def prompt_ids(self, messages: Sequence[dict[str, str]], num_images: int) -> list[int]:
-        """The compact ids of `prompt`."""
+    def prompt_ids(self, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """The compact ids of `prompt`, from the original (width, height) of each image alone."""
+        num_images = len(sizes)
         if num_images and not self.sees:
             raise DataError(f"{self.family.name} models see no images, and the prompt has {num_images}")
         markers = sum(m["content"].count(IMAGE_MARKER) for m in messages if m["role"] == "user")
         if markers != num_images:
             hint = "" if markers else "; data.insert_markers=true puts them before the text"
             raise DataError(f"the user messages hold {markers} {IMAGE_MARKER} markers for {num_images} images{hint}")
-        rendered = []
+        rendered, numbered = [], enumerate(sizes, start=1)
         for message in messages:
             role, content = message["role"], message["content"]
             self._refuse_control_words(content)
             if role == "user":
-                content = content.replace(IMAGE_MARKER, self._image_words)
+                content = self._with_images(content, numbered)
             rendered.append({"role": role, "content": content})
         text = self._template.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         ids = self._encode(self._control, text)
         if self.image_token_id is not None and ids.count(self.image_token_id) != num_images:
             raise ModelError("the model's chat template changes the number of image placeholders")
         return ids
+
+    def _with_images(self, content: str, sizes: Iterator[tuple[int, tuple[int, int]]]) -> str:
+        """Each marker as the words of an image, and behind it, where that is set, its name in the tools and its own size."""
+        first, *rest = content.split(IMAGE_MARKER)
+        told = [f" (image_{number}: {wide} x {high} pixels)" * self.tells_sizes
+                for number, (wide, high) in islice(sizes, len(rest))]
+        return first + "".join(self._image_words + size + piece for size, piece in zip(told, rest, strict=True))
 
     def _refuse_control_words(self, content: str) -> None:
         for word in self._control_words:
@@ -215,26 +233,30 @@ class ChatFormat:
         """A tool's answer as the next user turn, closing the turn before and opening the next (the reference's wrapper).
 
         At most `max_tokens` tokens with images expanded, wrapper not counted, and `max_images` images. One rule: text
-        keeps a quarter of the room if it needs it, images are kept whole in order while they fit the rest, then text is
-        cut in its middle. Cut tokens and dropped images are named. Images stand at the `<image>` markers if there is one
-        for each, else after the text. No part of the text becomes a control, vision or tool-call token.
+        keeps a quarter of the room if it needs it, an image that alone is larger than the rest is scaled to it, images are
+        kept whole in order while they fit the rest, then text is cut in its middle. Cut tokens and dropped images are named.
+        Images stand at the `<image>` markers if there is one for each, else after the text. No part of the text becomes a
+        control, vision or tool-call token.
         """
-        bounded = [self.bound(image) for image in images] if self.sees else list(images)
-        compact, kept = self.observation_ids(text, [image.size for image in bounded], max_tokens, max_images)
-        return self.segment(compact, [image for image, keep in zip(bounded, kept) if keep])
+        compact, seen = self.observation_ids(text, [image.size for image in images], max_tokens, max_images)
+        return self.segment(compact, [resized(image, size) for image, size in zip(images, seen) if size])
 
     def observation_ids(self, text: str, sizes: Sequence[tuple[int, int]], max_tokens: int,
-                        max_images: int | None = None) -> tuple[list[int], list[bool]]:
-        """(compact ids, which images are kept) of `observation`, from image sizes alone."""
+                        max_images: int | None = None) -> tuple[list[int], list[tuple[int, int] | None]]:
+        """(compact ids, the size at which each image is seen, None for those that are dropped) of `observation`, from the
+        original sizes alone."""
         pieces = text.split(IMAGE_MARKER)
         if len(pieces) != len(sizes) + 1:
             pieces = [text] + [""] * len(sizes)
         ids = [self._encode(self._plain, piece) for piece in pieces]
         if self.sees:
-            costs = [self.image_tokens(size) + len(self._image_block) - 1 for size in sizes]
-            kept = images_that_fit(costs, sum(map(len, ids)), max_tokens, len(sizes) if max_images is None else max_images)
+            block = [self._image_block + self._size_words(size) for size in sizes]
+            room = images_room(sum(map(len, ids)), max_tokens)
+            seen = [self._tool_image_size(size, room - len(words) + 1) for size, words in zip(sizes, block)]
+            costs = [num_image_tokens(size, self.factor) + len(words) - 1 for size, words in zip(seen, block)]
+            kept = images_that_fit(costs, room, len(sizes) if max_images is None else max_images)
         else:
-            costs, kept = [0] * len(sizes), [False] * len(sizes)
+            costs, kept, block, seen = [0] * len(sizes), [False] * len(sizes), [[]] * len(sizes), list(sizes)
         if dropped := kept.count(False):
             reason = "they exceed the limit" if self.sees else "only text can be shown"
             note = f"\n[{dropped} of {len(sizes)} images are not shown: {reason}]"
@@ -242,9 +264,19 @@ class ChatFormat:
         room = max_tokens - sum(cost for cost, keep in zip(costs, kept) if keep)
         ids = cut_middle(ids, room, lambda n: self._encode(self._plain, f"\n[... {n} tokens cut ...]\n"))
         compact = list(self._open)
-        for piece, keep in zip(ids, [*kept, False]):
-            compact += piece + (self._image_block if keep else [])
-        return compact + self._close, kept
+        for piece, keep, words in zip(ids, [*kept, False], [*block, []]):
+            compact += piece + (words if keep else [])
+        return compact + self._close, [size if keep else None for size, keep in zip(seen, kept)]
+
+    def _size_words(self, size: tuple[int, int]) -> list[int]:
+        return self._encode(self._plain, f" ({size[0]} x {size[1]} pixels)") if self.tells_sizes else []
+
+    def _tool_image_size(self, size: tuple[int, int], room: int) -> tuple[int, int]:
+        """A tool's image of `size` as the model sees it, scaled to `room` tokens if they hold an image at all."""
+        whole = bounded_size(*size, self.factor, self.min_pixels, self.max_tool_pixels)
+        most = room * self.factor**2
+        return whole if whole[0] * whole[1] <= most or most < self.min_pixels else bounded_size(
+            *size, self.factor, self.min_pixels, most)
 
 
 def _tensor(image: Image) -> torch.Tensor:
@@ -252,7 +284,8 @@ def _tensor(image: Image) -> torch.Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatFormat:
+def load_chat_format(model_path: str, min_pixels: int, max_pixels: int, max_tool_pixels: int = TOOL_PICTURE,
+                     tells_sizes: bool = False) -> ChatFormat:
     """Read tokenizer and image processor of a Hugging Face folder; no weights, no network.
 
     Raises ModelError with one line for a folder that is missing, incomplete or of another family.
@@ -284,7 +317,7 @@ def load_chat_format(model_path: str, min_pixels: int, max_pixels: int) -> ChatF
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ModelError(f"{folder}: tokenizer.json is missing, a fast tokenizer is needed")
     try:
-        return ChatFormat(family, tokenizer, image_processor, min_pixels, max_pixels, head_size)
+        return ChatFormat(family, tokenizer, image_processor, min_pixels, max_pixels, head_size, max_tool_pixels, tells_sizes)
     except ModelError as exc:
         missing = "" if (folder / "tokenizer.json").is_file() else " is missing"
         raise ModelError(f"{folder}/tokenizer.json{missing}: {exc}") from exc

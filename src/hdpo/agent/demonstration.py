@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from PIL.Image import Image
 
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.images import num_image_tokens
+from hdpo.agent.images import num_image_tokens, resized
 from hdpo.agent.parse import TOOL_CALL_CLOSE
 from hdpo.errors import DataError
 
@@ -26,7 +26,7 @@ def encode_demonstration(
     Raises DataError for a conversation of any other shape.
     """
     plan = _plan(chat, messages, [i.size for i in images], max_observation_tokens, max_images)
-    segment = chat.segment(plan.compact_ids, [chat.bound(images[k]) for k in plan.images])
+    segment = chat.segment(plan.compact_ids, [resized(images[k], size) for k, size in plan.images])
     counts = iter([num_image_tokens(image.size, chat.factor) for image in segment.images])
     mask: list[int] = []
     for token, trained in zip(plan.compact_ids, plan.mask):
@@ -38,16 +38,16 @@ def demonstration_length(chat: ChatFormat, messages: Sequence[dict[str, str]], s
                          max_observation_tokens: int = 8192, max_images: int | None = None) -> int:
     """Tokens of `encode_demonstration`, from the original (width, height) of each image alone."""
     plan = _plan(chat, messages, sizes, max_observation_tokens, max_images)
-    return len(plan.compact_ids) + sum(chat.image_tokens(sizes[k]) - 1 for k in plan.images)
+    return len(plan.compact_ids) + sum(num_image_tokens(size, chat.factor) - 1 for _, size in plan.images)
 
 
 @dataclass(slots=True)
 class _Plan:
-    """compact_ids and mask have equal length; `images` are the indices of the images that are shown."""
+    """compact_ids and mask have equal length; `images` are the indices of the images that are shown, and the size."""
 
     compact_ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)
+    images: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
 
     def append(self, ids: list[int], trained: int) -> None:
         self.compact_ids += ids
@@ -69,8 +69,8 @@ def _plan(chat: ChatFormat, messages: Sequence[dict[str, str]], sizes: Sequence[
         raise DataError(f"the messages hold {sum(markers)} <image> markers for {len(sizes)} images{hint}")
 
     seen = sum(markers[:first])
-    plan = _Plan(images=list(range(seen)))
-    plan.append(chat.prompt_ids(messages[:first], seen), trained=0)
+    plan = _Plan(images=[(k, chat.bounded_size(size)) for k, size in enumerate(sizes[:seen])])
+    plan.append(chat.prompt_ids(messages[:first], sizes[:seen]), trained=0)
     for position, turn in enumerate(turns):
         last = position == len(replies)
         plan.append(_turn_ids(chat, turn["content"].strip(), last), trained=1)
@@ -78,10 +78,10 @@ def _plan(chat: ChatFormat, messages: Sequence[dict[str, str]], sizes: Sequence[
             break
         count = markers[first + 2 * position + 1]
         room = None if max_images is None else max_images - len(plan.images)
-        ids, kept = chat.observation_ids(
+        ids, shown = chat.observation_ids(
             replies[position]["content"], sizes[seen:seen + count], max_observation_tokens, room)
         plan.append(ids, trained=0)
-        plan.images += [seen + k for k, keep in enumerate(kept) if keep]
+        plan.images += [(seen + k, size) for k, size in enumerate(shown) if size]
         seen += count
     return plan
 

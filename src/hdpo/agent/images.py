@@ -87,7 +87,11 @@ def _nearest_grid(aspect: float, factor: int, min_pixels: int, max_pixels: int) 
 
 def bound_image(image: Image.Image, factor: int, min_pixels: int, max_pixels: int) -> Image.Image:
     """The image at its bounded size (bicubic); the very same object if nothing is to be done."""
-    size = bounded_size(*image.size, factor, min_pixels, max_pixels)
+    return resized(image, bounded_size(*image.size, factor, min_pixels, max_pixels))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at `size` (bicubic); the very same object if it already has it."""
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 

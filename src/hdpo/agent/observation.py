@@ -4,9 +4,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
-def images_that_fit(costs: Sequence[int], text_tokens: int, max_tokens: int, max_images: int) -> list[bool]:
-    """Which images are kept: in order, each whole, while they fit beside the text's share (a quarter if it needs it)."""
-    room = max_tokens - min(text_tokens, max_tokens // 4)
+def images_room(text_tokens: int, max_tokens: int) -> int:
+    """Tokens that images may take beside the text's share (a quarter if it needs it)."""
+    return max_tokens - min(text_tokens, max_tokens // 4)
+
+
+def images_that_fit(costs: Sequence[int], room: int, max_images: int) -> list[bool]:
+    """Which images are kept: in order, each whole, while they fit."""
     kept: list[bool] = []
     for cost in costs:
         keep = sum(kept) < max_images and cost <= room

@@ -61,7 +61,12 @@ class ModelConfig(Section):
         default_factory=lambda: ["*layers.*_proj"],
         description="Linear layers with adapters, as name patterns; the default is all of the language model.")
     min_pixels: Count = Field(4 * 32 * 32, description="Smallest image the model sees, pixels; smaller ones are enlarged.")
-    max_pixels: Count = Field(5120 * 32 * 32, description="Largest image the model sees, pixels; tools keep the original.")
+    max_pixels: Count = Field(
+        16384 * 32 * 32, description="Largest image of a prompt as the model sees it, pixels; tools keep the original.")
+    max_tool_pixels: Count = Field(
+        5120 * 32 * 32, description="Largest image of a tool as the model sees it, pixels; max_pixels bounds it too.")
+    tell_sizes: bool = Field(
+        False, description="Write each image's original width and height behind it, in which the tools have it.")
 
 
 class DataConfig(Section):

@@ -120,7 +120,7 @@ def _rollout(config: Config, shapes: Shapes) -> int:
     """The most that one rollout of a group fills, its share of the prompt's pictures included."""
     pixels = 0
     if shapes.vision_layers:
-        pixels = min(CROPS, config.rollout.max_images * config.model.max_pixels)
+        pixels = min(CROPS, config.rollout.max_images * min(config.model.max_pixels, config.model.max_tool_pixels))
         pixels += config.model.max_pixels // config.rollout.group_size
     return config.max_model_len * ROLLOUT_TOKEN + pixels * PICTURE_PIXEL
 

@@ -58,6 +58,7 @@ def settings_of(config: Config, plan: Plan, chat: ChatFormat, benchmarks: Sequen
     """Everything an answer depends on, for the record and to refuse a resume with other settings."""
     return {
         "model": config.model.path, "max_pixels": chat.max_pixels, "min_pixels": chat.min_pixels,
+        "max_tool_pixels": chat.max_tool_pixels, "tell_sizes": chat.tells_sizes,
         "turns": config.rollout.max_turns + 1, "temperature": plan.temperature, "greedy": plan.temperature == 0,
         "max_response_tokens": config.rollout.max_response_tokens, "max_prompt_tokens": config.data.max_prompt_tokens,
         "no_tools_form": plan.no_tools_form, "tools": list(config.tools.offered), "seed": config.run.seed,
