@@ -86,7 +86,7 @@ class Interpreter:
         self.names["np"].random.seed(seed)
         self.listen()
         for number, data in enumerate(images, start=1):
-            self.names[f"image_{number}"] = load_image(data)
+            self.names[f"image_{number}"] = pictures.AtFirstUse(data)
 
     def listen(self) -> None:
         """For the order to stop a cell. The module's other half, `signal`, would make enumerations of it at each call."""
@@ -276,9 +276,3 @@ def reap() -> None:
             pass
     except ChildProcessError:
         pass
-
-
-def load_image(data: bytes) -> Any:
-    """Encoded file -> PIL image in RGB, upright, at its own resolution. Decoded at first use where the mode allows."""
-    image = pictures.opened(data)
-    return image if pictures.is_plain(image) else pictures.upright_rgb(image)

@@ -10,6 +10,7 @@ transparency, as for the image processors of models. Greys of 16 and 32 bits and
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from PIL import Image
 
@@ -55,6 +56,42 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise PictureError(f"{image.width} x {image.height} pixels are too many")
     return image
+
+
+class AtFirstUse(Image.Image):
+    """An encoded picture that becomes the decoded one, upright and RGB, when anything of it is asked for.
+
+    Until then it costs its file. The decoder itself is late already, but for a PNG's orientation it must read all the pixels.
+    """
+
+    def __init__(self, data: bytes) -> None:      # without Image's own, whose attributes must be missing
+        opened(data)
+        self.encoded = data
+
+    def __getattr__(self, name: str) -> Any:
+        if "encoded" not in vars(self):
+            raise AttributeError(name)
+        image = opened(self.encoded)
+        image = image if is_plain(image) else upright_rgb(image)
+        image.load()
+        vars(self).update(vars(image))
+        del self.encoded
+        self.__class__ = type(image)   # type: ignore[assignment]
+        return getattr(self, name)
+
+    # what every object has, or the class, is asked of the class that this is from then on
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.load()
+        return self.__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        self.load()
+        return repr(self)
+
+    @property
+    def format(self) -> Any:   # type: ignore[override]
+        self.load()
+        return self.format
 
 
 def is_plain(image: Image.Image) -> bool:

@@ -28,7 +28,8 @@ rollout.max_turn_tokens rollout.max_observation_tokens rollout.max_images rollou
 rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tensor_parallel rollout.enforce_eager
 rollout.sleep rollout.image_cache_gib
 tools.url tools.allowed tools.own tools.mcp
-tools.sandbox tools.i_trust_the_model tools.call_timeout_s tools.python_timeout_s tools.retries
+tools.sandbox tools.i_trust_the_model tools.container_memory_mib tools.sessions_per_container
+tools.call_timeout_s tools.python_timeout_s tools.retries
 tools.layout
 tools.max_image_searches tools.search_provider tools.text_index tools.image_index tools.image_cache tools.search_results
 reward.answer_weight reward.format_weight reward.rules reward.function

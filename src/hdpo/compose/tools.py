@@ -57,7 +57,8 @@ def _start_tool_server(config: Config, world: World | None, closing: ExitStack) 
         "--tools", ",".join(tools.allowed), "--sandbox", tools.sandbox, "--python-timeout", str(tools.python_timeout_s),
         "--call-timeout", str(tools.call_timeout_s), "--search-provider", tools.search_provider,
         "--search-results", str(tools.search_results), "--max-image-searches", str(tools.max_image_searches),
-        "--trajectories", str(live(config, ranks) * of_node), "--layout", tools.layout]
+        "--trajectories", str(live(config, ranks) * of_node), "--layout", tools.layout,
+        "--container-memory", str(tools.container_memory_mib), "--sessions-per-container", str(tools.sessions_per_container)]
     for flag, value in (("--text-index", tools.text_index), ("--image-index", tools.image_index),
                         ("--image-cache", tools.image_cache)):
         options += [flag, value] if value else []

@@ -90,6 +90,10 @@ class ToolsConfig(Section):
         "docker-strict gives each session a container of its own.")
     i_trust_the_model: bool = Field(False, description="Run the process sandbox even where the machine forbids user namespaces: "
                                     "the model's code then has this user's files and processes in reach.")
+    container_memory_mib: Number = Field(
+        0, description="Memory of one container, MiB, at least 256; 0 is 8192, and 2048 with docker-strict.")
+    sessions_per_container: Count = Field(
+        64, description="Python sessions that share a container at most; those with large pictures take up more of it.")
     call_timeout_s: PositiveFloat = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
     python_timeout_s: PositiveFloat = Field(20.0, description="Wall clock of one Python cell, seconds.")
     retries: Number = Field(

@@ -12,6 +12,8 @@ from hdpo.toolserver.token import LOOPBACK, VARIABLE
 TOOLS = ("python", "text_search", "image_search")
 SANDBOXES = ("process", "docker", "docker-strict")
 LAYOUTS = ("reference", "compact")
+LEAST_CONTAINER_MIB = 256
+"""The template alone takes a quarter of it."""
 LENS_URL = "https://google.serper.dev/lens"
 EXAMPLES = f"""\
 examples:
@@ -39,6 +41,7 @@ class Settings:
     sandbox_image: str = "hdpo-sandbox:latest"
     container_memory_mib: int = 0      # 0: 8192, or 2048 where each session has a container of its own
     container_cpus: float = 0.0        # 0: all cores
+    sessions_per_container: int = 64   # at most, where many share one
     python_timeout_s: float = 20.0     # wall clock of one cell
     call_timeout_s: float = 120.0      # one call with everything it waits for, queueing excluded
     workers: int = 0                   # cells that run at the same time; 0: two per core
@@ -75,6 +78,10 @@ class Settings:
         for tool in self.tools:
             if tool not in TOOLS:
                 raise ConfigError(f"--tools: unknown tool {tool}; known are {', '.join(TOOLS)}")
+        if self.sessions_per_container < 1:
+            raise ConfigError("--sessions-per-container: at least 1")
+        if 0 < self.container_memory_mib < LEAST_CONTAINER_MIB:
+            raise ConfigError(f"--container-memory: at least {LEAST_CONTAINER_MIB}, or 0")
         if self.no_token and self.token:
             raise ConfigError(f"--no-token contradicts {VARIABLE}")
         outside = f"--host {self.host}" if self.host not in LOOPBACK else "--public-url" if self.public_url else ""
@@ -108,6 +115,8 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         help="image of `make sandbox` (HDPO_SANDBOX_IMAGE or hdpo-sandbox:latest)")
     add("--container-memory", type=int, default=default.container_memory_mib, metavar="MIB",
         help="memory of one container; 0 is 8192, strict 2048 (%(default)s)")
+    add("--sessions-per-container", type=int, default=default.sessions_per_container, metavar="N",
+        help="sessions that share a container at most; those with large pictures take up more of it (%(default)s)")
     add("--container-cpus", type=float, default=default.container_cpus, help="cores of one container; 0 is all (%(default)s)")
     add("--python-timeout", type=float, default=default.python_timeout_s, help="seconds of one cell (%(default)s)")
     add("--call-timeout", type=float, default=default.call_timeout_s, help="seconds of one call (%(default)s)")
@@ -144,7 +153,8 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     return Settings(
         host=args.host, port=args.port, tools=tuple(name.strip() for name in args.tools.split(",") if name.strip()),
         sandbox=args.sandbox, sandbox_image=args.sandbox_image, container_memory_mib=args.container_memory,
-        container_cpus=args.container_cpus, image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
+        container_cpus=args.container_cpus, sessions_per_container=args.sessions_per_container,
+        image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
         lens_key=environment.get("SERPER_API_KEY", ""), python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
         workers=args.workers, trajectories=args.trajectories, layout=args.layout, max_queue=args.max_queue,
         idle_limit_s=args.idle_limit,

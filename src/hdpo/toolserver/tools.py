@@ -227,4 +227,5 @@ def _make_sandbox(settings: Settings) -> Sandbox:
         return ProcessSandbox(trusted=settings.i_trust_the_model)
     from hdpo.toolserver.backends.docker_sandbox import DockerSandbox
     return DockerSandbox(settings.sandbox_image, "strict" if settings.sandbox == "docker-strict" else "shared",
-                         memory_mib=settings.container_memory_mib, cpus=settings.container_cpus)
+                         memory_mib=settings.container_memory_mib, cpus=settings.container_cpus,
+                         sessions_per_container=settings.sessions_per_container)

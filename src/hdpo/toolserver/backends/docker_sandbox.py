@@ -15,7 +15,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ import docker
 import docker.errors
 import requests
 
+from hdpo.pictures import opened
 from hdpo.toolserver.backends.docker_container import (
     SESSION_PROCESSES,
     ContainerLimits,
@@ -47,6 +48,11 @@ MAX_SESSION_MIB, SESSION_SHARE = 2048, 0.5
 """Memory of one session in a container of many: at most this much, and at most this part of the container's."""
 OWN_PROCESSES = 63
 """Of a container, beside its sessions'."""
+BYTES_PER_PIXEL = 24
+"""Memory to expect of a session for each pixel of its pictures: decoded (4), as an array (3), another one, and one of floats."""
+ROUNDING = 1e-6
+MAX_STARTING = 8
+"""Containers that start side by side."""
 MAX_OPEN_FAILURES = 3
 """Sessions in a row a shard may fail to give before it is asked for no more."""
 
@@ -56,20 +62,26 @@ class Shard(Template):
     """A running container, its sessions, and how many in a row it has failed to give."""
 
     container: Any
-    sessions: set[str] = field(default_factory=set)
+    sessions: dict[str, float] = field(default_factory=dict)      # part of the container that each takes up
     failures: int = 0
 
     @property
     def usable(self) -> bool:
         return not self.ended and self.failures < MAX_OPEN_FAILURES
 
+    @property
+    def room(self) -> float:
+        """Part of it that no session takes up."""
+        return max(0.0, 1 - sum(self.sessions.values())) if self.usable else 0.0
+
 
 class DockerSandbox(SessionPool):
     """Sessions in containers of `image`. See the module for the two modes.
 
     `memory_mib` and `cpus` bound one container; 0 is 8 GiB shared or 2 GiB strict, and all cores. `sessions_per_container`
-    bounds a shard (shared mode), `warm` is the number of containers kept ready (strict mode). `allow_weaker` starts even
-    where the engine lacks a control; otherwise that is a ConfigError naming it.
+    bounds a shard (shared mode); sessions with large pictures take up more than one such place. `warm` is the number of
+    containers kept ready (strict mode). `allow_weaker` starts even where the engine lacks a control; otherwise that is a
+    ConfigError naming it.
     """
 
     def __init__(self, image: str = IMAGE, mode: Literal["shared", "strict"] = "shared", run: str = "run",
@@ -87,7 +99,7 @@ class DockerSandbox(SessionPool):
         self.allow_weaker = allow_weaker
         self._shards: list[Shard] = []
         self._assigned: dict[str, Shard] = {}
-        self._growing = asyncio.Lock()
+        self._waiting: dict[object, float] = {}      # parts of a container that sessions without a place will take up
         self._refill: asyncio.Task[None] | None = None
         self._starting: set[asyncio.Task[Shard]] = set()
         self._folder: OwnedFolder | None = None
@@ -108,32 +120,51 @@ class DockerSandbox(SessionPool):
     async def _template_for(self, session_id: str) -> Template:
         shard = self._assigned.get(session_id)
         if shard is None or shard.ended:
-            shard = await self._free_shard()
-            self._assign(session_id, shard)
+            self._leave(session_id)
+            shard = await self._take_place(session_id, self._part(session_id))
+            if self.mode == "strict" and (self._refill is None or self._refill.done()):
+                self._refill = asyncio.create_task(self._keep_warm())
         return shard
 
-    async def _free_shard(self) -> Shard:
-        self._discard_dead()
-        free = [shard for shard in self._shards if shard.usable and len(shard.sessions) < self.per_container]
-        if not free:
-            async with self._growing:
-                free = [shard for shard in self._shards if shard.usable and len(shard.sessions) < self.per_container]
-                if not free:
-                    free = await self._grow(1)
-        if self.mode == "strict" and (self._refill is None or self._refill.done()):
-            self._refill = asyncio.create_task(self._keep_warm())
-        return min(free, key=lambda shard: len(shard.sessions))
+    def _part(self, session_id: str) -> float:
+        """Of a container, that the session takes up: a place, or more by the pixels of its pictures."""
+        session = self._sessions.get(session_id)
+        pixels = 0 if session is None or self.mode == "strict" else sum(map(_pixels, session.images))
+        return min(1.0, max(1 / self.per_container, BYTES_PER_PIXEL * pixels / (self.limits.memory_mib << 20)))
 
-    def _assign(self, session_id: str, shard: Shard) -> None:
-        if (before := self._assigned.pop(session_id, None)) is not None:
-            before.sessions.discard(session_id)
-        self._assigned[session_id] = shard
-        shard.sessions.add(session_id)
+    async def _take_place(self, session_id: str, part: float) -> Shard:
+        """The emptiest shard where the session finds room; as many are started as those that wait will fill. Raises
+        SandboxError when none can be had."""
+        me, failure = object(), None
+        try:
+            while True:
+                self._discard_dead()
+                if session_id not in self._sessions:
+                    raise SandboxError("the session was closed")
+                shard = max(self._shards, key=lambda shard: shard.room, default=None)
+                if shard is not None and shard.room >= part - ROUNDING:
+                    shard.sessions[session_id] = part
+                    self._assigned[session_id] = shard
+                    return shard
+                if failure is not None and not self._starting:
+                    raise failure
+                self._waiting[me] = part
+                if len(self._starting) < min(MAX_STARTING, _containers(self._waiting.values())):
+                    self._start(1)
+                done, _ = await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
+                failure = next((exc for task in done if not task.cancelled() and (exc := task.exception())), None)
+        finally:
+            self._waiting.pop(me, None)
 
-    def _open_failed(self, session_id: str) -> None:
+    def _leave(self, session_id: str) -> Shard | None:
         shard = self._assigned.pop(session_id, None)
         if shard is not None:
-            shard.sessions.discard(session_id)
+            shard.sessions.pop(session_id, None)
+        return shard
+
+    def _open_failed(self, session_id: str) -> None:
+        shard = self._leave(session_id)
+        if shard is not None:
             shard.failures += 1
 
     async def _connect(self, session_id: str, images: Sequence[bytes]) -> tuple[Template, SessionLink]:
@@ -144,11 +175,9 @@ class DockerSandbox(SessionPool):
 
     async def close(self, session_id: str) -> None:
         await super().close(session_id)
-        shard = self._assigned.pop(session_id, None)
-        if shard is not None:
-            shard.sessions.discard(session_id)
-            if self.mode == "strict":
-                await self._discard(shard)
+        shard = self._leave(session_id)
+        if shard is not None and self.mode == "strict":
+            await self._discard(shard)
 
     async def shutdown(self) -> None:
         """End all sessions, containers and their folders."""
@@ -166,20 +195,22 @@ class DockerSandbox(SessionPool):
     # -- containers --------------------------------------------------------------------------------------------------
     async def _keep_warm(self) -> None:
         try:
-            async with self._growing:
-                missing = self.warm - sum(not shard.sessions for shard in self._shards)
-                if missing > 0:
-                    await self._grow(missing)
+            missing = self.warm - len(self._starting) - sum(not shard.sessions for shard in self._shards)
+            if missing > 0:
+                await self._grow(missing)
         except SandboxError as exc:   # the next session will ask for a container itself, and say so if there is none
             log.warning("%s", exc)
 
     async def _grow(self, count: int) -> list[Shard]:
+        return [await asyncio.shield(task) for task in self._start(count)]
+
+    def _start(self, count: int) -> list[asyncio.Task[Shard]]:
         """Start containers. A caller that gives up waiting doesn't stop them: they serve the next one."""
         tasks = [asyncio.create_task(self._start_shard()) for _ in range(count)]
         self._starting.update(tasks)
         for task in tasks:
             task.add_done_callback(self._started)
-        return [await asyncio.shield(task) for task in tasks]
+        return tasks
 
     def _started(self, task: asyncio.Task[Shard]) -> None:
         self._starting.discard(task)
@@ -236,3 +267,24 @@ class DockerSandbox(SessionPool):
         shard.close()
         await asyncio.to_thread(remove, shard.container)
         await shard.forget_groups()
+
+
+def _containers(parts: Iterable[float]) -> int:
+    """How many containers sessions that take up these parts of one will fill, first come, first placed."""
+    rooms: list[float] = []
+    for part in parts:
+        place = next((k for k, room in enumerate(rooms) if room >= part - ROUNDING), None)
+        if place is None:
+            rooms.append(1 - part)
+        else:
+            rooms[place] -= part
+    return len(rooms)
+
+
+def _pixels(data: bytes) -> int:
+    """Of an encoded picture, by its header; 0 where a session will refuse it."""
+    try:
+        with opened(data) as image:
+            return image.width * image.height
+    except Exception:  # noqa: BLE001 - Pillow's plugins raise whatever a damaged file leads them to
+        return 0
