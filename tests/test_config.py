@@ -235,7 +235,8 @@ def test_a_later_file_wins_field_by_field_and_anchors_may_be_merged(tmp_path: Pa
 def test_shipped_files_are_found_by_name_from_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config(name, (), {}).run.name == "metis-8b-rl"
-    assert "metis_9b: no such configuration file; shipped ones are demo_rl, demo_sft, metis_8b_rl" in refused(file="metis_9b")
+    shipped = "demo_rl, demo_sft, metis_8b_paper, metis_8b_rl"
+    assert f"metis_9b: no such configuration file; shipped ones are {shipped}" in refused(file="metis_9b")
 
 
 # -- hints ---------------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_brightdata_is_asked_through_its_zone() -> None:
     results, (seen,) = ask(lambda url: BrightData("tok", url, 10, "zone1"), (200, {"organic": [row("description")]}))
     assert results == [("T", "https://l", "S")]
     assert seen["headers"]["Authorization"] == "Bearer tok" and seen["json"]["zone"] == "zone1"
-    assert "q=who+is+it" in seen["json"]["url"] and "brd_json=1" in seen["json"]["url"]
+    assert "q=who+is+it" in seen["json"]["url"] and "&hl=en&gl=us&" in seen["json"]["url"] and "brd_json=1" in seen["json"]["url"]
 
 
 def test_serpapis_error_for_no_result_is_an_empty_result_and_any_other_is_a_failure() -> None:
@@ -141,6 +141,18 @@ def test_the_provider_follows_the_keys_and_a_missing_key_is_named() -> None:
     assert isinstance(hosted_provider("auto", 10, {"BRIGHTDATA_API_TOKEN": "k", "BRIGHTDATA_ZONE": "z"}), BrightData)
     with pytest.raises(ConfigError, match="SERPER_API_KEY"):
         hosted_provider("serper", 10, {})
+    with pytest.raises(ConfigError, match="SERPAPI_API_KEY"):
+        hosted_provider("serpapi", 10, {})
+
+
+def test_serper_api_key_is_serpapis_too_where_serpapi_is_named_as_the_reference_has_it() -> None:
+    def key(name: str, **environment: str) -> tuple[type, str]:
+        provider = hosted_provider(name, 10, environment)
+        assert provider is not None
+        return type(provider), provider._key
+    assert key("serpapi", SERPER_API_KEY="a") == (SerpApi, "a")
+    assert key("serpapi", SERPER_API_KEY="a", SERPAPI_API_KEY="b") == (SerpApi, "b")
+    assert key("auto", SERPER_API_KEY="a") == (Serper, "a")
 
 
 # -- images ----------------------------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ def searchable(query: str) -> str:
     return plain if any(c.isalnum() or ord(c) > 127 and unicodedata.category(c)[0] == "S" for c in plain) else ""
 
 
+def _locale(query: str) -> tuple[str, str]:
+    """(language, country) in which a query is asked."""
+    return ("zh-cn", "cn") if _CHINESE.search(query) else ("en", "us")
+
+
 class HttpProvider(HttpService):
     """A `TextProvider`; a subclass says how to ask and how to read."""
 
@@ -114,7 +119,7 @@ class SerpApi(HttpProvider):
     name = "serpapi"
 
     def request(self, query: str) -> tuple[str, dict[str, Any]]:
-        language, country = ("zh-cn", "cn") if _CHINESE.search(query) else ("en", "us")
+        language, country = _locale(query)
         return "GET", {"params": {"engine": "google", "q": query, "num": str(self.results), "api_key": self._key,
                                   "hl": language, "gl": country}}
 
@@ -138,7 +143,9 @@ class BrightData(HttpProvider):
         self._zone = zone
 
     def request(self, query: str) -> tuple[str, dict[str, Any]]:
-        page = f"https://www.google.com/search?q={urllib.parse.quote_plus(query)}&brd_json=1&num={self.results}"
+        language, country = _locale(query)
+        page = (f"https://www.google.com/search?q={urllib.parse.quote_plus(query)}&hl={language}&gl={country}"
+                f"&num={self.results}&brd_json=1")
         return "POST", {"headers": {"Authorization": f"Bearer {self._key}"},
                         "json": {"zone": self._zone, "url": page, "format": "raw"}}
 
@@ -149,8 +156,8 @@ class BrightData(HttpProvider):
 def hosted_provider(name: str, results: int, environment: Mapping[str, str] = os.environ) -> HttpProvider | None:
     """The provider `name`, or for "auto" the first whose key is set; None for "embedded" or without a key.
 
-    Keys: SERPER_API_KEY, SERPAPI_API_KEY, BRIGHTDATA_API_TOKEN with BRIGHTDATA_ZONE. Raises ConfigError when a provider
-    is named whose key is missing.
+    Keys: SERPER_API_KEY, SERPAPI_API_KEY, BRIGHTDATA_API_TOKEN with BRIGHTDATA_ZONE; as in the reference, SERPER_API_KEY may
+    hold the key of SerpApi too where that is named. Raises ConfigError when a provider is named whose key is missing.
     """
     def need(variable: str) -> str:
         value = environment.get(variable, "")
@@ -160,7 +167,8 @@ def hosted_provider(name: str, results: int, environment: Mapping[str, str] = os
 
     if name in ("auto", "serper") and (key := need("SERPER_API_KEY")):
         return Serper(key, "https://google.serper.dev/search", results)
-    if name in ("auto", "serpapi") and (key := need("SERPAPI_API_KEY")):
+    named = name == "serpapi" and environment.get("SERPER_API_KEY", "")
+    if name in ("auto", "serpapi") and (key := environment.get("SERPAPI_API_KEY") or named or need("SERPAPI_API_KEY")):
         return SerpApi(key, "https://serpapi.com/search", results)
     if name in ("auto", "brightdata") and (key := need("BRIGHTDATA_API_TOKEN")) and (zone := need("BRIGHTDATA_ZONE")):
         return BrightData(key, "https://api.brightdata.com/request", results, zone)
