@@ -1,7 +1,7 @@
 """System calls that a session may not make, as a seccomp filter. Standard library and libc only.
 
 Denied is what changes the kernel, its mounts or other processes; what two sessions could meet by (unix sockets with
-addresses, notifications about shared files); and what holds memory, or a quota of the machine's user, beside the
+addresses, notifications about and locks on shared files); and what holds memory, or a quota of the machine's user, beside the
 processes whose memory is counted (memfds, System V and POSIX queues, asynchronous I/O).
 """
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "fanotify_init": (300, 262), "modify_ldt": (154, None), "iopl": (172, None), "ioperm": (173, None),
     # channels: a pair of connected stream sockets stays (below), and needs none of these
     "socket": (41, 198), "bind": (49, 200), "connect": (42, 203), "listen": (50, 201), "accept": (43, 202),
-    "accept4": (288, 242), "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "accept4": (288, 242), "inotify_init": (253, None), "inotify_init1": (294, 26), "flock": (73, 32),
     # memory that no process shows
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186),
     "semget": (64, 190), "mq_open": (240, 180), "io_setup": (206, 0),
@@ -38,7 +38,9 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine -> (column above, number of the audit subsystem)."""
 _CLONE, _CLONE3, _SOCKETPAIR, _FCNTL, _PRCTL = (56, 220), (435, 435), (53, 199), (72, 25), (157, 167)
 _NEW_NAMESPACES = 0x7E020080        # every CLONE_NEW flag of clone
-_SETLEASE, _NOTIFY, _SETPIPE_SZ = 1024, 1026, 1031
+_FCNTL_DENIED = (5, 36, 1024, 1026, 1031)
+"""F_GETLK and F_OFD_GETLK: with `flock`, the ways to see a lock on a file that all may read; locks for writing need a file of
+one's own. F_SETLEASE and F_NOTIFY: word of others' accesses. F_SETPIPE_SZ: pipes of more than the usual size."""
 _PR_SET_SECCOMP, _PR_SET_DUMPABLE = 22, 4
 _LOAD, _AND, _JEQ, _JGE, _JSET, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _REFUSE, _MISSING = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -67,8 +69,10 @@ def program(machine: str) -> bytes:
     code += _block(_SOCKETPAIR[column], [      # AF_UNIX and SOCK_STREAM only: nothing else stays tied to its pair
         (_LOAD, 0, 0, _ARGUMENT[0]), (_JEQ, 1, 0, 1), refuse, (_LOAD, 0, 0, _ARGUMENT[1]), (_AND, 0, 0, 0xF),
         (_JEQ, 1, 0, 1), refuse, allow])
-    code += _block(_FCNTL[column], [           # word of others' accesses, and pipes of more than the usual size
-        (_LOAD, 0, 0, _ARGUMENT[1]), (_JEQ, 2, 0, _SETLEASE), (_JEQ, 1, 0, _NOTIFY), (_JEQ, 0, 1, _SETPIPE_SZ), refuse, allow])
+    last = len(_FCNTL_DENIED) - 1
+    code += _block(_FCNTL[column], [
+        (_LOAD, 0, 0, _ARGUMENT[1]),
+        *((_JEQ, last - n, int(n == last), command) for n, command in enumerate(_FCNTL_DENIED)), refuse, allow])
     code += _block(_PRCTL[column], [           # a process that can't be looked at can't be counted
         (_LOAD, 0, 0, _ARGUMENT[0]), (_JEQ, 0, 1, _PR_SET_DUMPABLE), refuse, allow])
     return b"".join(struct.pack("HBBI", *line) for line in [*code, allow])

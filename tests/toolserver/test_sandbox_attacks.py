@@ -176,6 +176,9 @@ ATTACKS = [
            "else 'refused')", says="refused"),
     Attack("posix_queues", syscall(240, "b'q'", "0o102", "0o600", "0"), machine="x86_64", says="not permitted"),
     Attack("asynchronous_io", syscall(206, "1000", "ctypes.byref(ctypes.c_ulong())"), machine="x86_64", says="not permitted"),
+    Attack("locks_on_what_all_read", "import fcntl, struct\nlock = struct.pack('hhqqi', fcntl.F_WRLCK, 0, 0, 0, 0)\n" + attempt(
+        "fcntl.flock(os.open(os.__file__, 0), fcntl.LOCK_EX)", "fcntl.fcntl(os.open(os.__file__, 0), fcntl.F_GETLK, lock)",
+        "fcntl.fcntl(os.open(os.__file__, 0), 36, lock)", "fcntl.lockf(os.open(os.__file__, 0), fcntl.LOCK_EX)")),
     Attack("large_pipes", attempt("import fcntl; fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)")),
     Attack("not_to_be_looked_at", LIBC + "print('ESCAPED' if libc.prctl(4, 0, 0, 0, 0) == 0 else 'refused')", says="refused"),
     Attack("vsock", attempt("socket.socket(40, socket.SOCK_STREAM).connect((2, 1024))")),
@@ -284,3 +287,12 @@ def test_many_lives_leave_nothing_behind(box: Box) -> None:
         session.run("import subprocess; subprocess.Popen(['sleep', '1000'])" if life % 3 == 0 else "x = 1")
         session.close()
     assert until(lambda: processes_of(box) <= before)   # fewer: one that was still leaving when the count began
+
+
+def test_a_session_locks_files_of_its_own(box: Box) -> None:
+    session = box.session()
+    code = ("import sqlite3\nfor _ in range(2):\n  with sqlite3.connect('own.db') as db:\n"
+            "    db.execute('create table if not exists t(x)'); db.execute('insert into t values (1)')\n"
+            "    print(db.execute('select count(*) from t').fetchone())\n  db.close()")
+    assert session.run(code).stdout == "(1,)\n(2,)\n"
+    session.close()
