@@ -39,7 +39,7 @@ from hdpo.background import BackgroundLoop
 from hdpo.config import RolloutConfig, ToolsConfig
 from hdpo.protocols import GenerateRequest, ToolBackend
 from hdpo.toolserver.client import ToolClient
-from hdpo.toolserver.wire import Reply, response_json
+from hdpo.toolserver.wire import Reply, response_body
 from hdpo.types import EndReason, Task
 
 
@@ -143,9 +143,10 @@ def serve() -> None:
     async def answer(request: web.Request) -> web.Response:
         body = await request.json()
         if body["finish"][0]:
-            return web.json_response(response_json([Reply("")], 0.0, 0.0))
+            return web.Response(body=response_body([Reply("")], 0.0, 0.0), content_type="application/json")
         await asyncio.sleep(min(0.5, 0.05 * coin.lognormvariate(0, 1.0)))
-        return web.json_response(response_json([Reply("Code execution result:\n<image>", (picture,))], 0.0, 0.0))
+        reply = Reply("Code execution result:\n<image>", (picture,))
+        return web.Response(body=response_body([reply], 0.0, 0.0), content_type="application/json")
 
     async def main() -> None:
         app = web.Application(client_max_size=1 << 28)

@@ -157,25 +157,29 @@ def test_a_retry_that_arrives_while_the_first_attempt_still_runs_joins_it(server
     assert [o["obs"] for o in observations] == [REFERENCE.python_result("m 1\n", "", 0)] * 2
 
 
-def test_images_and_nothing_else_of_the_task_travel_and_only_once(server: ToolServer) -> None:
-    sent: list[bytes] = []
+def test_images_and_nothing_else_of_the_task_travel_and_only_once_for_all_trajectories(server: ToolServer) -> None:
+    sent: list[tuple[str, bytes]] = []
+    picture = png("orange", size=(313, 211))
 
     async def go() -> None:
         client = ToolClient(server.url)
         attempt = client._attempt
 
-        async def spying(body: bytes) -> Any:
-            sent.append(body)
-            return await attempt(body)
+        async def spying(method: str, path: str, body: bytes = b"", *more: Any) -> Any:
+            sent.append((method, body))
+            return await attempt(method, path, body, *more)
 
         client._attempt = spying  # type: ignore[method-assign]
-        for _ in range(3):
-            await client.call("once", python("image_1.size"), task(png()))
-        await client.finish("once")
+        group = task(picture)
+        first = [client.call(f"once {number}", python("image_1.size"), group) for number in range(8)]
+        said = [*await asyncio.gather(*first), *[await client.call("once 0", python("image_1.size"), task(picture))]]
+        assert all("(313, 211)" in result.text for result in said)
+        for number in range(8):
+            await client.finish(f"once {number}")
         await client.close()
     asyncio.run(go())
-    assert [b"data:image" in body for body in sent] == [True, False, False, False]
-    assert not any(b"SECRET-GROUND-TRUTH" in body for body in sent)
+    assert [body for method, body in sent if method == "PUT"] == [picture]
+    assert not any(b"data:image" in body or b"SECRET-GROUND-TRUTH" in body for _, body in sent)
 
 
 def test_a_server_that_lost_the_trajectory_asks_for_its_images_again(server: ToolServer) -> None:

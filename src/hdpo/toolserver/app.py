@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -20,14 +21,18 @@ from hdpo.keys import hide
 from hdpo.toolserver.gate import objection, own_hosts, unpacked
 from hdpo.toolserver.journal import open_journal
 from hdpo.toolserver.lens import ROUTE as QUERY_IMAGES
+from hdpo.toolserver.owner import OwnedFolder, reap_folders
+from hdpo.toolserver.picture_store import KEY, PictureStore
 from hdpo.toolserver.repeats import Counting
 from hdpo.toolserver.settings import Settings, parse_arguments
 from hdpo.toolserver.token import VARIABLE, forget_token, leave_token, token_file
 from hdpo.toolserver.tools import Toolbox, make_toolbox
-from hdpo.toolserver.wire import WireError, parse_request, response_json
+from hdpo.toolserver.wire import JSON, RAW, WireError, parse_request, response_body
 
 log = logging.getLogger(__name__)
 MAX_BODY = 512 << 20
+MAPPED_BYTES = 1 << 18
+"""Size from which memory that is freed goes back to the system at once."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -39,13 +44,16 @@ class Server:
         self.token = settings.token      # a server that is given none makes one as soon as it knows its port
         self.hosts = own_hosts(settings.host, settings.public_url, settings.allowed_hosts)
         self.toolbox: Toolbox
+        self.folder: OwnedFolder
         self.open_calls = 0
         self.draining = False
         self.started = time.monotonic()
 
     async def lifetime(self, app: web.Application) -> AsyncIterator[None]:
         """Build the tools in the running loop; end every session when the application ends."""
-        self.toolbox = make_toolbox(self.settings)
+        reap_folders("pictures")
+        self.folder = OwnedFolder("pictures")
+        self.toolbox = make_toolbox(self.settings, PictureStore(self.folder.path, self.settings.picture_store_mib << 20))
         start = getattr(self.toolbox.sandbox, "start", None)
         reaper = asyncio.create_task(self.toolbox.sessions.reap_idle())
         try:
@@ -55,6 +63,7 @@ class Server:
         finally:
             reaper.cancel()
             await self.toolbox.close()
+            self.folder.remove()
 
     async def get_observation(self, request: web.Request) -> web.Response:
         """POST /get_observation: a batch of calls of the reference's format."""
@@ -75,16 +84,33 @@ class Server:
         finally:
             self.open_calls -= len(calls)
         seconds = time.monotonic() - started
-        queued = max(waited for _, waited in answers)
-        body = response_json([reply for reply, _ in answers], 1000 * seconds, 1000 * queued)
-        return web.json_response(body, headers={"X-Process-Time": f"{seconds:.6f}"})
+        queued, replies = max(waited for _, waited in answers), [reply for reply, _ in answers]
+        raw = RAW in request.headers.get("Accept", "")
+        if any(reply.images for reply in replies):      # to be read and encoded
+            body = await asyncio.to_thread(response_body, replies, 1000 * seconds, 1000 * queued, raw)
+        else:
+            body = response_body(replies, 1000 * seconds, 1000 * queued, raw)
+        return web.Response(body=body, content_type=RAW if raw else JSON, headers={"X-Process-Time": f"{seconds:.6f}"})
+
+    async def put_image(self, request: web.Request) -> web.Response:
+        """PUT /images/KEY: a picture for all trajectories that have it."""
+        key, data = request.match_info["key"], unpacked(request, await request.read())
+        if not KEY.fullmatch(key):
+            return _invalid("key", "expected a SHA-256 in lower-case hexadecimal")
+        try:
+            if not await asyncio.to_thread(self.toolbox.pictures.put, key, data):
+                return _invalid("body", "its SHA-256 is not the key")
+        except OSError as exc:
+            log.warning("pictures can't be kept: %s", exc)
+            raise _refusal(web.HTTPInsufficientStorage, f"pictures can't be kept: {exc.strerror}") from None
+        return web.json_response({})
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health, with the reference's fields."""
         return web.json_response({
             "status": "draining" if self.draining else "healthy", "concurrent_requests": self.open_calls,
             "thread_pool_size": self.settings.running_cells, "active_tasks": self.open_calls,
-            "max_concurrent": self.settings.max_queue, "tools": self.toolbox.tools,
+            "max_concurrent": self.settings.max_queue, "tools": self.toolbox.tools, "uploads": True,
             "layout": self.settings.layout,
             "uptime_seconds": round(time.monotonic() - self.started, 3),
             "trajectories": len(self.toolbox.sessions.trajectories)})
@@ -137,6 +163,7 @@ def make_app(settings: Settings) -> web.Application:
     app = web.Application(client_max_size=MAX_BODY, middlewares=[server.guarded])
     app[SERVER] = server
     app.router.add_post("/get_observation", server.get_observation)
+    app.router.add_put("/images/{key}", server.put_image)
     app.router.add_get("/health", server.health)
     app.router.add_get("/metrics", server.metrics)
     app.router.add_get(QUERY_IMAGES + "{name}", server.query_image)
@@ -224,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise_limit()
         log.info("open files: %s", check_limit(settings.trajectories))
         hide()
+        give_memory_back()
         asyncio.run(serve(settings))
     except HdpoError as exc:
         print(f"hdpo tool-server: {exc}", file=sys.stderr)
@@ -232,6 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hdpo tool-server: {exc}", file=sys.stderr)
         return 1
     return 0
+
+
+def give_memory_back() -> None:
+    """Bytes of pictures are mapped one by one, so that they go back to the system when they are freed (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, MAPPED_BYTES)      # M_MMAP_THRESHOLD, which would grow with what is freed else
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The trainer's end of the tool server: `ToolClient`, a `hdpo.protocols.ToolBackend` over HTTP.
 
-A call keeps its request id through all its attempts, so the server executes it once however often it is sent. Images
-travel once per trajectory. Ground truth is never sent. A python call that relies on a session which the server has lost
-fails as the server's fault: executed in a fresh one, it would charge the policy for variables it did set.
+A call keeps its request id through all its attempts, so the server executes it once however often it is sent. Our own
+server is told the pictures' SHA-256 and sent, as raw bytes, those that it lacks: once for all trajectories. Any other gets
+them as data URLs with the first call of a trajectory. Ground truth is never sent. A python call that relies on a session
+which the server has lost fails as the server's fault: executed in a fresh one, it would charge the policy for variables it
+did set.
 """
 from __future__ import annotations
 
@@ -13,18 +15,20 @@ import random
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import aiohttp
 
 from hdpo import oddities, text
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
+from hdpo.toolserver.picture_store import key_of
 from hdpo.toolserver.token import token_for
-from hdpo.toolserver.wire import Call, Reply, WireError, parse_response, request_json
+from hdpo.toolserver.wire import JSON, RAW, Call, Reply, WireError, parse_response, request_json
 from hdpo.types import Task
 
 T = TypeVar("T")
@@ -39,6 +43,18 @@ MAX_BACKOFF_S = 5.0
 FINISH_TIMEOUT_S = 15.0
 OFF_LOOP_BYTES = 1 << 16
 """Requests and replies from this size on are encoded and decoded in a thread."""
+UPLOADS = 5
+"""Times that a server may ask for the pictures of one call: others may push them out of its store."""
+
+
+@dataclass(eq=False)
+class _Live:
+    """What is known of a live trajectory."""
+
+    task: Task
+    keys: asyncio.Future[tuple[str, ...]]      # of its pictures
+    session: bool = False                      # the server holds a Python session for it
+    sent: bool = False                         # a server that takes data URLs has its pictures
 
 
 class ToolClient:
@@ -57,41 +73,45 @@ class ToolClient:
         token = token or token_for(self.url)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._session: aiohttp.ClientSession | None = None
-        self._known: dict[str, bool] = {}    # trajectories whose images the server has: whether it holds a session, too
+        self._live: dict[str, _Live] = {}
+        self._expected: set[str] = set()      # trajectories that a former client of this run had begun
+        self._of_task: WeakValueDictionary[int, _Live] = WeakValueDictionary()      # one of those that share a Task
+        self._uploads: dict[str, asyncio.Future[int]] = {}                          # on their way
+        self._takes_uploads: bool | None = None                                     # unknown before the first call
         self._closed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hdpo-wire")   # JSON holds the interpreter: two are no faster
 
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         """Execute one action. Raises ToolServerError when no answer could be had or the server blames itself."""
-        request_id = uuid.uuid4().hex
-        sent, session = trajectory_id in self._known, self._known.get(trajectory_id, False)
-        call = Call(trajectory_id, action, request_id, images=None if sent else task.images, images_sent=sent,
-                    expects_session=session, index=task.row_index)
+        live = self._live_of(trajectory_id, task)
+        call = Call(trajectory_id, action, uuid.uuid4().hex, expects_session=live.session, index=task.row_index)
         started = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout):
-                reply = await self._post(call)
-                if reply.metrics.get("need_images"):
-                    reply = await self._post(replace(call, images=task.images))
+                if await self._server_takes_uploads():
+                    reply = await self._with_uploads(replace(call, image_keys=await live.keys), task)
+                else:
+                    reply = await self._with_images(call, live)
         except TimeoutError:
             raise ToolServerError(f"{self.url}: no answer within {self.timeout:g} s") from None
         oddities.count_reported(reply.metrics.get("oddities"))
         if reply.metrics.get("need_images"):
             raise ToolServerError(f"{self.url}: keeps asking for the images of {trajectory_id}")
-        self._known[trajectory_id] = session or "code_success" in reply.metrics
+        live.session, live.sent = live.session or "code_success" in reply.metrics, True
         if reply.infrastructure:
             raise ToolServerError(f"{self.url}: {reply.text}")
         metrics = {**reply.metrics, "seconds": time.monotonic() - started, "timed_out": reply.timed_out}
         ran = all(reply.metrics.get(name, True) for name in ("code_success", "search_success"))
-        return ToolResult(reply.text, reply.images, ok=reply.valid and ran, done=reply.done, metrics=metrics)
+        return ToolResult(reply.text, tuple(reply.images), ok=reply.valid and ran, done=reply.done, metrics=metrics)
 
     def expect(self, trajectory_id: str) -> None:
         """See `ToolBackend.expect`. The server asks for the images of a trajectory that it does not know."""
-        self._known.setdefault(trajectory_id, True)
+        self._expected.add(trajectory_id)
 
     async def finish(self, trajectory_id: str) -> None:
         """Release the trajectory's session on the server. Never raises: the server reaps idle sessions anyway."""
-        self._known.pop(trajectory_id, None)
+        self._live.pop(trajectory_id, None)
+        self._expected.discard(trajectory_id)
         with contextlib.suppress(ToolServerError, TimeoutError):
             async with asyncio.timeout(FINISH_TIMEOUT_S):
                 await self._post(Call(trajectory_id, "", uuid.uuid4().hex, finish=True), patient=False)
@@ -103,17 +123,67 @@ class ToolClient:
             await self._session.close()
             self._session = None
 
+    # -- pictures ------------------------------------------------------------------------------------------------------
+    def _live_of(self, trajectory_id: str, task: Task) -> _Live:
+        live = self._live.get(trajectory_id)
+        if live is None:
+            expected = trajectory_id in self._expected
+            like = self._of_task.get(id(task))
+            keys = like.keys if like else asyncio.ensure_future(self._off_loop(sum(map(len, task.images)), _keys, task.images))
+            live = self._live[trajectory_id] = _Live(task, keys, session=expected, sent=expected)
+            self._of_task[id(task)] = live
+        return live
+
+    async def _server_takes_uploads(self) -> bool:
+        if self._takes_uploads is None:
+            async def health() -> tuple[int | None, str, bytes]:
+                status, problem, payload = await self._attempt("GET", "/health")
+                return (status, problem, payload) if status in (UNREACHED, None, *BUSY) else (200, "", payload)
+            self._takes_uploads = await self._persist(health, _offers_uploads)
+        return self._takes_uploads
+
+    async def _with_images(self, call: Call, live: _Live) -> Reply:
+        reply = await self._post(replace(call, images=None if live.sent else live.task.images, images_sent=live.sent))
+        return await self._post(replace(call, images=live.task.images)) if reply.metrics.get("need_images") else reply
+
+    async def _with_uploads(self, call: Call, task: Task) -> Reply:
+        reply = await self._post(call)
+        for _ in range(UPLOADS):
+            wanted = reply.metrics.get("need_images")
+            if not wanted:
+                break
+            by_key = dict(zip(call.image_keys or (), task.images))
+            for key in wanted if isinstance(wanted, list) else by_key:
+                if key not in by_key:
+                    raise ToolServerError(f"{self.url}: asks for a picture that {call.trajectory_id} doesn't have")
+                await self._upload(key, by_key[key])
+            reply = await self._post(call)
+        return reply
+
+    async def _upload(self, key: str, data: bytes) -> None:
+        """Send a picture, unless it is on its way already."""
+        coming = self._uploads.get(key)
+        if coming is None:
+            put = self._persist(lambda: self._attempt("PUT", f"/images/{key}", data, "application/octet-stream"), len)
+            coming = self._uploads[key] = asyncio.ensure_future(put)
+            coming.add_done_callback(lambda done: (self._uploads.pop(key, None), done.cancelled() or done.exception()))
+        await asyncio.shield(coming)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
     async def _post(self, call: Call, patient: bool = True) -> Reply:
-        if self._closed:
-            raise ToolServerError(f"{self.url}: the client is closed")
         body = await self._off_loop(sum(map(len, call.images or ())), _request_body, call)
+        return await self._persist(lambda: self._attempt("POST", "/get_observation", body, JSON), _reply, patient)
+
+    async def _persist(self, attempt: Callable[[], Awaitable[tuple[int | None, str, bytes]]], read: Callable[[bytes], T],
+                       patient: bool = True) -> T:
+        """What `read` makes of the first 200 answer. Raises ToolServerError when the attempts are used up."""
         failures, waits = 0, 0
         while True:
-            status, problem, payload = await self._attempt(body)
+            status, problem, payload = await attempt()
             problem = text.one_line(problem)
             if status == 200:
                 try:
-                    return await self._off_loop(len(payload), _reply, payload)
+                    return await self._off_loop(len(payload), read, payload)
                 except (WireError, ValueError, RecursionError) as exc:     # asked again: the server remembers its answer
                     oddities.count("tool/unreadable_answer")
                     status, problem = None, f"not a tool server's answer: {text.one_line(exc)}"
@@ -135,7 +205,8 @@ class ToolClient:
             return function(argument)
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, argument)
 
-    async def _attempt(self, body: bytes) -> tuple[int | None, str, bytes]:
+    async def _attempt(self, method: str, path: str, body: bytes | None = None, kind: str = JSON,
+                       ) -> tuple[int | None, str, bytes]:
         """(status, UNREACHED, or None for a broken connection; what went wrong; body of a 200)."""
         if self._closed:
             raise ToolServerError(f"{self.url}: the client is closed")
@@ -143,8 +214,8 @@ class ToolClient:
             self._session = aiohttp.ClientSession(
                 headers=self._headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(None))
         try:
-            async with self._session.post(
-                    f"{self.url}/get_observation", data=body, headers={"Content-Type": "application/json"}) as response:
+            headers = {"Content-Type": kind, "Accept": f"{RAW}, {JSON}"}
+            async with self._session.request(method, self.url + path, data=body, headers=headers) as response:
                 if response.status == 200:
                     return 200, "", await response.read()
                 said = (await response.content.read(2000)).decode("utf-8", "replace")
@@ -159,8 +230,20 @@ def _request_body(call: Call) -> bytes:
     return json.dumps(request_json(call)).encode()
 
 
+def _keys(images: tuple[bytes, ...]) -> tuple[str, ...]:
+    return tuple(map(key_of, images))
+
+
+def _offers_uploads(payload: bytes) -> bool:
+    """Whether a server whose /health says this, empty for an error, is one of ours."""
+    with contextlib.suppress(ValueError, RecursionError):
+        said = json.loads(payload)
+        return isinstance(said, dict) and said.get("uploads") is True
+    return False
+
+
 def _reply(payload: bytes) -> Reply:
-    (reply,) = parse_response(json.loads(payload))
+    (reply,) = parse_response(payload)
     return reply
 
 

@@ -13,13 +13,14 @@ from aiohttp import web
 MAX_UNPACKED = 64 << 20
 """Largest compressed body once it is unpacked, bytes."""
 JSON = "application/json"
+_TYPES = {"POST": JSON, "PUT": "application/octet-stream"}
 
 
 def objection(request: web.Request, hosts: Iterable[str], token: str, open_to_all: bool) -> web.Response | None:
     """The answer to a request that is refused; None lets it in. An empty `token` means that none is asked for.
 
-    Browsers send Origin with whatever a page posts elsewhere, and can't post JSON to another origin unasked; a name in Host
-    that isn't this server's is one that its owner has pointed here (DNS rebinding).
+    Browsers send Origin with whatever a page posts elsewhere, and can't post JSON or PUT to another origin unasked; a name in
+    Host that isn't this server's is one that its owner has pointed here (DNS rebinding).
     """
     found = problem(request, hosts, "" if open_to_all else token, "HDPO_TOOL_SERVER_TOKEN")
     return None if found is None else web.json_response({"detail": found[1]}, status=found[0])
@@ -31,8 +32,8 @@ def problem(request: web.Request, hosts: Iterable[str], token: str, variable: st
         return 403, "the Host header names another server; --allow-host NAME lets a name in"
     if "Origin" in request.headers:
         return 403, "requests of web pages are refused"
-    if request.method == "POST" and request.content_type != JSON:
-        return 415, f"Content-Type must be {JSON}"
+    if request.method in _TYPES and request.content_type != _TYPES[request.method]:
+        return 415, f"Content-Type must be {_TYPES[request.method]}"
     if token:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode()):

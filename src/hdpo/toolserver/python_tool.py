@@ -29,7 +29,7 @@ async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout
         if not descriptors.room(SESSION_FILES):
             raise SandboxError(descriptors.too_many())
         trajectory.session_open = True     # before the wait: `finish` in the meantime must close what comes of it
-        await sandbox.open(trajectory.session_id, list(trajectory.images))
+        await sandbox.open(trajectory.session_id, trajectory.images)
     result = await sandbox.run(trajectory.session_id, code, timeout_s)
     notes = []
     if result.timed_out:

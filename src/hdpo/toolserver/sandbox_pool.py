@@ -19,7 +19,7 @@ RETRY_S = 0.2
 class Session:
     """A trajectory's images and its present connection, None before the first and after it was given up."""
 
-    images: list[bytes]
+    images: Sequence[bytes]              # read when they are sent, and not kept
     link: SessionLink | None = None
     template: Template | None = None     # of the connection
 
@@ -54,7 +54,7 @@ class SessionPool:
     def _open_failed(self, session_id: str) -> None:
         """The template for this session did not give one."""
 
-    async def open(self, session_id: str, images: list[bytes]) -> None:
+    async def open(self, session_id: str, images: Sequence[bytes]) -> None:
         """Start a session. Raises SandboxError when a second attempt fails too."""
         self._sessions[session_id] = Session(images)
         await self._linked(session_id)

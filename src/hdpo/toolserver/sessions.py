@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,7 +51,7 @@ class CellResult:
 class Sandbox(Protocol):
     """Runs model-written code, one session per trajectory. Coroutines of one event loop; ids are path-safe."""
 
-    async def open(self, session_id: str, images: list[bytes]) -> None:
+    async def open(self, session_id: str, images: Sequence[bytes]) -> None:
         """Start a session with image_1 .. image_n. Raises SandboxError."""
         ...
 
@@ -74,7 +74,7 @@ class Sandbox(Protocol):
 class Trajectory:
     """Server-side state of one rollout."""
 
-    images: tuple[bytes, ...]
+    images: Sequence[bytes]            # read when they are needed
     index: str = ""
     lost: str = ""                     # how the session it relies on was lost, through no fault of its own
     session_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -129,7 +129,7 @@ class Sessions:
     def get(self, trajectory_id: str) -> Trajectory | None:
         return self.trajectories.get(trajectory_id)
 
-    def create(self, trajectory_id: str, images: tuple[bytes, ...], index: str, lost: str) -> Trajectory:
+    def create(self, trajectory_id: str, images: Sequence[bytes], index: str, lost: str) -> Trajectory:
         trajectory = self.trajectories[trajectory_id] = Trajectory(images, index, lost)
         return trajectory
 

@@ -46,6 +46,7 @@ class Settings:
     call_timeout_s: float = 120.0      # one call with everything it waits for, queueing excluded
     workers: int = 0                   # cells that run at the same time; 0: two per core
     trajectories: int = 0              # expected to be live at once, for checks at the start
+    picture_store_mib: int = 1024      # pictures on the disk that no live trajectory has
     max_queue: int = 4096              # calls accepted but not answered; beyond it 429
     idle_limit_s: float = 3600.0       # a trajectory nobody asks about is closed
     layout: str = "reference"          # of what the model reads
@@ -123,6 +124,8 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--workers", type=int, default=default.workers, help="cells running at once; 0 is two per core (%(default)s)")
     add("--trajectories", type=int, default=default.trajectories, metavar="N",
         help="live trajectories to expect; the server does not start where it may not open files enough for them")
+    add("--picture-store", type=int, default=default.picture_store_mib, metavar="MIB",
+        help="uploaded pictures to keep on the disk (TMPDIR) beside those of live trajectories (%(default)s)")
     add("--max-queue", type=int, default=default.max_queue, help="open calls before the server answers 429 (%(default)s)")
     add("--idle-limit", type=float, default=default.idle_limit_s, help="seconds before a silent trajectory is closed "
         "(%(default)s)")
@@ -156,8 +159,8 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         container_cpus=args.container_cpus, sessions_per_container=args.sessions_per_container,
         image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
         lens_key=environment.get("SERPER_API_KEY", ""), python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
-        workers=args.workers, trajectories=args.trajectories, layout=args.layout, max_queue=args.max_queue,
-        idle_limit_s=args.idle_limit,
+        workers=args.workers, trajectories=args.trajectories, layout=args.layout, picture_store_mib=args.picture_store,
+        max_queue=args.max_queue, idle_limit_s=args.idle_limit,
         search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
         image_index=args.image_index, search_cache=args.search_cache, search_cache_file=args.search_cache_file,
         search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain,

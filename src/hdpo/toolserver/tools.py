@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from hdpo.toolserver.counters import Counters
 from hdpo.toolserver.image_cache import ImageCache
 from hdpo.toolserver.image_search import ImageProvider, InTurn, run_image_search
 from hdpo.toolserver.lens import SerperLens, Showcase
+from hdpo.toolserver.picture_store import MissingPictures, PictureStore
 from hdpo.toolserver.providers import TextProvider, hosted_provider
 from hdpo.toolserver.python_tool import run_python
 from hdpo.toolserver.search_cache import CachedSearch
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 PLACE_S, LONG_CELLS = 0.5, 8
 """A cell that runs longer, seconds, makes its place free for another, as long as there are not so many such cells for each
 place. They come last by their niceness (sandbox/watch.py); a few endless ones would hold up all the short ones else."""
-NEED_IMAGES = Reply("", valid=False, metrics={"need_images": True})
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Toolbox:
     sandbox: Sandbox | None
     text: TextProvider | None
     images: ImageProvider | None
+    pictures: PictureStore
     sessions: Sessions = field(init=False)
     slots: asyncio.Semaphore = field(init=False)
     long_cells: int = 0
@@ -77,11 +78,16 @@ class Toolbox:
             return Reply("", done=True), 0.0
         trajectory = self.sessions.get(call.trajectory_id)
         if trajectory is None:
-            if call.images is None and call.images_sent:
-                return NEED_IMAGES, 0.0
-            trajectory = self.sessions.create(call.trajectory_id, call.images or (), call.index,
-                                              lost=self._unknown if call.expects_session else "")
-            trajectory.calls_lost = 0 if call.request_id else self.sessions.journal.calls_lost(call.trajectory_id)
+            if call.images is None and call.image_keys is None and call.images_sent:
+                return _need_images(True), 0.0
+            try:
+                images = await self._pictures_of(call)
+            except MissingPictures as exc:
+                return _need_images(exc.keys), 0.0
+            except OSError as exc:
+                return self._failed(f"pictures can't be kept: {text.one_line(exc)}"), 0.0
+            if (trajectory := self.sessions.get(call.trajectory_id)) is None:      # not made by another call meanwhile
+                trajectory = self._begin(call, images)
         waited = 0.0
 
         async def work() -> Reply:
@@ -90,6 +96,18 @@ class Toolbox:
             return await self._guarded(trajectory, call)
 
         return await asyncio.shield(trajectory.once(call.request_id, work)), waited
+
+    async def _pictures_of(self, call: Call) -> Sequence[bytes]:
+        """Raises MissingPictures, or OSError."""
+        if call.image_keys is not None:
+            return self.pictures.hold(call.image_keys)
+        return await asyncio.to_thread(self.pictures.take, call.images) if call.images else ()
+
+    def _begin(self, call: Call, images: Sequence[bytes]) -> Trajectory:
+        trajectory = self.sessions.create(call.trajectory_id, images, call.index,
+                                          lost=self._unknown if call.expects_session else "")
+        trajectory.calls_lost = 0 if call.request_id else self.sessions.journal.calls_lost(call.trajectory_id)
+        return trajectory
 
     async def _guarded(self, trajectory: Trajectory, call: Call) -> Reply:
         parsed = parse_tool_call(call.action, self.tools)
@@ -101,6 +119,9 @@ class Toolbox:
         started = time.monotonic()
         with oddities.collected() as met:
             reply = await self._attributed(trajectory, parsed)
+        if reply.images:
+            with contextlib.suppress(OSError):       # then it is remembered in memory
+                reply = replace(reply, images=await asyncio.to_thread(self.pictures.keep, reply.images))
         self.counters.record(tool, _outcome(reply), time.monotonic() - started)
         return replace(reply, metrics=reply.metrics | {"oddities": dict(met)}) if met else reply
 
@@ -116,6 +137,10 @@ class Toolbox:
             if not problem:
                 log.exception("a tool call failed")
                 problem = f"internal error: {type(exc).__name__}"
+        return self._failed(problem)
+
+    @staticmethod
+    def _failed(problem: str) -> Reply:
         log.warning("infrastructure failure: %s", problem)
         return Reply(f"Tool unavailable: {problem}", valid=False, infrastructure=True)
 
@@ -173,6 +198,10 @@ class Toolbox:
                 await source.close()
 
 
+def _need_images(which: bool | list[str]) -> Reply:
+    return Reply("", valid=False, metrics={"need_images": which})
+
+
 def _outcome(reply: Reply) -> str:
     if reply.infrastructure:
         return "infrastructure"
@@ -183,7 +212,7 @@ def _outcome(reply: Reply) -> str:
     return "ok" if reply.valid and reply.metrics.get("code_success", True) else "failed"
 
 
-def make_toolbox(settings: Settings) -> Toolbox:
+def make_toolbox(settings: Settings, pictures: PictureStore) -> Toolbox:
     """Build what `settings` asks for. Raises ConfigError or DataError when a named tool can't be served."""
     wanted = settings.tools or TOOLS
     pages = _make_text_search(settings) if "text_search" in wanted else None
@@ -192,7 +221,7 @@ def make_toolbox(settings: Settings) -> Toolbox:
         raise ConfigError("text_search: give --text-index FILE, or a key such as SERPER_API_KEY in the environment")
     if "image_search" in settings.tools and images is None:
         raise ConfigError("image_search: give --image-index FOLDER, --image-cache FILE, or --public-url with SERPER_API_KEY")
-    return Toolbox(settings, _make_sandbox(settings) if "python" in wanted else None, pages, images)
+    return Toolbox(settings, _make_sandbox(settings) if "python" in wanted else None, pages, images, pictures)
 
 
 def _make_image_search(settings: Settings) -> InTurn | None:

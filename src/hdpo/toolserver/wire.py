@@ -1,4 +1,4 @@
-"""The reference's HTTP format of /get_observation, as records and JSON.
+"""The reference's HTTP format of /get_observation, as records and bytes.
 
 Request  {"trajectory_ids": [str], "actions": [str], "extra_fields": [{}]?, "finish": [bool]?, "is_last_step": [bool]?}
 Response {"observations": [str | {"obs", "image": [data URL], "metrics", ...}], "dones": [bool], "valids": [bool],
@@ -8,6 +8,11 @@ Extensions, all optional, so that a reference trainer can use this server and ou
 - "request_ids": [str]: a call repeated under the same id is executed once and answered twice.
 - extra_fields[i]["images"] (data URLs) is needed on a trajectory's first call only; later ones carry "images_sent": true.
   A server that has lost the trajectory answers metrics {"need_images": true} without executing.
+- extra_fields[i]["image_keys"]: [SHA-256 in hexadecimal] instead of "images", for a server whose /health says "uploads": true.
+  It answers metrics {"need_images": [key]} without executing where it lacks pictures; PUT /images/KEY brings them, as raw
+  bytes (application/octet-stream), once for all trajectories.
+- Accept: application/x-hdpo-reply: the answer is a zero byte, the length of the JSON (4 bytes, little-endian), the JSON,
+  and the pictures' bytes one after another; "image_bytes": [int] of an observation, in place of "image", has their sizes.
 - extra_fields[i]["expects_session"]: true once a python call of the trajectory was executed. A server that does not have
   its session refuses further python calls with "infrastructure" instead of executing them in a fresh one.
 - "infrastructure": true in a dict observation: the failure is the server's, not the policy's.
@@ -15,14 +20,20 @@ Extensions, all optional, so that a reference trainer can use this server and ou
 from __future__ import annotations
 
 import base64
+import json
 import re
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _ID = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
+_KEY = re.compile(r"[0-9a-f]{64}")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 _MAGIC = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"BM", "bmp"))
+_HEAD = struct.Struct("<BI")      # 0, which begins no JSON; length
+RAW, JSON = "application/x-hdpo-reply", "application/json"
+"""The two forms of an answer."""
 MAX_BATCH = 256
 """Calls in one request."""
 
@@ -40,7 +51,7 @@ class WireError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One row of a request. `images` is None when the field was absent."""
+    """One row of a request. `images` and `image_keys` are None when the field was absent."""
 
     trajectory_id: str
     action: str
@@ -48,6 +59,7 @@ class Call:
     finish: bool = False
     is_last_step: bool = False
     images: tuple[bytes, ...] | None = None
+    image_keys: tuple[str, ...] | None = None
     images_sent: bool = False
     expects_session: bool = False
     index: str = ""            # the row's extra_info.index: key of the reference's offline image-search cache
@@ -58,7 +70,7 @@ class Reply:
     """One row of a response."""
 
     text: str
-    images: tuple[bytes, ...] = ()
+    images: Sequence[bytes] = ()
     valid: bool = True
     done: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -124,10 +136,14 @@ def _call(where: str, trajectory_id: str, action: str, request_id: str, finish: 
     name = f"extra_fields{where}.images"
     if images is not None and not isinstance(images, list):
         raise WireError(name, f"expected a list of data URLs, got {type(images).__name__}")
+    keys = extra.get("image_keys")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys)):
+        raise WireError(f"extra_fields{where}.image_keys", "expected a list of SHA-256 in lower-case hexadecimal")
     return Call(
         trajectory_id, action, request_id, finish, last,
         images=None if images is None else tuple(decode_image(url, f"{name}[{i}]") for i, url in enumerate(images)),
-        images_sent=extra.get("images_sent") is True, expects_session=extra.get("expects_session") is True,
+        image_keys=None if keys is None else tuple(keys), images_sent=extra.get("images_sent") is True,
+        expects_session=extra.get("expects_session") is True,
         index="" if extra.get("index") is None else str(extra["index"]))
 
 
@@ -136,38 +152,69 @@ def request_json(call: Call) -> dict[str, Any]:
     extra: dict[str, Any] = {name: True for name in ("images_sent", "expects_session") if getattr(call, name)}
     if call.images is not None:
         extra["images"] = [encode_image(image) for image in call.images]
+    if call.image_keys is not None:
+        extra["image_keys"] = list(call.image_keys)
     if call.index:
         extra["index"] = call.index
     return {"trajectory_ids": [call.trajectory_id], "actions": [call.action], "extra_fields": [extra],
             "finish": [call.finish], "is_last_step": [call.is_last_step], "request_ids": [call.request_id]}
 
 
-def response_json(replies: Sequence[Reply], processing_ms: float, queue_ms: float) -> dict[str, Any]:
-    """The body of a 200 response."""
-    return {"observations": [_observation(reply) for reply in replies], "dones": [reply.done for reply in replies],
-            "valids": [reply.valid for reply in replies],
+def response_body(replies: Sequence[Reply], processing_ms: float, queue_ms: float, raw: bool = False) -> bytes:
+    """The body of a 200 response, RAW or JSON."""
+    pictures: list[bytes] = []
+    body = {"observations": [_observation(reply, pictures if raw else None) for reply in replies],
+            "dones": [reply.done for reply in replies], "valids": [reply.valid for reply in replies],
             "processing_time_ms": processing_ms, "queue_time_ms": queue_ms}
+    text = json.dumps(body).encode()
+    return b"".join((_HEAD.pack(0, len(text)), text, *pictures)) if raw else text
 
 
-def _observation(reply: Reply) -> str | dict[str, Any]:
+def _observation(reply: Reply, pictures: list[bytes] | None) -> str | dict[str, Any]:
+    """`pictures` takes the bytes; None writes them as data URLs."""
     if not (reply.images or reply.metrics or reply.timed_out or reply.infrastructure):
         return reply.text
     observation: dict[str, Any] = {"obs": reply.text, "metrics": reply.metrics, "timeout": reply.timed_out}
-    if reply.images:
+    if reply.images and pictures is None:
         observation["image"] = [encode_image(image) for image in reply.images]
+    elif reply.images and pictures is not None:
+        shown = list(reply.images)
+        observation["image_bytes"] = list(map(len, shown))
+        pictures += shown
     if reply.infrastructure:
         observation["infrastructure"] = True
     return observation
 
 
-def parse_response(body: Any) -> list[Reply]:
-    """Read a response of this server or of the reference's. Raises WireError naming the field."""
+def parse_response(body: bytes) -> list[Reply]:
+    """Read a response of this server or of the reference's. Raises WireError naming the field, or ValueError for bad JSON."""
+    if body[:1] != b"\0":
+        return _replies(json.loads(body), memoryview(b""))
+    if len(body) < _HEAD.size:
+        raise WireError("body", "ends too early")
+    end = _HEAD.size + _HEAD.unpack_from(body)[1]
+    return _replies(json.loads(body[_HEAD.size:end]), memoryview(body)[end:])
+
+
+def _replies(body: Any, rest: memoryview) -> list[Reply]:
+    """`rest`: the pictures of a raw response."""
     if not isinstance(body, dict):
         raise WireError("body", "expected a JSON object")
     observations = _rows(body, "observations", None, object)
     dones = _rows(body, "dones", len(observations), object)       # the reference sends bool or 0/1
     valids = _rows(body, "valids", len(observations), object)
-    return [_reply(f"observations[{i}]", *row) for i, row in enumerate(zip(observations, dones, valids))]
+    replies = []
+    for i, row in enumerate(zip(observations, dones, valids)):
+        where = f"observations[{i}]"
+        sizes = row[0].get("image_bytes", []) if isinstance(row[0], dict) else []
+        if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes) or sum(sizes) > len(rest):
+            raise WireError(f"{where}.image_bytes", "is not what follows")
+        reply = _reply(where, *row)
+        for size in sizes:
+            reply = replace(reply, images=(*reply.images, bytes(rest[:size])))
+            rest = rest[size:]
+        replies.append(reply)
+    return replies
 
 
 def _reply(where: str, observation: Any, done: Any, valid: Any) -> Reply:
