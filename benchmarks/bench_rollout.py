@@ -6,6 +6,8 @@ R1  makespan of the real rollout code, with an engine and tools that only take t
 R2  lag of the event loop with 256 live multimodal trajectories: their pictures decoded, bounded and named, sent to a tool
     server in another process over HTTP and returned, observations tokenised.
     CPU time of our loop per turn, with an engine and tools that take none.
+R4  tokens trained per second with rollout.carry_over against the synchronous loop, simulated on 8 and 64 ranks by the rule of
+    hdpo.agent.carry itself (rollout_carry.py), beside the bound of engines that are always full and one-step-off sampling.
 Q   prompts split over simulated ranks beforehand against a shared queue (rollout_queue.py).
 """
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 from common import Figure, arguments, report
+from rollout_carry import Run, bound, one_step_off, simulate
 from rollout_queue import Setting, compare
 from rollout_world import (
     SEED,
@@ -183,6 +187,28 @@ def queues(short: bool) -> tuple[dict[str, Figure], dict]:
             for label, some in found.items()}, found
 
 
+def carried(short: bool) -> tuple[dict[str, Figure], dict]:
+    """Ratios of tokens trained per second to those of the synchronous loop on the same rollouts; medians over seeds."""
+    seeds, figures, details = range(1 if short else 3), {}, {}
+    for ranks in (8, 64):
+        base = Run(ranks=ranks)
+        sync = {seed: simulate(base, seed)["tokens_per_s"] for seed in seeds}
+        for share, versions in ((0.25, 2), (0.5, 2), (0.5, 3)):
+            run = dataclasses.replace(base, carry_over=share, max_versions=versions)
+            found = {seed: simulate(run, seed) for seed in seeds}
+            label = f"{ranks} ranks, carry_over {share}, {versions} versions"
+            goal = 1.3 if (ranks, share, versions) == (8, 0.5, 3) else None
+            ratio = statistics.median(found[seed]["tokens_per_s"] / sync[seed] for seed in seeds)
+            bias = statistics.median(found[seed]["bias"] for seed in seeds)
+            figures[f"R4 {label} / synchronous"] = Figure(ratio, "x", "higher", goal, tolerance=0.05)
+            figures[f"R4 {label}, length bias before the end"] = Figure(100 * abs(bias), "%", "lower", tolerance=1.0)
+            details[label] = found
+        run = dataclasses.replace(base, carry_over=0.5)
+        for label, other in (("bound", bound(run, 0)), ("one-step-off", one_step_off(base, 0))):
+            figures[f"R4 {ranks} ranks, {label} / synchronous"] = Figure(other / sync[0], "x", "higher", tolerance=0.05)
+    return figures, details
+
+
 def main() -> int:
     if "--serve" in sys.argv:
         serve()
@@ -190,7 +216,7 @@ def main() -> int:
     args = arguments(__doc__).parse_args()
     figures: dict[str, Figure] = {}
     details = {}
-    for part in (makespan, lag, cost_per_turn, queues):
+    for part in (makespan, lag, cost_per_turn, carried, queues):
         some, details[part.__name__] = part(args.short)
         figures |= some
     return 0 if report("rollout", figures, details, args.json, args.short) else 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import signal
 import tempfile
 import time
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import BASE, Running, command, settings
+from launching import BASE, Running, command, family, kill_as_a_lost_machine, settings
 from tool_server import containers, post, python, until
 
 from hdpo.config.file import load_config
@@ -63,19 +62,6 @@ class Run:
     def seconds(self, phase: str) -> float:
         return min([row[f"time/{phase}"] for row in read_metrics(self.path / "metrics.jsonl")
                     if f"time/{phase}" in row] or [0.3])
-
-
-def family(process: psutil.Process) -> list[psutil.Process]:
-    return [process, *process.children(recursive=True)]
-
-
-def kill_as_a_lost_machine(run: Running) -> None:
-    """Launcher and ranks at once. The tool server has a session of its own and has to notice by itself."""
-    session = os.getsid(run.process.pid)
-    for process in family(psutil.Process(run.process.pid)):
-        if os.getsid(process.pid) in (session, process.pid) and "toolserver" not in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-    run.process.wait()
 
 
 def all_gone(processes: list[psutil.Process]) -> None:

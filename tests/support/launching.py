@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +80,19 @@ class Running:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self.process.wait()
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def kill_as_a_lost_machine(run: Running) -> None:
+    """Launcher and ranks at once. The tool server has a session of its own and has to notice by itself."""
+    session = os.getsid(run.process.pid)
+    for process in family(psutil.Process(run.process.pid)):
+        if os.getsid(process.pid) in (session, process.pid) and "toolserver" not in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+    run.process.wait()
 
 
 def rl_settings(sft: Path, world: World, name: str, **values: object) -> list[str]:
