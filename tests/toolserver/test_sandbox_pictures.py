@@ -79,7 +79,7 @@ def test_a_picture_costs_its_file_until_it_is_used(box: Box) -> None:
 @pytest.mark.docker
 def test_sixteen_sessions_with_8k_pictures_at_the_default_ratio_all_live_and_take_containers_by_their_pixels() -> None:
     from hdpo.toolserver.backends.docker_sandbox import DockerSandbox
-    box = Box("docker", DockerSandbox(memory_mib=2048, sessions_per_container=16))      # an eighth of 64 sessions in 8 GiB each
+    box = Box("docker", DockerSandbox(memory_mib=2048, sessions_per_container=16))      # a quarter of 64 in 8 GiB
     try:
         picture = encoded(Image.fromarray(np.zeros((4320, 7680, 3), np.uint8)), "JPEG")
 
