@@ -4,23 +4,25 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted import ScriptedEngine, ScriptedTools
 
+from hdpo.agent.carry import Held, without_old
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.rollout import Rollouts
 from hdpo.background import BackgroundLoop
-from hdpo.config import Config
+from hdpo.config import Config, HdpoConfig
 from hdpo.ranks.world import World
 from hdpo.state.records import Records
 from hdpo.state.spool import Spool
 from hdpo.train.carry import Carrying, Lengths
 from hdpo.train.metrics import Metrics
-from hdpo.types import Judgement, Reward, RewardedGroup, Task, Trajectory, Verdict
+from hdpo.train.samples import group_advantages
+from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Task, Trajectory, Verdict
 
 STEPS, PROMPTS, GROUP = 6, 4, 2
 
@@ -254,3 +256,24 @@ def test_length_bias_compares_the_trained_with_all_that_were_started() -> None:
     assert Lengths(300, 3, 0, 0).bias(300, 1) == pytest.approx(100 / 150 - 1)
     assert Lengths(300, 3, 300, 1).bias(0, 0) == pytest.approx(100 / 150 - 1)
     assert Lengths().bias(0, 0) == 0.0
+
+
+def test_what_is_dropped_by_age_touches_neither_advantages_nor_norms_of_others() -> None:
+    """The group with a trajectory dropped trains what the group without it would."""
+    row = Task("t", "toy", [{"role": "user", "content": "?"}], (), "4")
+    group = [Trajectory(row, sample, [1] * (4 + sample), [0] + [1] * (3 + sample), [-0.5] * (4 + sample), 1, (), (),
+                        EndReason.ANSWERED, ("x",), versions=[-1] + [3 + (sample != 2)] * (3 + sample)) for sample in range(4)]
+    held = without_old(Held(0, row, dict(enumerate(group)), {}), step=5, max_versions=2)
+    kept, hdpo = [0, 1, 3], HdpoConfig()
+
+    def rewarded(trajectories: Sequence[Trajectory]) -> RewardedGroup:
+        rewards = tuple(Reward(t.sample_index / 4, 1 / (1 + t.sample_index), True, True, t.end.scorable) for t in trajectories)
+        return RewardedGroup(row, tuple(trajectories), (Judgement(Verdict.CORRECT, "rule"),) * len(rewards), rewards, 0)
+
+    def trained(whole: RewardedGroup) -> dict[int, tuple[Any, ...]]:
+        values, members = group_advantages([whole], hdpo)
+        return {t.sample_index: (tuple(v), tuple(m), t.num_sampled if any(m) else 0)
+                for t, v, m in zip(whole.trajectories, values, members, strict=True)}
+    found, without = trained(rewarded(held.trajectories())), trained(rewarded([group[sample] for sample in kept]))
+    assert {sample: found[sample] for sample in kept} == without
+    assert found[2] == ((0.0, 0.0), (False, False), 0), "it counts in no norm"
