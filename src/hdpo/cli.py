@@ -24,6 +24,7 @@ COMMANDS = {
     "score": ("hdpo.compose.score:main", "answers to benchmarks, by their official rules, without a model"),
     "curate": ("hdpo.compose.curate:main", "SFT data from public tool trajectories, in three stages"),
     "curate-demo": ("hdpo.toyworld.curate_demo:main", "the embedded world in five public layouts, with planted faults, curated"),
+    "replay": ("hdpo.compose.replay:main", "train a step of a run again from its kept rollouts, without an engine"),
     "report": ("hdpo.report.page:main", "write a run's report.html"),
     "settings": ("hdpo.config.file:main", "every setting with its default and meaning"),
     "doctor": ("hdpo.doctor.doctor:main", "what this machine has and lacks; with --config the memory of a run"),

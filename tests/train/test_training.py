@@ -84,6 +84,18 @@ def test_rl_makes_real_tool_calls_and_dumps_every_rollout_with_its_images(rl: Pa
     assert json.loads((rl / "summary.json").read_text())["rl"]["rows"] == 20
 
 
+def test_a_kept_step_is_trained_again_to_the_same_gradient_bit_for_bit(rl: Path) -> None:
+    done = accelerate("launch/replay.py", [str(rl), "--step", "2"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    recorded = next(row for row in read_metrics(rl / "metrics.jsonl") if row["step"] == 2)
+    replayed = json.loads((rl / "replay" / "step_000002" / "result.json").read_text())["replayed"]
+    assert recorded["actor/grad_norm"] > 0
+    for name in ("actor/grad_norm", "hdpo/q_size_mean", "hdpo/tool_advantage_mass", "mismatch/k3", "reward/score/mean"):
+        assert replayed[name] == recorded[name], name
+    assert "numbers are the same, to the last bit" in done.stdout and "differs" not in done.stdout
+    assert {"checkpoints", "rollouts"} <= {path.name for path in rl.iterdir()} and len(step_folders(rl)) == 2
+
+
 def test_an_evaluation_by_itself_gives_the_rows_and_figures_of_the_runs_own_on_any_number_of_ranks(
         rl: Path, sft: Path, world: World) -> None:
     """Two ranks share their prompts as they come; one rank is `hdpo eval` without a launcher."""

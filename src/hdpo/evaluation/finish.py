@@ -115,4 +115,4 @@ def _dumped(record: Mapping[str, Any], mark: Mark | None, reward: Reward, kept: 
         reward_tool=reward.tool,
         correct=reward.correct, format_ok=reward.format_ok, scored=reward.scored, advantages=[], num_tool_calls=record["calls"],
         prompt_length=record["prompt_tokens"], token_ids=[], mask=[], log_probs=[], weight_version=0, seconds=0.0,
-        weight_versions=[])
+        weight_versions=[], index=0)

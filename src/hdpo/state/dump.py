@@ -67,6 +67,7 @@ class DumpedRollout:
     weight_version: int
     seconds: float
     weight_versions: list[int]         # [L] of the weights that sampled each token with its log-prob; -1 where mask is 0
+    index: int                         # number of its prompt in the step, over all ranks: to which mini-batch it belongs
 
 
 _TYPES = {
@@ -180,7 +181,7 @@ def _dumped(step: int, trajectory: Trajectory, judgement: Judgement, reward: Rew
         scored=reward.scored, advantages=advantages, num_tool_calls=trajectory.num_tool_calls,
         prompt_length=trajectory.prompt_length, token_ids=trajectory.token_ids, mask=trajectory.mask,
         log_probs=trajectory.log_probs, weight_version=trajectory.weight_version, seconds=trajectory.seconds,
-        weight_versions=trajectory.versions)
+        weight_versions=trajectory.versions, index=trajectory.index)
 
 
 def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None,

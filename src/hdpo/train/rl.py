@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.rollout import Rollouts
@@ -130,7 +130,20 @@ def send_weights(parts: RlParts, step: int, position: dict[str, Any]) -> None:
         raise
 
 
-def make_batch(config: Config, parts: RlParts, trained: Scored) -> TrainBatch:
+class Packs(Protocol):
+    """The parts that make a batch."""
+
+    @property
+    def policy(self) -> Any: ...
+
+    @property
+    def spec(self) -> PackingSpec: ...
+
+    @property
+    def pixels(self) -> PixelPool: ...
+
+
+def make_batch(config: Config, parts: Packs, trained: Scored) -> TrainBatch:
     """Deal the step's groups over its mini-batches by the order of their prompts, wherever they were sampled, and pack.
 
     Collective: each rank gives the groups it has.

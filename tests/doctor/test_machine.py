@@ -1,0 +1,66 @@
+"""`hdpo doctor`: each line says what to do, and the status is 1 where something that is needed is missing."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import BASE
+
+from hdpo.doctor import doctor, machine
+from hdpo.doctor.machine import Found, check_sandbox, interfaces, limits, shared_memory
+from hdpo.errors import UserError
+
+
+def test_the_status_says_whether_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                             ) -> None:
+    monkeypatch.setattr(machine, "NEEDED", ("torch", "pillow"))
+    assert doctor.main([]) == 0
+    said = capsys.readouterr().out
+    for name in ("python", "torch", "devices", "cuda", "memory", "open files", "limits", "shared memory", "interfaces", "docker"):
+        assert f"\n{name:14} " in f"\n{said}"
+    assert "MISSING" not in said
+    monkeypatch.setattr(machine, "NEEDED", ("torch", "no-such-package"))
+    assert doctor.main([]) == 1
+    assert f"{'no-such-package':14} MISSING  `make install` installs it" in capsys.readouterr().out
+
+
+def test_what_a_configuration_needs_is_checked_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    demo = ["--config", "demo_rl", "--set", f"model.path={BASE}", "--set", f"run.folder={tmp_path}"]
+    assert doctor.main([*demo, "--set", "tools.allowed=[python]"]) == 0
+    said = capsys.readouterr().out
+    assert "\nsandbox        process: no engine needed" in said and "\njudge          off" in said
+    assert doctor.main([*demo, "--set", "tools.own={x: {function: 'nowhere:f'}}", "--set", "reward.judge=true"]) == 1
+    said = capsys.readouterr().out
+    assert "tools          MISSING  text_search has no source: set one of" in said
+    assert "own code       MISSING  tools.own.x.function: nowhere can't be imported" in said
+    assert "judge          MISSING  judge.base_url (JUDGE_BASE_URL) is not set" in said
+    monkeypatch.setattr(machine, "docker_engine", lambda: ("", "no client"))
+    with pytest.raises(UserError, match="needs a Docker engine .no client.: install and start one, or set"):
+        check_sandbox("docker-strict")
+
+
+def test_another_machine_s_plan_asks_nothing_of_this_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = ["--config", "demo_rl", "--set", f"model.path={BASE}", "--set", f"run.folder={tmp_path}", "--set", "reward.judge=true"]
+    assert doctor.main([*demo, "--gpus", "2", "--gpu-gib", "80", "--host-gib", "256"]) == 0
+    assert "judge" not in capsys.readouterr().out.replace("tools and judge", "")
+
+
+def test_small_shared_memory_is_missing_where_several_devices_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shared_memory(2, str(tmp_path / "none")) == Found(
+        "shared memory", f"there is no {tmp_path / 'none'}: mount a tmpfs there", missing=True)
+    monkeypatch.setattr(machine, "SHM_GIB", 1e9)
+    assert shared_memory(2, str(tmp_path)).missing and "--shm-size=16g" in shared_memory(2, str(tmp_path)).text
+    assert not shared_memory(0, str(tmp_path)).missing
+
+
+def test_an_interface_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch0")
+    (found,) = interfaces()
+    assert found.missing and found.text.startswith("NCCL_SOCKET_IFNAME=nosuch0: there is none; there are lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    (found,) = interfaces()
+    assert not found.missing and "NCCL_SOCKET_IFNAME=lo" in found.text and "processes" in limits()
