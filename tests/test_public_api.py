@@ -56,7 +56,7 @@ def test_signatures_are_the_promised_ones(function, leading, keywords):
 
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-EXAMPLE = README.read_text().split("```python\n", 1)[1].split("```", 1)[0]
+EXAMPLE = README.read_text().partition("## The loss alone")[2].split("```python\n", 1)[1].split("```", 1)[0]
 
 
 def test_the_loss_works_alone_in_another_trainer():
