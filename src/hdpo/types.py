@@ -265,7 +265,7 @@ class Sample:
     member: tuple[bool, ...]         # [C] whether the row counts in channel c's norm
     vision: Vision | None
     prompt_length: int = 0     # tokens before the first that the policy sampled
-    group: int = -1            # of the rollouts of one prompt, the same number; -1 in no group
+    group: int = -1            # of the rollouts of one prompt, the same number; -1 in no group; for SFT that of the source
 
 
 class Span(NamedTuple):
@@ -297,6 +297,7 @@ class MicroBatch:
     vision: Vision | None
     num_rows: int              # B; a filler row (it keeps ranks in step) is not counted
     spans: tuple[Span, ...]    # their lengths add up to N
+    groups: tuple[int, ...] = ()     # [B] of each row, a filler's too
 
 
 @dataclass(frozen=True, slots=True)

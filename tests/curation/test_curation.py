@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -96,6 +97,33 @@ def test_two_ranks_a_kill_and_one_rank_leave_the_same_bytes(recordings: list[Rec
     assert list(out.glob("work/stage_1/*/*.parquet")) and not (out / "kept.parquet").exists()
     assert main(arguments(recordings, out)) == 0        # one rank goes on from there
     for name in ("kept.parquet", "dropped.parquet"):
+        digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for folder in (curated, out)]
+        assert digests[0] == digests[1], name
+
+
+def test_kills_at_random_moments_and_resumes_on_other_numbers_of_ranks_leave_the_same_bytes(
+        recordings: list[Recording], curated: Path, tmp_path: Path) -> None:
+    """Three ranks, then two, killed whole wherever they are; then one that finishes. Moments are counted in finished chunks."""
+    out, coin = tmp_path / "out", random.Random(7)
+
+    def chunks() -> list[Path]:
+        return list(out.glob("work/stage_1/*/*.parquet"))
+    for ranks in (3, 2):
+        enough = len(chunks()) + coin.randint(1, 4)
+        running = [subprocess.Popen([sys.executable, "-m", "hdpo", *arguments(recordings, out)], stderr=subprocess.DEVNULL,
+                                    stdout=subprocess.DEVNULL, start_new_session=True,
+                                    env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
+        deadline = time.monotonic() + 120
+        while len(chunks()) < enough and time.monotonic() < deadline and any(one.poll() is None for one in running):
+            time.sleep(0.01)
+        time.sleep(0.2 * coin.random())
+        for one in running:
+            if one.poll() is None:
+                os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+        assert len(chunks()) >= enough
+    assert main(arguments(recordings, out)) == 0
+    for name in ("kept.parquet", "dropped.parquet", "manifest.json"):
         digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for folder in (curated, out)]
         assert digests[0] == digests[1], name
 

@@ -10,7 +10,7 @@ from hdpo.config import HdpoConfig
 from hdpo.losses import hdpo_loss
 from hdpo.packing.batching import PackingSpec, pack
 from hdpo.train.metrics import Metrics
-from hdpo.train.objectives import HdpoObjective, LogProbs
+from hdpo.train.objectives import HdpoObjective, LogProbs, SftObjective
 from hdpo.types import MicroBatch, Sample
 
 VOCABULARY, HIDDEN, BANNED, TEMPERATURE = 60, 8, (58, 59), 0.9
@@ -128,3 +128,28 @@ def test_an_empty_micro_batch_gives_zero_and_no_numbers_of_its_own(importance):
     loss.backward()
     assert loss.item() == 0.0 and (weight.grad == 0).all()
     assert {name for name in metrics.reduce_over_ranks() if name.startswith("mismatch/")} == {"mismatch/ratio_max"}
+
+
+def test_each_sources_sft_loss_is_over_its_own_tokens_for_any_split_into_micro_batches() -> None:
+    g = torch.Generator().manual_seed(5)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=g)
+    spec = PackingSpec(None, 1, 1000, 0, Sample([1, 2], [0, 0], [0.0] * 2, (), (), None))
+    rows = [Sample(torch.randint(0, 50, (length + 2,), generator=g).tolist(), [0, 0] + [1] * length, [0.0] * (length + 2), (), (),
+                   None, group=source) for length, source in ((3, 0), (9, 1), (5, 0), (1, 1), (7, 2))]
+    states = [torch.randn(sum(row.mask), HIDDEN, generator=g) for row in rows]
+    expected: dict[str, list[float]] = {}
+    for row, hidden in zip(rows, states):
+        logits = (hidden @ weight.T).log_softmax(-1)
+        own = logits.gather(1, torch.tensor(row.token_ids[2:])[:, None])[:, 0]
+        expected.setdefault(f"sft/loss/{'abc'[row.group]}", []).extend((-own).tolist())
+    for split in ([[0, 1, 2, 3, 4]], [[0, 3], [1], [2, 4]], [[4, 1], [], [3, 2, 0]]):
+        metrics = Metrics()
+        objective = SftObjective(metrics, sources=["a", "b", "c"])
+        for some in split:
+            hidden = torch.cat([states[k] for k in some]) if some else torch.zeros(0, HIDDEN)
+            objective(pack([rows[k] for k in some], spec), torch.tensor([25.0]))(
+                hidden.requires_grad_(), weight.clone().requires_grad_())
+        found = metrics.reduce_over_ranks()
+        assert {name for name in found if name.startswith("sft/loss/")} == set(expected)
+        for name, values in expected.items():
+            assert found[name] == pytest.approx(sum(values) / len(values), rel=1e-5)

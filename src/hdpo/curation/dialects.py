@@ -108,5 +108,7 @@ def read_call(block: str) -> ParsedCall:
 def observation_text(text: str) -> tuple[str, int]:
     """(text without markers and response tags, number of image markers) of a recorded observation."""
     inner = _RESPONSE.match(text)
+    if inner is None and IMAGE_MARKER not in text:
+        return text, 0           # word for word: a kept search is what the server said
     text = inner[1] if inner else text
     return re.sub(r"[ \t]*\n?[ \t]*" + IMAGE_MARKER, "", text).strip("\n"), text.count(IMAGE_MARKER)

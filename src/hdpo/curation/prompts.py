@@ -48,7 +48,7 @@ def candidate(entry: Entry) -> Entry:
 
 
 def system_of(config: Config) -> str:
-    return config.curation.prompts.system or system_prompt(list(config.tools.allowed))
+    return config.curation.prompts.system or system_prompt(config.tools)
 
 
 def apportioned(total: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -70,7 +70,7 @@ def kept_row(source: Source, entry: Entry) -> dict[str, Any]:
     where = origin(source, entry)
     extra = {"index": f"{source.name}_{where['source_row']}", **record.extra}
     images = [{"bytes": data} for data in record.all_images()]
-    return {"data_source": source.name, "messages": record.messages(), "images": images,
+    return {"data_source": record.extra.get("data_source", source.name), "messages": record.messages(), "images": images,
             "reward_model": {"ground_truth": record.truth or record.answer, "style": "rule"},
             "extra_info": json.dumps(extra, sort_keys=True), **where}
 

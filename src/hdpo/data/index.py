@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -21,16 +22,17 @@ from hdpo.data.copies import cache_folder, once
 from hdpo.data.store import RowStore
 from hdpo.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Of a good row: its length in tokens, and the files besides its own that it needs."""
+    """Of a good row: its length in tokens, the files besides its own that it needs, and the source it names."""
 
     length: int
     files: tuple[Path, ...] = ()
+    source: str = ""
 
 
 @dataclass(slots=True)
@@ -39,6 +41,8 @@ class RowIndex:
 
     lengths: list[int] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)             # the names of good rows, the most frequent first
+    source_of: list[int] = field(default_factory=list)           # for each row the number of its source
     folders: list[str] = field(default_factory=list)             # where the rows lay
     outside: list[list[Any]] = field(default_factory=list)       # [path, bytes, modified] of picture files outside of them
 
@@ -88,6 +92,7 @@ def _check(rows: RowStore, check: Callable[[int], Checked], wanted: int) -> RowI
             return exc
 
     index, files, good = RowIndex(), set[Path](), 0
+    named: list[str] = []
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1), "hdpo-check") as threads, tqdm(
             total=wanted or len(rows), desc="checking rows", unit=" rows", delay=1, dynamic_ncols=True) as bar:
         for found in _in_order(threads, outcome, range(len(rows)), wanted):
@@ -96,11 +101,15 @@ def _check(rows: RowStore, check: Callable[[int], Checked], wanted: int) -> RowI
             else:
                 files.update(found.files)
                 good += 1
+            named.append("" if isinstance(found, DataError) else found.source)
             index.lengths.append(-1 if isinstance(found, DataError) else found.length)
             bar.update()
             if wanted and good == wanted:
                 break
     index.outside = [_state(str(file)) for file in sorted(files)]
+    index.sources = [name for name, _ in Counter(named).most_common()]
+    place = {name: number for number, name in enumerate(index.sources)}
+    index.source_of = [place[name] for name in named]
     return index
 
 

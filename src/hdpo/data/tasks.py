@@ -15,7 +15,7 @@ from hdpo.agent.chat import IMAGE_MARKER, ChatFormat
 from hdpo.agent.demonstration import demonstration_length
 from hdpo.agent.images import check_image, decode_image
 from hdpo.config import DataConfig
-from hdpo.data.index import Checked, index_rows
+from hdpo.data.index import Checked, RowIndex, index_rows
 from hdpo.data.pictures import encoded_images, outside_file, picture_cells
 from hdpo.data.rows import checked_extra, checked_messages, checked_truth, row_text
 from hdpo.data.sources import DatasetName, kind_of, parquet_footer, resolve
@@ -49,7 +49,8 @@ class _Reader:
 
     def checked(self, index: int, row: Row, length: int) -> Checked:
         files = (outside_file(cell, self.rows.folders(index)) for cell in picture_cells(row.get("images")))
-        return Checked(length, tuple(file for file in files if file is not None))
+        source = row_text(str(row.get("data_source") or "unknown"))
+        return Checked(length, tuple(file for file in files if file is not None), source)
 
     def again(self, index: int, exc: DataError) -> DataError:
         """What is said of a row that was good when it was checked."""
@@ -121,6 +122,7 @@ class Demonstration:
     messages: list[dict[str, str]]
     encoded_images: tuple[bytes, ...]
     num_tokens: int
+    source: int = -1           # number of its data_source, see DemonstrationStream.sources
 
     @property
     def images(self) -> list[Image]:
@@ -132,7 +134,7 @@ class _Demonstrations(_Reader):
 
     def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, max_tokens: int) -> None:
         super().__init__(files, chat, config)
-        self.max_tokens, self.lengths = max_tokens, list[int]()
+        self.max_tokens, self.index = max_tokens, RowIndex()
 
     def check(self, index: int) -> Checked:
         row, messages, images = self.read(index)
@@ -147,7 +149,7 @@ class _Demonstrations(_Reader):
             _, messages, images = self.read(index)
         except DataError as exc:
             raise self.again(index, exc) from exc
-        return Demonstration(self.rows.name(index), messages, images, self.lengths[index])
+        return Demonstration(self.rows.name(index), messages, images, self.index.lengths[index], self.index.source_of[index])
 
     def settings(self) -> list[Any]:
         return ["demonstration", self.chat.fingerprint, self.max_tokens, self.config.insert_markers]
@@ -162,8 +164,13 @@ class DemonstrationStream(RowStream[Demonstration]):
     def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int, max_tokens: int = 0) -> None:
         reader = _Demonstrations(files, chat, config, max_tokens)
         index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache)
-        reader.lengths = index.lengths
+        reader.index = index
         super().__init__(reader.rows, index, reader.make, config, seed)
+
+    @property
+    def sources(self) -> list[str]:
+        """The rows' data_source, the most frequent first; equal on every rank."""
+        return self.index.sources
 
 
 def read_tasks(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows: int = 0,
@@ -180,7 +187,7 @@ def read_demonstrations(files: Sequence[str], chat: ChatFormat, config: DataConf
     """Held-out demonstrations in file order, the first `rows` good ones (0: all), each read when it is asked for."""
     reader = _Demonstrations(files, chat, config, max_tokens)
     index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache, wanted=rows)
-    reader.lengths = index.lengths
+    reader.index = index
     bad_rows(reader.rows, index, config)
     return Unread(reader.make, index.good())
 

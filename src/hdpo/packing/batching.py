@@ -87,7 +87,8 @@ def pack(samples: Sequence[Sample], spec: PackingSpec, channels: int = 0) -> Mic
         input_ids=torch.cat(strip.ids)[None], position_ids=torch.cat(strip.positions, dim=1)[:, None],
         trained=torch.cat(trained), targets=torch.cat(targets),
         weight=aggregation_token_weights(lengths, spec.aggregation)[row], row=row, rollout_log_probs=torch.cat(log_probs),
-        advantages=advantages, member=member, vision=strip.vision(), num_rows=len(samples), spans=tuple(strip.spans))
+        advantages=advantages, member=member, vision=strip.vision(), num_rows=len(samples), spans=tuple(strip.spans),
+        groups=tuple(sample.group for sample in rows))
 
 
 class _Strip:

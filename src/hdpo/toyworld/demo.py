@@ -98,8 +98,9 @@ def run_demo(options: argparse.Namespace) -> None:
     sft = run / "sft"
     common = [f"run.seed={options.seed}"]
     flags = ["--steal-lock"] if options.steal_lock else []
+    curated = curate(world / "demos.parquet", run / "curated", options.ranks)
     launch("sft", "demo_sft.yaml", options.ranks, [
-        *common, f"run.folder={run}", "run.name=sft", f"model.path={base}", f"data.train=[{world / 'demos.parquet'}]",
+        *common, f"run.folder={run}", "run.name=sft", f"model.path={base}", f"data.train=[{curated}]",
         *options.set_sft], flags)
     if not step_folders(sft):
         raise HdpoError(f"SFT left no checkpoint in {sft}")
@@ -113,6 +114,15 @@ def run_demo(options: argparse.Namespace) -> None:
         print(format_table(summary["sft"], summary["rl"]))
     from hdpo.report.page import write_report
     write_report(run)
+
+
+def curate(demonstrations: Path, out: Path, ranks: int) -> Path:
+    """The demonstrations that SFT trains on: those whose recorded calls give what was recorded (stage 1), as for any source."""
+    if not (out / "manifest.json").is_file():
+        print("curation: every recorded Python call is made again")
+        launch("curate", "demo_rl.yaml", ranks, ["curation.chunk_rows=256", "curation.concurrency=16"], [
+            "--source", f"demonstrations={demonstrations}", "--stages", "1", "--out", str(out)])
+    return out / "kept.parquet"
 
 
 def launch(command: str, config: str, ranks: int, overrides: Sequence[str], flags: Sequence[str] = ()) -> None:

@@ -47,11 +47,18 @@ class LogProbs:
         return job
 
 
-class SftObjective:
-    """Negative log-likelihood of the trained tokens over their global count."""
+MOST_SOURCES = 32
+"""Whose loss is logged one by one; rarer ones together."""
 
-    def __init__(self, metrics: Metrics, chunk_tokens: int | None = None) -> None:
-        self.metrics, self.chunk_tokens = metrics, chunk_tokens or None
+
+class SftObjective:
+    """Negative log-likelihood of the trained tokens over their global count; that of each source over its own, in the log.
+
+    `sources`: names by the number that a row has as its group.
+    """
+
+    def __init__(self, metrics: Metrics, chunk_tokens: int | None = None, sources: Sequence[str] = ()) -> None:
+        self.metrics, self.chunk_tokens, self.sources = metrics, chunk_tokens or None, sources
 
     def __call__(self, micro: MicroBatch, norms: Tensor, old_log_probs: Tensor | None = None) -> Job:
         def job(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -61,10 +68,23 @@ class SftObjective:
                 hidden, weight, targets, token_weight, norm=norm, chunk_tokens=self.chunk_tokens,
                 keep=torch.arange(len(targets), device=device), entropy=False)
             self.metrics.total("sft/loss", loss)
+            self._by_source(micro, stats["log_probs"])
             self.metrics.add("sft/token_accuracy_proxy", stats["log_probs"].exp().mean() if len(micro.targets) else 0.0,
                              len(micro.targets))
             return (loss,)
         return job
+
+    def _by_source(self, micro: MicroBatch, log_probs: Tensor) -> None:
+        """The mean over a source's trained tokens, exact over micro-batches and ranks. Whose a token is, is known on the CPU."""
+        if len(self.sources) < 2 or not len(micro.targets):
+            return
+        source_of = torch.tensor(micro.groups)[micro.row]
+        for number in sorted(set(source_of.tolist())):
+            if number >= 0:
+                places = (source_of == number).nonzero()[:, 0]
+                name = self.sources[number] if number < MOST_SOURCES else "other"
+                (there,) = _moved(log_probs.device, places)
+                self.metrics.add(f"sft/loss/{name}", -log_probs[there].mean(), len(places))
 
 
 class HdpoObjective:

@@ -43,7 +43,7 @@ def train(config: Config, parts: SftParts) -> bool:
     with StopSignal() as stop, ThreadPoolExecutor(min(8, os.cpu_count() or 1), "hdpo-encode") as threads:
         start, position = checkpoints.resume()
         go_on(demos, position, checkpoints.new_rows)
-        objective = SftObjective(log, config.batch.head_chunk_tokens)
+        objective = SftObjective(log, config.batch.head_chunk_tokens, demos.sources)
         guard = StepGuard(config.optim.max_skipped)
         held_out = HeldOut(config, policy, parts.held_out, partial(encode, parts.chat), parts.spec, threads)
         world.phase("evaluation", start)
@@ -85,4 +85,4 @@ def train(config: Config, parts: SftParts) -> bool:
 def encode(chat: ChatFormat, row: Demonstration) -> Sample:
     """A demonstration as a training row: the same tokens, masks and images as a rollout, with C = 0."""
     token_ids, mask, images = encode_demonstration(chat, row.messages, row.images)
-    return Sample(token_ids, mask, [0.0] * len(token_ids), (), (), chat.vision(images))
+    return Sample(token_ids, mask, [0.0] * len(token_ids), (), (), chat.vision(images), group=row.source)

@@ -36,8 +36,10 @@ def openmm(row: Row, number: int, folders: Sequence[Path]) -> Record:
 
 
 def demonstrations(row: Row, number: int, folders: Sequence[Path]) -> Record:
-    """hdpo's own rows: messages, images."""
-    return _chat("demonstrations", row, number, folders, ("messages",))
+    """hdpo's own rows: messages, images. They keep the data_source that they have."""
+    record = _chat("demonstrations", row, number, folders, ("messages",))
+    named = row.get("data_source")
+    return record.noted(data_source=valid(named, "row")) if isinstance(named, str) and named else record
 
 
 def _chat(source: str, row: Row, number: int, folders: Sequence[Path], columns: Sequence[str]) -> Record:
