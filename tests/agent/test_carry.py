@@ -5,7 +5,6 @@ import asyncio
 import dataclasses
 import random
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,15 +63,15 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hdpo.agent.rollout.POLL_S", 0.0005)
 
 
-def slowly(engine: ScriptedEngine, seconds: float = 0.003) -> None:
-    """So that a step can be cut within a turn."""
-    engine.on_step = lambda: time.sleep(seconds)
+def slowly(engine: ScriptedEngine, background: BackgroundLoop) -> None:
+    """The loop has looked whether the step is over before the next tokens come, so that a step can be cut within a turn."""
+    engine.on_step = lambda: background.run(asyncio.sleep(0.002))
 
 
 def test_a_turn_that_is_cut_goes_on_from_its_last_token_and_every_token_keeps_its_weights(
         chat: ChatFormat, background: BackgroundLoop) -> None:
     steps = Steps(chat, background, lambda prompt: LONG + ANSWER if OBSERVATION in prompt else LONG + CALL)
-    slowly(steps.engine)
+    slowly(steps.engine, background)
     versions = 0
     while steps.held or not versions:
         steps.step(versions, [task()] if not versions else [], steps.after(4) if versions < 12 else lambda: False)
@@ -124,7 +123,7 @@ def test_a_trajectory_of_an_earlier_process_goes_on_and_its_session_is_expected(
     def full(prompt: str) -> str:
         return LONG + ANSWER if OBSERVATION in prompt else CALL
     first = Steps(chat, background, full, group_size=1)
-    slowly(first.engine)
+    slowly(first.engine, background)
     first.step(0, [task()], lambda: len(first.tools.calls) == 1 and first.engine.num_unfinished() > 0)
     (going,) = first.held[0].going.values()
     assert going.begun and len(going.so_far.calls) == 1 and going.so_far.end is EndReason.ABORTED
@@ -139,7 +138,7 @@ def test_a_trajectory_of_an_earlier_process_goes_on_and_its_session_is_expected(
 
 def test_a_stop_leaves_what_was_carried_as_it_was(chat: ChatFormat, background: BackgroundLoop) -> None:
     steps = Steps(chat, background, lambda prompt: LONG * 4 + ANSWER)
-    slowly(steps.engine)
+    slowly(steps.engine, background)
     steps.step(0, [task()], steps.after(3))
     before = {sample: dataclasses.replace(c) for sample, c in steps.held[0].going.items()}
     lengths = {sample: len(c.so_far.token_ids) for sample, c in before.items()}

@@ -1,9 +1,9 @@
 """Steps with rollout.carry_over on the real collector, spool and rollouts: every prompt once, killed at any time, any ranks."""
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Life:
             return ("<reason>" + f"{number} " * (2 + 37 * number % 60) + "</reason>\n<answer>4</answer>")[len(begun):]
         self.world = world or World()
         self.engine = ScriptedEngine(chat, script, tokens_per_step=8)
-        self.engine.on_step = lambda: time.sleep(0.002)
+        self.engine.on_step = lambda: background.run(asyncio.sleep(0.002))     # the loop has looked before the next tokens come
         self.rollouts = Rollouts(self.engine, chat, ScriptedTools(), background, c.rollout, c.model_copy().tools, 4096, seed=3)
         self.stream, self.log, self.spool = Stream(), Metrics(), Spool(c, self.world, {})
         self.finished: list[tuple[int, int]] = []
