@@ -1,4 +1,4 @@
-"""Do a step's pictures, spool, dumps and log keep to their sizes, and does anything grow faster than the step? (S4, S5, S8)
+"""Do a step's pictures, spool, dumps, log and tool server keep to their sizes, does anything grow too fast? (S1, S4 to S6, S8)
 
     python benchmarks/bench_scale.py [--short] [--json FILE]
 
@@ -20,6 +20,7 @@ from bench_batching import qwen_format
 from common import Figure, arguments, paired, report
 from corpus import jpeg, photograph
 from PIL import Image
+from server_scale import CROP, NOTHING, served
 
 from hdpo.agent.chat import ChatFormat
 from hdpo.config import Config
@@ -101,12 +102,28 @@ def grown(measure: Callable[[list[RewardedGroup], Path], tuple[float, ...]],
     return found
 
 
+def servers(short: bool) -> tuple[dict[str, Figure], Any]:
+    """A tool server's live trajectories, sent by content (now) and as data URLs (what the reference's clients send)."""
+    many = served(256 if short else 1024, NOTHING, uploads=True, pictures=False)
+    now, before = (served(32 if short else 128, CROP, uploads=uploads) for uploads in (True, False))
+    return {"S1 failed calls at a soft limit of 1,024 files": Figure(many["failed"], "", "lower", 0),
+            "S6 server, a trajectory's memory": Figure(now["mib"], "MiB", "lower", 4, 1.0),
+            "S6 server, kept after finish": Figure(now["kept_mib"], "MiB", "lower", 2, 1.0),
+            "S6 server, CPU of a first call": Figure(now["cpu_ms"], "ms", "lower", None, 1.0),
+            "S6 client, CPU of a first call": Figure(now["own_cpu_ms"], "ms", "lower", None, 1.0),
+            "S6 data URLs / by content, CPU of the server": Figure(before["cpu_ms"] / now["cpu_ms"], "x", "higher", None, 1.0),
+            "S6 data URLs / by content, CPU of the client": Figure(
+                before["own_cpu_ms"] / now["own_cpu_ms"], "x", "higher", None, 1.0)}, [many, now, before]
+
+
 def main() -> int:
     args = arguments(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chat = qwen_format(Path(folder))
     made = groups(chat, 4 if args.short else 16)
     figures, times = pixels(chat)
+    found, live = servers(args.short)
+    figures |= found
     spool = grown(spooled, made)
     dump = grown(lambda some, folder: logged(some, folder, 0.0)[:2], made)
     for name, found in (("spool", spool), ("dumps", dump)):
@@ -120,7 +137,7 @@ def main() -> int:
     figures["S5 dumps within a limit / the limit"] = Figure(size * 3 * len(made) * GROUP / (0.4 * whole), "x", "lower", 1.05)
     other = max(line["time/other"] / line["time/step"] for line in lines)
     figures["S8 share of a step that no phase accounts for"] = Figure(100 * other, "%", "lower", 2, 1.0)
-    return not report("scale", figures, {"pixels": times, "spool": spool, "dumps": dump}, args.json, args.short)
+    return not report("scale", figures, {"pixels": times, "spool": spool, "dumps": dump, "servers": live}, args.json, args.short)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Server:
             await self.toolbox.close()
             self.folder.remove()
 
-    async def get_observation(self, request: web.Request) -> web.Response:
+    async def get_observation(self, request: web.Request) -> web.StreamResponse:
         """POST /get_observation: a batch of calls of the reference's format."""
         if self.draining:
             raise _refusal(web.HTTPServiceUnavailable, "the server is shutting down")
@@ -90,7 +90,13 @@ class Server:
             body = await asyncio.to_thread(response_body, replies, 1000 * seconds, 1000 * queued, raw)
         else:
             body = response_body(replies, 1000 * seconds, 1000 * queued, raw)
-        return web.Response(body=body, content_type=RAW if raw else JSON, headers={"X-Process-Time": f"{seconds:.6f}"})
+        headers = {"X-Process-Time": f"{seconds:.6f}", "Content-Type": RAW if raw else JSON}
+        response = web.StreamResponse(headers=headers)      # a Response would hold its body until the connection's next request
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body)
+        await response.write_eof()
+        return response
 
     async def put_image(self, request: web.Request) -> web.Response:
         """PUT /images/KEY: a picture for all trajectories that have it."""
