@@ -44,7 +44,7 @@ def run(folder: Path, model: str, ranks: int, steps: int, cuda: bool, load: dict
     """Rows of metrics.jsonl."""
     from hdpo.toyworld.demo import cpu_environment
     from hdpo.toyworld.world import make_world
-    from hdpo.train.metrics import read_metrics
+    from hdpo.train.jsonl import read_metrics
 
     world = make_world(folder / "world", train_rows=200, val_rows=8, demos=20)
     import torch

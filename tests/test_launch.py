@@ -24,7 +24,7 @@ from hdpo.state.dump import read_rollouts
 from hdpo.state.folders import step_folders
 from hdpo.toyworld.demo import cpu_environment
 from hdpo.toyworld.world import World
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 
 DEEPSPEED = str(importlib.util.find_spec("deepspeed").origin)   # type: ignore[union-attr]
 COMPILED = Path.home() / ".cache" / "torch_extensions" / f"hdpo-{hashlib.sha256(DEEPSPEED.encode()).hexdigest()[:12]}"

@@ -25,7 +25,7 @@ COMMANDS = {
     "curate": ("hdpo.compose.curate:main", "SFT data from public tool trajectories, in three stages"),
     "curate-demo": ("hdpo.toyworld.curate_demo:main", "the embedded world in five public layouts, with planted faults, curated"),
     "replay": ("hdpo.compose.replay:main", "train a step of a run again from its kept rollouts, without an engine"),
-    "report": ("hdpo.report.page:main", "write a run's report.html"),
+    "report": ("hdpo.report.command:main", "a run's page, two runs beside each other, or all of a run in the browser (--serve)"),
     "settings": ("hdpo.config.file:main", "every setting with its default and meaning"),
     "doctor": ("hdpo.doctor.doctor:main", "what this machine has and lacks; with --config the memory of a run"),
     "judge": ("hdpo.doctor.judge_check:main", "ask the configured judge ten known questions"),

@@ -266,6 +266,7 @@ class Sample:
     vision: Vision | None
     prompt_length: int = 0     # tokens before the first that the policy sampled
     group: int = -1            # of the rollouts of one prompt, the same number; -1 in no group; for SFT that of the source
+    sample_index: int = -1     # which of the G rollouts of its prompt
 
 
 class Span(NamedTuple):
@@ -298,6 +299,7 @@ class MicroBatch:
     num_rows: int              # B; a filler row (it keeps ranks in step) is not counted
     spans: tuple[Span, ...]    # their lengths add up to N
     groups: tuple[int, ...] = ()     # [B] of each row, a filler's too
+    origins: tuple[tuple[int, int], ...] = ()   # (group, sample_index) of each row
 
 
 @dataclass(frozen=True, slots=True)

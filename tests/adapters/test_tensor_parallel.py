@@ -15,7 +15,7 @@ from hdpo.config import Config
 from hdpo.doctor.memory_plan import check_tensor_parallel
 from hdpo.errors import ConfigError
 from hdpo.toyworld.world import World
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 
 
 @pytest.fixture(scope="module")

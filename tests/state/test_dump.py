@@ -144,10 +144,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     path = write_rollouts(tmp_path / "a.parquet", [_group()], step=1)
     before = path.read_bytes()
 
-    def torn(table, where, **_):
+    def torn(where, *_, **__):
         where.write_bytes(b"half")
         raise OSError("disk full")
-    monkeypatch.setattr(pq, "write_table", torn)
+    monkeypatch.setattr(pq, "ParquetWriter", torn)
     with pytest.raises(OSError, match="disk full"):
         write_rollouts(path, [_group(1)], step=1)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

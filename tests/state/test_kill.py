@@ -21,7 +21,7 @@ from hdpo.config.file import load_config
 from hdpo.state.dump import read_rollouts
 from hdpo.state.spool import spooled
 from hdpo.toyworld.world import World, make_world
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from launching import BASE, ROOT, Running, settings
 
 from hdpo.state.folders import step_folders
 from hdpo.toyworld.world import World
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

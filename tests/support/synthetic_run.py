@@ -19,7 +19,8 @@ from hdpo.config.file import dump_config
 from hdpo.evaluation.evaluate import evaluate, write_summary
 from hdpo.reward.audit import AuditLog, audit_record
 from hdpo.state.dump import write_rollouts
-from hdpo.train.metrics import JsonlSink, Metrics
+from hdpo.train.jsonl import JsonlSink
+from hdpo.train.metrics import Metrics
 from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars
 from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Task, ToolCall, Trajectory, Verdict
 

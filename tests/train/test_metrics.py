@@ -12,7 +12,8 @@ import torch
 from synthetic_run import make_task, make_trajectory, score
 
 from hdpo.errors import DataError
-from hdpo.train.metrics import JsonlSink, Metrics, memory_scalars, read_metrics
+from hdpo.train.jsonl import JsonlSink, read_metrics
+from hdpo.train.metrics import Metrics, memory_scalars
 from hdpo.train.rollout_metrics import behaviour, rollout_rows, rollout_scalars, silence
 from hdpo.types import EndReason, ToolCall
 

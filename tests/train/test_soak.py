@@ -34,7 +34,7 @@ from hdpo.state.spool import Spool
 from hdpo.toolserver import process
 from hdpo.toolserver.client import ToolClient
 from hdpo.train.collect import Collector
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 from hdpo.types import EndReason, RewardedGroup, Verdict
 
 ROLLOUTS = int(os.environ.get("HDPO_SOAK", "96"))

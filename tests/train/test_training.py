@@ -15,7 +15,7 @@ from hdpo.state.dump import read_rollouts
 from hdpo.state.folders import step_folders
 from hdpo.toyworld.demo import cpu_environment
 from hdpo.toyworld.world import World
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from hdpo.config import Config
 from hdpo.config.file import add_config_options, load_config
 from hdpo.errors import ConfigError, JudgeError
-from hdpo.report.funnel import write_funnel
 
 if TYPE_CHECKING:
     from hdpo.curation.job import Job
@@ -150,7 +149,8 @@ def _report(manifest: dict[str, Any], config: Config) -> int:
         print(f"rl.parquet: {rl['prompts']} prompts{wanted} ({parts})")
     for reason, shown in manifest["about"]["first_unreadable"].items():
         print(f"{'':16} unreadable, {reason}: first {shown}")
-    page = write_funnel(Path(config.curation.out))
+    from hdpo.report.page import write_report
+    page = write_report(config.curation.out)
     print(f"{page}; kept.parquet, dropped.parquet and manifest.json beside it")
     if waiting:
         print(f"hdpo curate: {waiting} rows wait for the tool server or the judge; the same command tries them again",

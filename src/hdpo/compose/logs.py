@@ -7,7 +7,7 @@ from hdpo.config import Config
 from hdpo.errors import ConfigError, boundary
 from hdpo.protocols import LogSink
 from hdpo.ranks.world import World
-from hdpo.train.metrics import JsonlSink
+from hdpo.train.jsonl import JsonlSink
 from hdpo.train.runlog import RunLog
 
 

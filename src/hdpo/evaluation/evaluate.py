@@ -10,16 +10,17 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from hdpo.agent.queue import PromptQueue, static_queue
 from hdpo.config import Config
-from hdpo.ranks.world import World
 from hdpo.state.dump import write_rollouts
-from hdpo.train.collect import prompt_queue
-from hdpo.train.metrics import Gather, alone
 from hdpo.train.rollout_metrics import RolloutRow, behaviour, rollout_rows
 from hdpo.types import RewardedGroup, Task, Trajectory
+
+if TYPE_CHECKING:       # whoever only reads results needs no torch
+    from hdpo.agent.queue import PromptQueue
+    from hdpo.ranks.world import World
+    from hdpo.train.metrics import Gather
 
 Summary = dict[str, Any]
 
@@ -50,18 +51,19 @@ class EvalResult:
                 for key, value in part.items() if isinstance(value, (int, float))}
 
 
-def evaluate(rollouts: Collects, scorer: Scores, tasks: Sequence[Task], *, gather: Gather = alone, rank: int = 0,
+def evaluate(rollouts: Collects, scorer: Scores, tasks: Sequence[Task], *, gather: Gather | None = None, rank: int = 0,
              queue: PromptQueue | None = None, step: int = 0, weight_version: int = 0) -> EvalResult:
     """One greedy trajectory per task. Collective: `queue` (None: all tasks) gives each to one rank, and every rank gets
     the result.
 
     Raises what the scorer raises when too many trajectories are unscored.
     """
+    from hdpo.agent.queue import static_queue
     collected = rollouts.collect(
         tasks, queue=queue or static_queue(), group_size=1, temperature=0.0, step=step, weight_version=weight_version)
     groups = tuple(scorer.score(collected))
-    gathered = gather(rollout_rows(groups, rank=rank))
-    rows = tuple(row for part in gathered for row in part)
+    mine = rollout_rows(groups, rank=rank)
+    rows = tuple(row for part in (gather(mine) if gather is not None else [mine]) for row in part)
     return EvalResult(summary=summarise(rows), rows=rows, groups=groups)
 
 
@@ -76,6 +78,7 @@ class Evaluator:
 
         None, and nothing is written, when the run was asked to stop meanwhile: half an evaluation is no evaluation.
         """
+        from hdpo.train.collect import prompt_queue
         world, run = self.world, self.config.run.path
         result = evaluate(self.rollouts, self.scorer, self.tasks, gather=world.gather, rank=world.rank, step=step,
                           weight_version=step, queue=prompt_queue(world, self.config.run.deterministic))

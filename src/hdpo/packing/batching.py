@@ -88,7 +88,8 @@ def pack(samples: Sequence[Sample], spec: PackingSpec, channels: int = 0) -> Mic
         trained=torch.cat(trained), targets=torch.cat(targets),
         weight=aggregation_token_weights(lengths, spec.aggregation)[row], row=row, rollout_log_probs=torch.cat(log_probs),
         advantages=advantages, member=member, vision=strip.vision(), num_rows=len(samples), spans=tuple(strip.spans),
-        groups=tuple(sample.group for sample in rows))
+        groups=tuple(sample.group for sample in rows),
+        origins=tuple((sample.group, sample.sample_index) for sample in samples))
 
 
 class _Strip:

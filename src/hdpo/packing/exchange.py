@@ -67,7 +67,8 @@ def to_tensors(rows: Sequence[Sample]) -> list[Tensor]:
     visions = [row.vision for row in rows]
     shown = [[place[id(pixels)] for pixels in vision.pixels] if vision is not None else [] for vision in visions]
     return [
-        torch.tensor([(len(row.token_ids), len(some), row.prompt_length, row.group) for row, some in zip(rows, shown)]),
+        torch.tensor([(len(row.token_ids), len(some), row.prompt_length, row.group, row.sample_index)
+                      for row, some in zip(rows, shown)]),
         torch.tensor([token for row in rows for token in row.token_ids], dtype=torch.int32),
         torch.tensor([trained for row in rows for trained in row.mask], dtype=torch.int8),
         torch.tensor([value for row in rows for value in row.rollout_log_probs], dtype=torch.float64),
@@ -85,7 +86,7 @@ def to_rows(tensors: Sequence[Tensor]) -> list[Sample]:
     if not tensors:
         return []
     sizes, token_ids, mask, log_probs, advantages, member, shown, grids, scaled, *images = tensors
-    lengths, counts, prompt_lengths, groups = sizes.T.tolist()
+    lengths, counts, prompt_lengths, groups, samples = sizes.T.tolist()
     scale = _scale_of(scaled)
     rows = []
     for index, (ids, trained, values, some, grid) in enumerate(zip(
@@ -93,7 +94,7 @@ def to_rows(tensors: Sequence[Tensor]) -> list[Sample]:
             grids.split(counts), strict=True)):
         vision = Vision(tuple(images[i] for i in some.tolist()), grid, scale) if len(some) else None
         rows.append(Sample(ids.tolist(), trained.tolist(), values.tolist(), tuple(advantages[index].tolist()),
-                           tuple(member[index].tolist()), vision, prompt_lengths[index], groups[index]))
+                           tuple(member[index].tolist()), vision, prompt_lengths[index], groups[index], samples[index]))
     return rows
 
 

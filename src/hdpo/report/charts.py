@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 420, 200
@@ -17,32 +17,41 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One curve: `values` are aligned with the chart's steps, None where a step has no number."""
+    """One curve: `values` are aligned with the chart's steps, None where a step has no number.
+
+    `colour` is its number among the chart's colours (None: its place); `dashed` tells a second run from the first."""
 
     label: str
     values: Values
+    colour: int | None = None
+    dashed: bool = False
+
+    def css(self, index: int) -> str:
+        return f"var(--c{(index if self.colour is None else self.colour) % _COLOURS + 1})"
 
 
-def line_chart(steps: Sequence[int], series: Sequence[Series], *, share: bool = False) -> str:
-    """An <svg>. `share` fixes the axis to 0..1 and labels it in per cent."""
+def line_chart(steps: Sequence[int], series: Sequence[Series], *, share: bool = False,
+               links: Mapping[int, str] | None = None) -> str:
+    """An <svg>. `share` fixes the axis to 0..1 and labels it in per cent; `links` are where a click on a step leads."""
     steps, series = _thin(steps, series)
     present = [value for one in series for value in one.values if value is not None]
     low, high, ticks = (0.0, 1.0, [0.0, 0.5, 1.0]) if share else _axis(min(present), max(present))
     frame = _Frame(steps, low, high)
     parts = [frame.grid(ticks, share)]
     for index, one in enumerate(series):
-        colour = f"var(--c{index % _COLOURS + 1})"
+        colour = one.css(index)
         count = sum(value is not None for value in one.values)
         shown = _smoothed(one.values) if count >= _SMOOTH_FROM else one.values
         if shown is not one.values:
             parts.append(f'<path d="{frame.path(one.values)}" class="raw" stroke="{colour}"/>')
-        parts.append(f'<path d="{frame.path(shown)}" class="line" stroke="{colour}"/>')
+        dashes = ' stroke-dasharray="5 4"' if one.dashed else ""
+        parts.append(f'<path d="{frame.path(shown)}" class="line" stroke="{colour}"{dashes}/>')
         if count < _SMOOTH_FROM:        # few points, as of evaluations: show where they are
             parts.append(frame.dots(one.values, colour))
-    return frame.svg("".join(parts) + frame.hover(series, share))
+    return frame.svg("".join(parts) + frame.hover(series, share, links or {}))
 
 
-def stack_chart(steps: Sequence[int], series: Sequence[Series]) -> str:
+def stack_chart(steps: Sequence[int], series: Sequence[Series], *, links: Mapping[int, str] | None = None) -> str:
     """An <svg> of the series on top of one another, from 0; a missing value counts as 0."""
     steps, series = _thin(steps, series)
     floor = [0.0] * len(steps)
@@ -55,13 +64,13 @@ def stack_chart(steps: Sequence[int], series: Sequence[Series]) -> str:
     parts = [frame.grid(ticks, False)]
     for index in range(len(series) - 1, -1, -1):        # the tallest first; each next one covers its lower part
         parts.append(f'<path d="{frame.area(tops[index])}" fill="var(--c{index % _COLOURS + 1})" class="area"/>')
-    return frame.svg("".join(parts) + frame.hover(series, False))
+    return frame.svg("".join(parts) + frame.hover(series, False, links or {}))
 
 
-def legend(labels: Sequence[str], last: Sequence[str]) -> str:
+def legend(series: Sequence[Series], last: Sequence[str]) -> str:
     """Colour, name and last value of each curve, as HTML."""
-    items = [f'<span><i style="background:var(--c{index % _COLOURS + 1})"></i>{escape(label)} <b>{escape(value)}</b></span>'
-             for index, (label, value) in enumerate(zip(labels, last, strict=True))]
+    items = [f'<span><i class="{"dashed" if one.dashed else ""}" style="background:{one.css(index)}"></i>{escape(one.label)} '
+             f'<b>{escape(value)}</b></span>' for index, (one, value) in enumerate(zip(series, last, strict=True))]
     return f'<div class="legend">{"".join(items)}</div>'
 
 
@@ -115,14 +124,15 @@ class _Frame:
             lines.append(f'<text x="{self.x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">step {step}</text>')
         return f'<g class="grid">{"".join(lines)}</g>'
 
-    def hover(self, series: Sequence[Series], share: bool) -> str:
+    def hover(self, series: Sequence[Series], share: bool, links: Mapping[int, str]) -> str:
         """One invisible column per step whose tooltip reads all values there; needs no script."""
         width = (WIDTH - _LEFT - _RIGHT) / max(len(self.steps) - 1, 1)
         columns = []
         for index, step in enumerate(self.steps):
             lines = [f"step {step}"] + [f"{one.label}: {short(one.values[index], share)}" for one in series]
-            columns.append(f'<rect x="{self.x(step) - width / 2:.1f}" y="{_TOP}" width="{width:.1f}" '
-                           f'height="{HEIGHT - _TOP - _BOTTOM}"><title>{escape(chr(10).join(lines))}</title></rect>')
+            column = (f'<rect x="{self.x(step) - width / 2:.1f}" y="{_TOP}" width="{width:.1f}" '
+                      f'height="{HEIGHT - _TOP - _BOTTOM}"><title>{escape(chr(10).join(lines))}</title></rect>')
+            columns.append(f'<a href="{escape(links[step])}" tabindex="-1">{column}</a>' if step in links else column)
         return f'<g class="hover">{"".join(columns)}</g>'
 
     def svg(self, content: str) -> str:
@@ -152,7 +162,7 @@ def _thin(steps: Sequence[int], series: Sequence[Series]) -> tuple[list[int], li
         return [sum(chunk) / len(chunk) if chunk else None for chunk in chunks]
 
     last = [steps[min(start + every, len(steps)) - 1] for start in starts]
-    return last, [Series(one.label, thinned(one.values)) for one in series]
+    return last, [replace(one, values=thinned(one.values)) for one in series]
 
 
 def _smoothed(values: Values) -> list[float | None]:

@@ -3,11 +3,9 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +20,16 @@ _MAX_TEXT = 1200
 _MAX_SIDE = 360
 
 
-def write_funnel(out: Path) -> Path:
-    """Write OUT/report.html from manifest.json and dropped.parquet. One file without scripts or anything from elsewhere."""
+def funnel(out: Path) -> str:
+    """The overview of a curation's result, from manifest.json and dropped.parquet. Raises DataError."""
     try:
         manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
     except (OSError, ValueError) as exc:
         raise DataError(f"{out}/manifest.json: {exc}") from exc
     about = manifest.pop("about", {})
-    css = resources.files("hdpo").joinpath("report/assets/report.css").read_text()
-    css += resources.files("hdpo").joinpath("report/assets/funnel.css").read_text()
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     body = _header(out, manifest, about) + "".join(_source(name, stages) for name, stages in manifest.items())
     body += _benchmarks(about, manifest)
-    body += "".join(section for name in ("dropped", "rl_dropped") for section in _samples(out / f"{name}.parquet"))
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(out.resolve().name)}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}</style></head>'
-            f'<body><main>{body}</main></body></html>\n')
-    part = out / f".report.html.{os.getpid()}.tmp"
-    part.write_text(page)
-    os.replace(part, out / "report.html")
-    return out / "report.html"
+    return body + "".join(section for name in ("dropped", "rl_dropped") for section in _samples(out / f"{name}.parquet"))
 
 
 def _header(out: Path, manifest: dict[str, Any], about: dict[str, Any]) -> str:

@@ -1,124 +1,99 @@
-"""`report.html` of a run: one self-contained file without scripts or anything fetched from elsewhere.
+"""`report.html` of a run: one self-contained file that fetches nothing.
 
 Reads what the run's folder holds and leaves out what it lacks, so that a run that is still going has a report too.
 """
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hdpo.config import LogConfig
 from hdpo.config.file import load_config
-from hdpo.errors import ConfigError, DataError, UserError
+from hdpo.errors import ConfigError, DataError
 from hdpo.evaluation.evaluate import COLUMNS, Summary, format_value, table_rows
-from hdpo.report.charts import Series, legend, line_chart, short, stack_chart
+from hdpo.report.compare import comparison
+from hdpo.report.curves import curves
+from hdpo.report.document import document, write_page
+from hdpo.report.embed import embed
+from hdpo.report.funnel import funnel
 from hdpo.report.rollouts import SCAN_COLUMNS, choose, task_card
+from hdpo.report.run import Run, read_run
+from hdpo.report.shelf import Shelf
 from hdpo.reward.audit import disagreements, read_audit
 from hdpo.state.dump import DumpedRollout, read_rollouts, rollout_parts
-from hdpo.train.metrics import read_metrics
+from hdpo.train.timeline import read_timeline
 
 NAMES = {"sft": "after SFT", "rl": "after RL"}
 """How the stages of summary.json are called in the page; others keep their own names."""
 
-_ORDER = {"sft": 0, "rl": 2}
 _MAX_DISAGREEMENTS = 50
-
-PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
-    ("Tool rate", True, {"where needed": "tool/rate_needed", "where not needed": "tool/rate_not_needed",
-                         "all": "tool/rate"}),
-    ("Accuracy", True, {"all": "reward/accuracy/mean", "with a call": "reward/accuracy_with_tool",
-                        "without": "reward/accuracy_without_tool"}),
-    ("Bad decisions", True, {"blind calls": "tool/blind_call_rate", "missed calls": "tool/missed_call_rate",
-                             "failed calls": "tool/failed_call_rate"}),
-    ("Held-out evaluation", True, {"accuracy": "eval/accuracy", "tool rate, needed": "eval/tool_rate_needed",
-                                   "tool rate, not needed": "eval/tool_rate_not_needed"}),
-    ("Reward", False, {"accuracy": "reward/score/mean", "tool": "reward/tool_score/mean",
-                       "format": "reward/format_score/mean"}),
-    ("Groups with a signal", True, {"accuracy": "hdpo/groups_with_accuracy_signal", "tool": "hdpo/groups_with_tool_signal",
-                                    "tool's share of |A|": "hdpo/tool_advantage_mass"}),
-    ("Time of the rollout phase", True, {"engine": "rollout/share_engine", "waiting for tools": "rollout/share_tools",
-                                         "waiting for other ranks": "rollout/share_ranks"}),
-    ("|Q|, correct rollouts of a group", False, {"mean": "hdpo/q_size_mean"}),
-    ("Loss", False, {"accuracy": "actor/pg_loss/acc", "tool": "actor/pg_loss/tool"}),
-    ("SFT loss, nat a token", False, {"loss": "sft/loss", "held out": "eval/sft_loss"}),
-    ("Gradient norm", False, {"norm": "actor/grad_norm"}),
-    ("Entropy, nat", False, {"entropy": "actor/entropy"}),
-    ("Trainer against engine, nat", False, {"k1": "mismatch/k1", "k3": "mismatch/k3", "mean |d|": "mismatch/abs"}),
-    ("Trainer against engine, ratio", False, {"largest": "mismatch/ratio_max", "99th percentile": "mismatch/ratio_p99",
-                                              "median": "mismatch/ratio_p50"}),
-    ("Tokens of a response", False, {"mean": "response_length/mean", "sampled": "sampled_length/mean"}),
-    ("Lost rollouts", True, {"unscored": "score/unscored", "cut by a budget": "response_length/clip_ratio",
-                             "unparseable": "end/unparseable"}),
-)
-"""Title, whether it is a share, and {label: metric} of each chart; charts and curves without data are left out."""
+MOST_TIMELINES = 200         # steps whose timeline a report.html holds; a served page asks for all
 
 
-def write_report(run_folder: str | os.PathLike[str]) -> Path:
-    """Write `report.html` into the run's folder and return its path.
+def write_report(run_folder: str | os.PathLike[str], against: str | os.PathLike[str] | None = None) -> Path:
+    """Write `report.html` into the run's folder and return its path; with another run `report_against_NAME.html`.
 
-    Uses summary.json, metrics.jsonl, eval/*.parquet, audit/*.jsonl and config.yaml, each if present. Raises DataError
-    when there is neither a summary nor a metric.
+    Raises DataError when there is nothing to report on.
     """
     folder = Path(run_folder)
-    metrics = _by_step(read_metrics(folder / "metrics.jsonl"))
-    summaries = _read_summary(folder / "summary.json")
-    if not metrics and not summaries:
-        raise DataError(f"{folder}: no metrics.jsonl and no summary.json to report on")
-    sections = [
-        _header(folder, metrics, summaries), _tiles(summaries), _table(summaries), _curves(metrics),
-        _trajectories(folder, list(summaries)), _disagreements(folder / "audit"), _configuration(folder / "config.yaml")]
-    css = resources.files("hdpo").joinpath("report/assets/report.css").read_text()
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"     # the browser holds us to our word
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(folder.resolve().name)}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}</style></head>'
-            f'<body><main>{"".join(sections)}</main></body></html>\n')
-    path = folder / "report.html"
-    temporary = folder / f".report.html.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(page)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    name = "report.html" if against is None else f"report_against_{Path(against).resolve().name}.html"
+    return write_page(folder / name, page_of([folder] if against is None else [folder, Path(against)]))
 
 
-def _read_summary(path: Path) -> dict[str, Summary]:
-    """Stages in the order of training, whichever was evaluated first."""
-    try:
-        found = json.loads(path.read_text())
-        return {stage: found[stage] for stage in sorted(found, key=lambda stage: _ORDER.get(stage, 1))}
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as exc:
-        raise DataError(f"{path}: not valid JSON: {exc.msg}") from None
+def page_of(folders: Sequence[Path], *, served: bool = False) -> str:
+    """The page of a run, of two beside each other, or of a curation's result. Uses what is there of summary.json, metrics.jsonl,
+    timeline.jsonl, eval/*.parquet, rollouts/*.parquet, audit/*.jsonl, config.yaml, manifest.json and kept and dropped rows.
+
+    `served`: rows are had from the server that sends the page, instead of some of them being in it. Raises DataError.
+    """
+    shelves = [Shelf(folder) for folder in folders]
+    curation = [(folder / "manifest.json").is_file() for folder in folders]
+    if any(curation):
+        if len(folders) > 1:
+            raise DataError("results of a curation can't be compared with --compare")
+        overview, tasks, views = funnel(folders[0]), [], [("rollouts", "Rows")]
+    elif len(folders) > 1:
+        overview, tasks = comparison([read_run(folder) for folder in folders]), []
+        views = [("pairs", "Task by task"), ("rollouts", "Rollouts"), ("timeline", "Time")]
+    else:
+        run = read_run(folders[0])
+        overview, tasks = _overview(run)
+        views = [("rollouts", "Rollouts"), ("pairs", "Before and after"), ("timeline", "Time")]
+    settings = "".join(_configuration(folder / "config.yaml") for folder in folders)
+    data: dict[str, Any] = {"runs": [shelf.name for shelf in shelves], "served": served}
+    if served:
+        data["dumps"] = [dump.public(run) for run, shelf in enumerate(shelves) for dump in shelf.dumps()]
+    else:
+        data |= embed(shelves, tasks)
+        data["timelines"] = [read_timeline(folder / "timeline.jsonl")[-MOST_TIMELINES:] for folder in folders]
+    return document(" and ".join(data["runs"]), [
+        ("overview", "Overview", overview), *((name, label, "") for name, label in views),
+        *([("settings", "Configuration", settings)] if settings else [])], data, served=served)
 
 
-def _by_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step: an evaluation writes a line of its own beside that of the step it follows."""
-    steps: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        steps.setdefault(row["step"], {}).update(row)
-    return [steps[step] for step in sorted(steps)]
+def _overview(run: Run) -> tuple[str, list[str]]:
+    """(HTML, the held-out tasks that it shows)."""
+    cards, tasks = _trajectories(run.folder, list(run.summaries))
+    steps = {int(path.name[5:11]) for path in (run.folder / "rollouts").glob("step_*.parquet") if path.name[5:11].isdigit()}
+    links = {step: f"#rollouts?dump=0%2Fstep_{step:06d}" for step in steps}
+    return "".join([_header(run), _tiles(run.summaries), _table(run.summaries), curves([run], links), cards,
+                    _disagreements(run.folder / "audit")]), tasks
 
 
 def _name(stage: str) -> str:
     return NAMES.get(stage, stage)
 
 
-def _header(folder: Path, metrics: Sequence[dict[str, Any]], summaries: dict[str, Summary]) -> str:
+def _header(run: Run) -> str:
     facts = []
-    if metrics:
-        facts.append(f'{metrics[-1]["step"]} steps')
-    if summaries:
-        facts.append(f'{next(iter(summaries.values()))["rows"]} held-out tasks')
-    return f'<header class="page"><p>hdpo run</p><h1>{escape(folder.resolve().name)}</h1><p>{", ".join(facts)}</p></header>'
+    if run.metrics:
+        facts.append(f'{run.metrics[-1]["step"]} steps')
+    if run.summaries:
+        facts.append(f'{next(iter(run.summaries.values()))["rows"]} held-out tasks')
+    return f'<header class="page"><p>hdpo run</p><h1>{escape(run.name)}</h1><p>{", ".join(facts)}</p></header>'
 
 
 def _tiles(summaries: dict[str, Summary]) -> str:
@@ -163,16 +138,17 @@ def _table(summaries: dict[str, Summary]) -> str:
             f'<tbody>{"".join(lines)}</tbody></table></div><p class="note">{note}</p></section>')
 
 
-def _trajectories(folder: Path, stages: list[str]) -> str:
-    """The same tasks before and after, where both dumps exist; otherwise those of the one that does, or training rollouts."""
+def _trajectories(folder: Path, stages: list[str]) -> tuple[str, list[str]]:
+    """The same tasks before and after, where both dumps exist; otherwise those of the one that does, or training rollouts; and
+    the tasks' ids."""
     dumps = [(stage, folder / "eval" / f"{stage}.parquet") for stage in stages[:1] + stages[1:][-1:]]
     dumps = [(stage, path) for stage, path in dumps if rollout_parts(path)]
     if not dumps:
-        return _training_rollouts(folder)
+        return _training_rollouts(folder), []
     scans = [read_rollouts(path, columns=SCAN_COLUMNS) for _, path in dumps]
     chosen = choose(scans[0], scans[-1])
     if not chosen:
-        return ""
+        return "", []
     found: list[dict[str, DumpedRollout]] = []
     for _, path in dumps:
         rows = read_rollouts(path, task_ids=[task for task, _ in chosen])
@@ -180,7 +156,8 @@ def _trajectories(folder: Path, stages: list[str]) -> str:
     cards = [task_card(why, [(_name(stage), rows[task]) for (stage, _), rows in zip(dumps, found, strict=True)])
              for task, why in chosen]
     names = " and ".join(escape(_name(stage)) for stage, _ in dumps)
-    return f'<section><h2>The same tasks, {names}</h2>{"".join(cards)}</section>'
+    title = f"The same tasks, {names}" if len(dumps) > 1 else f"Some tasks, {names}"
+    return f'<section><h2>{title}</h2>{"".join(cards)}</section>', [task for task, _ in chosen]
 
 
 def _training_rollouts(folder: Path) -> str:
@@ -212,31 +189,6 @@ def _samples(path: Path) -> int:
         return LogConfig().samples
 
 
-def _curves(metrics: Sequence[dict[str, Any]]) -> str:
-    if not metrics:
-        return ""
-    steps = [row["step"] for row in metrics]
-    cards = []
-    for title, share, names in PANELS:
-        curves = [Series(label, [row.get(name) for row in metrics]) for label, name in names.items()]
-        curves = [curve for curve in curves if any(value is not None for value in curve.values)]
-        if curves:
-            last = [short(next(v for v in reversed(curve.values) if v is not None), share) for curve in curves]
-            cards.append(_chart(title, legend([c.label for c in curves], last), line_chart(steps, curves, share=share)))
-    seen = dict.fromkeys(name for row in metrics for name in row)       # in the order things happen in a step
-    phases = [name for name in seen if name.startswith("time/") and name != "time/step"]
-    if phases:
-        timed = [row for row in metrics if any(name in row for name in phases)]     # not an evaluation before step 1
-        stack = [Series(name.removeprefix("time/"), [row.get(name) for row in timed]) for name in phases]
-        key = legend([one.label for one in stack], [short(timed[-1].get(name)) for name in phases])
-        cards.append(_chart("Seconds of a step", key, stack_chart([row["step"] for row in timed], stack)))
-    return f'<section><h2>Training</h2><div class="charts">{"".join(cards)}</div></section>'
-
-
-def _chart(title: str, key: str, svg: str) -> str:
-    return f'<figure><figcaption>{escape(title)}</figcaption>{key}{svg}</figure>'
-
-
 def _disagreements(folder: Path) -> str:
     """Where the rules decided and the judge, asked about the same answer, says otherwise."""
     checked = [record for record in read_audit(folder) if "judge_verdict" in record]
@@ -259,15 +211,4 @@ def _configuration(path: Path) -> str:
     if not path.exists():
         return ""
     text = escape(path.read_text())
-    return f'<section><details><summary>Configuration</summary><pre class="text">{text}</pre></details></section>'
-
-
-def main(argv: Sequence[str]) -> int:
-    """`hdpo report`. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="hdpo report", description="Write RUN/report.html from what a run has logged.")
-    parser.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
-    options = parser.parse_args(argv)
-    if not options.run.is_dir():
-        raise UserError(f"no such run folder: {options.run}")
-    print(write_report(options.run))
-    return 0
+    return f'<section><h2>{escape(path.resolve().parent.name)}</h2><pre class="text settings">{text}</pre></section>'

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,10 +23,14 @@ from PIL import Image
 from hdpo.agent.parse import extract_answer
 from hdpo.config import Config
 from hdpo.errors import DataError, boundary
-from hdpo.ranks.world import World
+from hdpo.state.trained import TrainedRow, write_trained
 from hdpo.types import Judgement, Reward, RewardedGroup, Task, ToolCall, Trajectory
 
+if TYPE_CHECKING:
+    from hdpo.ranks.world import World
+
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,([A-Za-z0-9+/=\r\n]{64,})")
+_ROW_GROUP_BYTES = 32 * 2**20       # of tokens and pictures, a picture counted as often as it is shown
 _LOSSLESS_PIXELS = 256 * 256       # pictures up to this size keep every pixel (PNG); larger ones are JPEG
 
 
@@ -90,14 +94,18 @@ class RolloutDumps:
         self._folder = config.run.path / "rollouts"
         self._used: float | None = None      # bytes of this rank's share of the folder
 
-    def write(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None) -> None:
-        """This rank's part of the dump of `step`, counted from 1."""
+    def write(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None,
+              trained: Sequence[TrainedRow] = ()) -> None:
+        """This rank's part of the dump of `step`, counted from 1. What the trainer saw takes at most a quarter of it."""
         world = self._world
         if self._used is None:
-            self._used = sum(file.stat().st_size for file in self._folder.glob("*.parquet")) / world.size
+            self._used = sum(file.stat().st_size for file in self._folder.rglob("*.parquet")) / world.size
+        limit = self._limit(step)
+        beside = write_trained(self._folder, step, trained, world.rank, world.size, None if limit is None else limit // 4)
+        used = beside.stat().st_size
         part = write_rollouts(self._folder / f"step_{step:06d}.parquet", groups, step=step, rank=world.rank, world=world.size,
-                              advantages=advantages, byte_limit=self._limit(step))
-        self._used += part.stat().st_size
+                              advantages=advantages, byte_limit=None if limit is None else max(0, limit - used))
+        self._used += part.stat().st_size + used
 
     def _limit(self, step: int) -> int | None:
         log = self._config.log
@@ -241,11 +249,25 @@ def write_rows(path: Path, rows: Sequence[DumpedRollout]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd",
-                       use_dictionary=True, dictionary_pagesize_limit=2**30)   # pictures: each once
+        table = pa.table(columns, schema=SCHEMA)
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", use_dictionary=True,
+                              dictionary_pagesize_limit=2**30) as writer:   # pictures: each once a row group
+            for first, end in _row_groups(rows):
+                writer.write_table(table.slice(first, end - first), row_group_size=max(1, end - first))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _row_groups(rows: Sequence[DumpedRollout]) -> list[tuple[int, int]]:
+    """(first row, end) of each row group: whole groups of rollouts, so large that a reader of one row reads little else."""
+    found, first, held = [], 0, 0
+    for index, row in enumerate(rows):
+        if held >= _ROW_GROUP_BYTES and row.task_id != rows[index - 1].task_id:
+            found.append((first, index))
+            first, held = index, 0
+        held += 9 * len(row.token_ids) + sum(map(len, row.images))
+    return [*found, (first, len(rows))]
 
 
 def _from_columns(row: dict[str, Any]) -> DumpedRollout:

@@ -118,6 +118,8 @@ class Collector:
     def _note(self, seconds: float) -> None:
         """Where the phase's time went: shares of its wall clock, averaged over ranks."""
         found, log = self._rollouts.metrics, self._log
+        log.divide("rollout", {"generation": found["rollout/engine_seconds"], "tools": found["rollout/idle_seconds"],
+                               "ranks": seconds - found["rollout/seconds"]})
         for name, part in (("engine", found["rollout/engine_seconds"]), ("tools", found["rollout/idle_seconds"]),
                            ("ranks", seconds - found["rollout/seconds"])):
             log.add(f"rollout/share_{name}", part / seconds, weight=seconds)

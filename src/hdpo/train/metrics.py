@@ -1,27 +1,21 @@
-"""What one step measured: an accumulator that touches the device once, and the metrics.jsonl file.
+"""What one step measured: an accumulator that touches the device once.
 
-Statistics of trajectories are in `hdpo.train.rollout_metrics`; this file is about numbers that training code adds
-while it runs, and about where a step's scalars are kept.
+Statistics of trajectories are in `hdpo.train.rollout_metrics`, the file that keeps a step's scalars in `hdpo.train.jsonl`;
+this one is about numbers that training code adds while it runs.
 """
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-from hdpo.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Gather = Callable[[Any], list[Any]]
 """Collective over ranks: takes this rank's picklable object, returns every rank's, in rank order."""
@@ -91,6 +85,9 @@ class Metrics:
                 torch.cuda.synchronize()    # a phase pays for the kernels it queued; a handful of phases a step
             self._merge(f"time/{phase}", "time", [time.perf_counter() - start])
             self.maximum(f"memory/{phase}_gb", memory_held() / 2**30)
+
+    def divide(self, phase: str, parts: Mapping[str, float]) -> None:
+        """Where a phase's seconds went, for a timeline; only a run's log keeps one."""
 
     def close_step(self, seconds: float) -> None:
         """Add `time/step`, the wall clock of the step on this rank, and `time/other`, what no phase accounts for."""
@@ -230,50 +227,3 @@ def memory_scalars() -> dict[str, float]:
         return scalars
     used = int(fields["MemTotal"].split()[0]) - int(fields["MemAvailable"].split()[0])
     return scalars | {"perf/cpu_memory_used_gb": used / 2**20}
-
-
-class JsonlSink:
-    """metrics.jsonl: one JSON object a step, flushed as it is written. A number that is not finite becomes null.
-
-    `resume_step` is the step the run continues with: lines of that and later steps, and a line torn by a crash, are
-    removed first, so that every step appears once however often the run was interrupted. None starts an empty file.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [] if resume_step is None else [row for row in read_metrics(self.path) if row["step"] < resume_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.path)
-        self._file = self.path.open("a")
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        """Text is kept in the rollout dumps."""
-
-    def write_image(self, step: int, tag: str, image: Image) -> None:
-        """Pictures are kept in the rollout dumps."""
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl in file order, each with an integer "step"; a torn last line is left out. Missing file: []."""
-    rows = []
-    try:
-        lines = Path(path).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise DataError(f"{path}: line {number} is not JSON") from None
-    return rows

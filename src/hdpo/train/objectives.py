@@ -16,6 +16,7 @@ from hdpo.config import HdpoConfig
 from hdpo.fused_loss import fused_linear_hdpo_loss, fused_linear_log_probs, fused_linear_nll_loss
 from hdpo.losses import rows_within
 from hdpo.train.metrics import Metrics
+from hdpo.train.seen import Seen
 from hdpo.types import MicroBatch
 
 Job = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -97,8 +98,9 @@ class HdpoObjective:
     """
 
     def __init__(self, config: HdpoConfig, banned_ids: Sequence[int], temperature: float, metrics: Metrics,
-                 chunk_tokens: int | None = None) -> None:
-        self.config, self.metrics = config, metrics
+                 chunk_tokens: int | None = None, seen: Seen | None = None) -> None:
+        """`seen` keeps every token's log-prob for the dump."""
+        self.config, self.metrics, self.seen = config, metrics, seen
         self.log_probs = LogProbs(banned_ids, temperature, chunk_tokens)
 
     def __call__(self, micro: MicroBatch, norms: Tensor, old_log_probs: Tensor | None) -> Job:
@@ -121,6 +123,8 @@ class HdpoObjective:
                 surrogate=c.surrogate, entropy_coef=c.entropy_coef,
                 chunk_tokens=self.log_probs.chunk_tokens, keep=torch.arange(len(targets), device=device))
             self._record(loss, stats)
+            if self.seen is not None:
+                self.seen.note(micro, stats["log_probs"], old)
             self._record_mismatch(stats["log_probs"] if old is None else old, rollout, kept, micro.num_rows)
             return (loss,)
         return job

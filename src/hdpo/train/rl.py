@@ -22,6 +22,7 @@ from hdpo.train.lifecycle import StopSignal, due, go_on, learning_rate
 from hdpo.train.objectives import CHANNEL_NAMES, HdpoObjective
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool, to_samples
+from hdpo.train.seen import Seen
 from hdpo.train.sync import WeightSync
 from hdpo.train.update import StepGuard, old_log_probs, update
 from hdpo.types import RewardedGroup, Sample, TrainBatch, Trajectory
@@ -61,7 +62,7 @@ def train(config: Config, parts: RlParts) -> bool:
         go_on(tasks, position, checkpoints.new_rows)
         collect = open_collector(config, parts, position)
         objective = HdpoObjective(config.hdpo, parts.chat.banned_ids, config.rollout.temperature, log,
-                                  config.batch.head_chunk_tokens)
+                                  config.batch.head_chunk_tokens, Seen())
         guard = StepGuard(config.optim.max_skipped)
         world.phase("parity", start)
         parts.sync.open(start, fresh=start == 0)
@@ -94,7 +95,7 @@ def train(config: Config, parts: RlParts) -> bool:
                 del batch, mini   # the step's pixels: not to be held while the next step rolls out
             checkpoints.note(step + 1, log.write(step + 1, {
                 **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": tasks.epoch,
-                "data/skipped": len(tasks.skipped)}, rewarded.groups, rewarded.advantages))
+                "data/skipped": len(tasks.skipped)}, rewarded.groups, rewarded.advantages, objective.seen))
             guard.check(partial(checkpoints.save_last, step + 1, collect.position()))
             if due(step + 1, config.eval.every_steps) and step + 1 < steps:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -13,8 +13,11 @@ from hdpo.config import Config
 from hdpo.protocols import LogSink
 from hdpo.ranks.world import World
 from hdpo.state.dump import RolloutDumps
+from hdpo.state.trained import TrainedRow
 from hdpo.train.metrics import Metrics, memory_scalars
 from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars, silence
+from hdpo.train.seen import Seen
+from hdpo.train.timeline import Spans, Timeline
 from hdpo.types import RewardedGroup
 
 SHOWN_IMAGES, SHOWN_SIDE = 8, 768
@@ -28,6 +31,7 @@ class RunLog(Metrics):
         """`shown`: (label, metric name) pairs of the progress line."""
         super().__init__()
         self.config, self.world, self.sinks, self.shown = config, world, list(sinks), list(shown)
+        self.spans, self._timeline = Spans(), Timeline(config.run.path / "timeline.jsonl")
         self._bar: tqdm | None = None
         self._step = 0
         self._since: float | None = None       # when the last line was written
@@ -39,14 +43,23 @@ class RunLog(Metrics):
     def timed(self, phase: str) -> Iterator[None]:
         """As in `Metrics`, and the other ranks learn what this one is doing (see watchdog.py)."""
         self.world.phase(phase, self._step)
-        with super().timed(phase):
-            yield
+        started = time.perf_counter()
+        try:
+            with super().timed(phase):
+                yield
+        finally:
+            if self._since is not None:
+                self.spans.note(phase, started - self._since, time.perf_counter() - started)
+
+    def divide(self, phase: str, parts: Mapping[str, float]) -> None:
+        self.spans.divide(phase, parts)
 
     def steps(self, start: int, end: int, what: str) -> Iterator[int]:
         """Count steps start..end-1 with a progress bar on rank 0. The clock of the first step starts here."""
         self._bar = tqdm(total=end, initial=start, desc=what, unit="step", dynamic_ncols=True,
                          disable=not self.world.is_main)
         self.forget_times()
+        self.spans.take()
         self._since = time.perf_counter()
         with self._bar:
             for self._step in range(start, end):
@@ -54,7 +67,7 @@ class RunLog(Metrics):
                 self._bar.update()
 
     def write(self, step: int, extra: dict[str, float] | None = None, groups: Sequence[RewardedGroup] | None = None,
-              advantages: Sequence[Sequence[float]] | None = None) -> dict[str, float]:
+              advantages: Sequence[Sequence[float]] | None = None, seen: Seen | None = None) -> dict[str, float]:
         """Reduce over ranks and write one line for `step` (counted from 1). Collective; returns the scalars.
 
         `time/step` is the wall clock since the line before: what comes after a line (evaluation, a checkpoint) is in the
@@ -70,6 +83,9 @@ class RunLog(Metrics):
         now = time.perf_counter()
         if self._since is not None:
             self.close_step(now - self._since)
+            ranks = self.world.gather(self.spans.take())
+            if self.sinks:
+                self._timeline.write(step, now - self._since, ranks)
         self._since = now
         self.totals(oddities.take())
         scalars |= self.reduce_over_ranks(self.world.gather)
@@ -77,7 +93,8 @@ class RunLog(Metrics):
             for sink in self.sinks:
                 sink.write(step, scalars)
             if groups is not None:
-                self._writing = self._thread.submit(self._write_rollouts, step, groups, advantages)
+                self._writing = self._thread.submit(
+                    self._write_rollouts, step, groups, advantages, seen.take() if seen is not None else [])
                 if why := silence(scalars):
                     self.note(f"step {step} has nothing to learn from: {why}")
             if self._bar is not None:
@@ -91,10 +108,11 @@ class RunLog(Metrics):
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write_rollouts(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None) -> None:
+    def _write_rollouts(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None,
+                        trained: Sequence[TrainedRow]) -> None:
         every = self.config.log.rollouts_every
         if every and step % every == 0:
-            self._dumps.write(step, groups, advantages)
+            self._dumps.write(step, groups, advantages, trained)
         self._show(step, groups)
 
     def _show(self, step: int, groups: Sequence[RewardedGroup]) -> None:

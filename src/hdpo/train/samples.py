@@ -114,4 +114,5 @@ def _sample(trajectory: Trajectory, index: int, advantage: Sequence[float], memb
     return Sample(
         token_ids=trajectory.token_ids, mask=trajectory.mask, rollout_log_probs=trajectory.log_probs,
         advantages=tuple(advantage), member=tuple(member), prompt_length=trajectory.prompt_length, group=index,
+        sample_index=trajectory.sample_index,
         vision=pixels.vision(trajectory) if any(advantage) else None)
