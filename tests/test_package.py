@@ -52,9 +52,10 @@ def test_the_wheel_carries_everything_a_run_needs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"hdpo/{f.relative_to(ROOT / 'src/hdpo')}" for f in (ROOT / "src/hdpo").rglob("*.py")}
     assert modules <= names
-    for needed in ("hdpo/toyworld/assets/toy-base/model.safetensors", "hdpo/report/assets/report.css", "hdpo/py.typed",
-                   "hdpo/launch/configs/demo_rl.yaml", "hdpo/launch/accelerate/cpu2.yaml", "hdpo/launch/common.sh",
-                   "hdpo/sandbox/worker.py", "hdpo/sandbox/Dockerfile"):
+    for needed in ("hdpo/toyworld/assets/toy-base/model.safetensors", "hdpo/report/assets/report.css",
+                   "hdpo/report/assets/app.js", "hdpo/py.typed", "hdpo/launch/configs/demo_rl.yaml",
+                   "hdpo/launch/accelerate/cpu2.yaml", "hdpo/launch/common.sh", "hdpo/sandbox/worker.py",
+                   "hdpo/sandbox/Dockerfile"):
         assert needed in names, needed
 
 

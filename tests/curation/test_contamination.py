@@ -26,7 +26,7 @@ from hdpo.curation.record import Outcome, Record, Waits
 from hdpo.curation.stages.contamination import Contamination
 from hdpo.data.tasks import TaskStream
 from hdpo.errors import ConfigError
-from hdpo.report.funnel import write_funnel
+from hdpo.report.page import write_report
 from hdpo.toyworld.families import png
 
 PICTURES = 24
@@ -285,6 +285,6 @@ def test_the_job_writes_prompts_that_rl_reads_and_rows_that_waited_reach_the_lat
     tasks.close()
     assert pq.read_schema(tmp_path / "out/rl.parquet").names[:6] == [
         "data_source", "prompt", "images", "ability", "reward_model", "extra_info"]
-    page = write_funnel(tmp_path / "out").read_text()
+    page = write_report(tmp_path / "out").read_text()
     assert "4 prompts for RL" in page and "Benchmarks compared with" in page and "image 1 is of one colour 1" in page
     assert "vstar/0: image 1 is like its picture" in page and "no prompt for RL" in page

@@ -78,7 +78,7 @@ def _groups(sheet: Sheet) -> list[list[int]]:
     for row, prompt in enumerate(columns["prompt"]):
         groups[prompt].append(row)
     turns: dict[str, int] = defaultdict(int)
-    order = []
+    order: list[tuple[int, int, list[int]]] = []
     for rows in sorted(groups.values(), key=lambda rows: -sum(abs(columns["a_acc"][row] or 0) + abs(columns["a_tool"][row] or 0)
                                                               for row in rows)):
         source = columns["source"][rows[0]]
@@ -89,7 +89,8 @@ def _groups(sheet: Sheet) -> list[list[int]]:
 
 def _contrast(sheet: Sheet) -> list[str]:
     """Tasks, those that are wrong or unscored first, then sources in turn."""
-    columns, turns, order = sheet["columns"], defaultdict[str, int](int), []
+    columns, turns = sheet["columns"], defaultdict[str, int](int)
+    order: list[tuple[bool, int, int, str]] = []
     for row, task in enumerate(columns["task"]):
         source = columns["source"][row]
         order.append((columns["verdict"][row] == "correct", turns[source], row, task))

@@ -51,12 +51,13 @@ def page_of(folders: Sequence[Path], *, served: bool = False) -> str:
     """
     shelves = [Shelf(folder) for folder in folders]
     curation = [(folder / "manifest.json").is_file() for folder in folders]
+    tasks: list[str] = []
     if any(curation):
         if len(folders) > 1:
             raise DataError("results of a curation can't be compared with --compare")
-        overview, tasks, views = funnel(folders[0]), [], [("rollouts", "Rows")]
+        overview, views = funnel(folders[0]), [("rollouts", "Rows")]
     elif len(folders) > 1:
-        overview, tasks = comparison([read_run(folder) for folder in folders]), []
+        overview = comparison([read_run(folder) for folder in folders])
         views = [("pairs", "Task by task"), ("rollouts", "Rollouts"), ("timeline", "Time")]
     else:
         run = read_run(folders[0])

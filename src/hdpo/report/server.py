@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -102,6 +103,11 @@ class Server(ThreadingHTTPServer):
             raise UserError(f"--host {host} --port {port}: {exc}; --port 0 takes a free one") from None
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.server_address[1]}/{self.secret}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that has gone away is no news; anything else is a bug and is shown."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def is_ours(self, header: str) -> bool:
         try:
