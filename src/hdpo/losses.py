@@ -81,7 +81,8 @@ def hdpo_loss(
 
     The loss is float32 (float64 for float64 input) and attached to the graph of log_probs even if no token counts.
     Statistics: per channel [C] `loss` (unweighted, additive over splits when norms are given), `norm` (this batch's own),
-    `tokens` (members' tokens), `clip_fraction`, `dual_clip_fraction` (shares of `tokens`); scalars `num_tokens`,
+    `tokens` (members' tokens), `clip_fraction`, `dual_clip_fraction` (shares of `tokens`); `gradient_products` [C, C], of the
+    channels' weighted gradients with respect to log_probs; scalars `num_tokens`,
     `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3` (estimates of KL(old || new), nat, over masked-in tokens), `reference_kl`.
     Raises ValueError when shapes do not fit, TypeError for anything but tensors.
     """

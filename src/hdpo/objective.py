@@ -120,6 +120,16 @@ class Objective:
             values = values * importance.clamp(max=self.terms.importance_cap)
         return values.flatten(1).sum(1)
 
+    def gradient_products(self, log_probs: Tensor) -> Tensor:
+        """[C, C] inner products of g_c = d(weight_c * loss_c) / d log_probs over these tokens; they add up over splits."""
+        with torch.enable_grad():
+            at = log_probs.detach().requires_grad_()
+            losses = self._channel_losses(at, self._ratio(at))
+            found = [torch.autograd.grad(weight * loss, at, retain_graph=True)[0].flatten()
+                     for weight, loss in zip(self.weights, losses, strict=True)]
+        gradients = torch.stack(found)
+        return (gradients[:, None] * gradients[None]).sum(-1)
+
     @torch.no_grad()
     def stats(self, log_probs: Tensor) -> dict[str, Tensor]:
         """See `hdpo.losses.hdpo_loss`. log_probs must be finite where mask is 0."""
@@ -146,6 +156,7 @@ class Objective:
             "clip_fraction": share(clipped), "dual_clip_fraction": share(beyond), "num_tokens": num_tokens,
             "ratio_mean": mean(ratio),
             "ratio_max": torch.where(sampled, ratio, 0.0).max() if ratio.numel() else ratio.sum(),
+            "gradient_products": self.gradient_products(log_probs),
             "kl_k1": -mean(log_ratio), "kl_k3": mean(token_ratio - 1.0 - log_ratio),
         }
         if self.reference_log_probs is not None:

@@ -10,7 +10,7 @@ from hdpo.config import HdpoConfig
 from hdpo.losses import hdpo_loss
 from hdpo.packing.batching import PackingSpec, pack
 from hdpo.train.metrics import Metrics
-from hdpo.train.objectives import HdpoObjective, LogProbs, SftObjective
+from hdpo.train.objectives import HdpoObjective, LogProbs, SftObjective, gradient_scalars
 from hdpo.types import MicroBatch, Sample
 
 VOCABULARY, HIDDEN, BANNED, TEMPERATURE = 60, 8, (58, 59), 0.9
@@ -153,3 +153,27 @@ def test_each_sources_sft_loss_is_over_its_own_tokens_for_any_split_into_micro_b
         assert {name for name in found if name.startswith("sft/loss/")} == set(expected)
         for name, values in expected.items():
             assert found[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_the_share_of_a_channel_in_the_gradient_is_that_of_the_loss_itself_for_any_split():
+    generator = torch.Generator().manual_seed(3)
+    log_probs = -torch.rand(40, generator=generator)
+    old = log_probs + 0.3 * torch.randn(40, generator=generator)
+    advantages, mask = torch.randn(2, 40, generator=generator), torch.ones(40)
+    norms = [40.0, 40.0]
+    grads = []
+    for channel in range(2):
+        at = log_probs.clone().requires_grad_()
+        weights = [0.0, 0.0]
+        weights[channel] = (1.0, 0.15)[channel]
+        hdpo_loss(at, old, advantages, mask, weights=weights, norms=norms)[0].backward()
+        grads.append(at.grad)
+    expected = torch.stack(grads) @ torch.stack(grads).T
+    parts = [hdpo_loss(log_probs[part], old[part], advantages[:, part], mask[part], norms=norms)[1]["gradient_products"]
+             for part in (slice(0, 0), slice(0, 13), slice(13, 40))]
+    torch.testing.assert_close(sum(parts), expected)
+    scalars = {"gradient/acc": float(expected[0, 0]), "gradient/tool": float(expected[1, 1]),
+               "gradient/both": float(expected[0, 1])}
+    share = grads[1].norm() / (grads[0].norm() + grads[1].norm())
+    assert gradient_scalars(scalars)["hdpo/tool_gradient_share"] == pytest.approx(float(share), rel=1e-5)
+    assert gradient_scalars({"gradient/acc": 0.0, "gradient/tool": 0.0, "gradient/both": 0.0}) == gradient_scalars({}) == {}

@@ -13,12 +13,37 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+LAYOUT = {
+    "wisdom": {
+        "tool rate": ["Multiline", ["tool/rate$", "tool/rate_needed", "tool/rate_not_needed"]],
+        "tool rate by source and need": ["Multiline", ["tool/rate_of/.*"]],
+        "accuracy, with a call and without": ["Multiline", ["reward/accuracy/mean", "reward/accuracy_with.*"]],
+        "bad decisions": ["Multiline", ["tool/blind_call_rate", "tool/missed_call_rate", "tool/failed_call_rate"]]},
+    "signal": {
+        "share of groups whose |Q| is": ["Multiline", ["hdpo/q_size_is/.*"]],
+        "groups with a signal": ["Multiline", ["hdpo/groups_with_.*"]],
+        "tool channel's share of the gradient, of |A|": ["Multiline", ["hdpo/tool_gradient_share", "hdpo/tool_advantage_mass"]],
+        "angle between the channels' gradients (cosine)": ["Multiline", ["hdpo/gradient_cosine"]]},
+    "health": {
+        "trainer against engine": ["Multiline", ["mismatch/k1", "mismatch/k3", "mismatch/abs"]],
+        "who decided": ["Multiline", ["score/by_.*", "score/unscored"]],
+        "tools failing for our own reasons": ["Multiline", ["tool/infrastructure", "end/infrastructure"]],
+        "seconds of a tool call": ["Multiline", ["tool/seconds/.*"]]},
+    "speed": {
+        "seconds of a phase": ["Multiline", ["time/.*"]],
+        "sampled tokens a second": ["Multiline", ["perf/sampled_tokens_per_second/.*"]],
+        "learning rate": ["Multiline", ["actor/lr"]]},
+}
+"""The board under TensorBoard's "custom scalars"."""
+
+
 class TensorBoardSink:
     """Writes event files into `folder`. `resume_step`: the step a resumed run continues with; TensorBoard then hides
     what an interrupted run had written from that step on."""
 
     def __init__(self, folder: str | os.PathLike[str], resume_step: int | None = None) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
+        self._writer.add_custom_scalars(LAYOUT)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():

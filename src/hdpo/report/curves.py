@@ -19,7 +19,7 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
     ("Reward", False, {"accuracy": "reward/score/mean", "tool": "reward/tool_score/mean",
                        "format": "reward/format_score/mean"}),
     ("Groups with a signal", True, {"accuracy": "hdpo/groups_with_accuracy_signal", "tool": "hdpo/groups_with_tool_signal",
-                                    "tool's share of |A|": "hdpo/tool_advantage_mass"}),
+                                    "tool's share of the gradient": "hdpo/tool_gradient_share"}),
     ("Time of the rollout phase", True, {"engine": "rollout/share_engine", "waiting for tools": "rollout/share_tools",
                                          "waiting for other ranks": "rollout/share_ranks"}),
     ("|Q|, correct rollouts of a group", False, {"mean": "hdpo/q_size_mean"}),

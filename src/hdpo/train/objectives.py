@@ -6,7 +6,8 @@ detached and left on the device, in a `Metrics`.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -136,6 +137,9 @@ class HdpoObjective:
             m.total(f"actor/pg_loss/{name}", stats["loss"][index])
             m.add(f"actor/pg_clipfrac/{name}", stats["clip_fraction"][index], stats["tokens"][index])
             m.add(f"actor/pg_clipfrac_lower/{name}", stats["dual_clip_fraction"][index], stats["tokens"][index])
+        products = stats["gradient_products"]
+        for name, value in (("acc", products[0, 0]), ("tool", products[1, 1]), ("both", products[0, 1])):
+            m.total(f"gradient/{name}", value)
         m.add("actor/ppo_kl", stats["kl_k1"], count)
         m.add("actor/ratio_mean", stats["ratio_mean"], count)
         m.maximum("actor/ratio_max", stats["ratio_max"])
@@ -149,6 +153,17 @@ class HdpoObjective:
             m.add("mismatch/importance_capped", capped.float().mean(), len(old))
         if kept is not None and num_rows:
             m.add("mismatch/rows_dropped", (~kept).sum() / num_rows, num_rows)
+
+
+def gradient_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Of a step's sums `gradient/*`: with g_c the gradient of channel c's weighted loss with respect to the log-probs of all the
+    step's trained tokens, `hdpo/tool_gradient_share` = |g_tool| / (|g_acc| + |g_tool|) in L2 norms, and `hdpo/gradient_cosine`
+    of the angle between the two: below 0 the channels pull against each other. Absent where there is no gradient."""
+    if "gradient/both" not in scalars:
+        return {}
+    acc, tool = (math.sqrt(max(0.0, scalars[f"gradient/{name}"])) for name in CHANNEL_NAMES)
+    found = {"hdpo/tool_gradient_share": tool / (acc + tool)} if acc + tool else {}
+    return found | ({"hdpo/gradient_cosine": scalars["gradient/both"] / (acc * tool)} if acc * tool else {})
 
 
 def _moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -38,6 +38,7 @@ class RolloutRow:
     by: str
     reward: Reward
     advantages: tuple[float, ...] = ()      # [C], empty outside training
+    call_seconds: tuple[float, ...] = ()    # one per call
 
     @property
     def called(self) -> bool:
@@ -69,7 +70,8 @@ def _row(group: str, trajectory: Trajectory, judgement: Judgement, reward: Rewar
         end=trajectory.end, calls=tuple(call.name for call in policys), failed_calls=sum(not call.ok for call in policys),
         infrastructure_calls=len(ours), num_turns=len(trajectory.turns), prompt_length=trajectory.prompt_length,
         response_length=len(trajectory.token_ids) - trajectory.prompt_length, sampled_length=trajectory.num_sampled,
-        seconds=trajectory.seconds, verdict=judgement.verdict, by=judgement.by, reward=reward, advantages=advantages)
+        seconds=trajectory.seconds, verdict=judgement.verdict, by=judgement.by, reward=reward, advantages=advantages,
+        call_seconds=tuple(call.seconds for call in policys))
 
 
 def behaviour(rows: Sequence[RolloutRow]) -> dict[str, float | None]:
@@ -129,6 +131,7 @@ def rollout_scalars(rows: Sequence[RolloutRow], *, weights: tuple[float, float] 
     if given := [row.advantages for row in rows if row.advantages]:
         scalars["hdpo/rows_with_signal"] = sum(map(any, given)) / len(given)
     if rows:
+        scalars["perf/sampled_tokens"] = float(sum(row.sampled_length for row in rows))
         ends, judges = Counter(row.end for row in rows), Counter(row.by for row in rows)
         scalars |= {f"end/{end.value}": ends[end] / len(rows) for end in EndReason}
         scalars |= {f"score/by_{by}": judges[by] / len(rows) for by in ("rule", "judge", "cache")}
@@ -169,6 +172,16 @@ def _tool_scalars(rows: Sequence[RolloutRow]) -> dict[str, float]:
     calls = Counter(call for row in decided for call in row.calls)
     for tool in sorted(calls):
         scalars[f"tool/rate/{tool or 'unparseable'}"] = sum(tool in row.calls for row in decided) / len(decided)
+    for source in sorted({row.data_source for row in decided}):
+        some = [row for row in decided if row.data_source == source]
+        parts = {"": some, "/needed": [row for row in some if row.tool_needed is True],
+                 "/not_needed": [row for row in some if row.tool_needed is False]}
+        scalars |= {f"tool/rate_of/{source}{part}": rate for part, of in parts.items() if (rate := _rate(of)) is not None}
+    for tool in sorted(calls):
+        seconds = sorted(s for row in decided for name, s in zip(row.calls, row.call_seconds) if name == tool)
+        if seconds:
+            scalars |= {f"tool/seconds/{tool or 'unparseable'}/p{share}": seconds[(len(seconds) - 1) * share // 100]
+                        for share in (50, 95)}
     for called, label in ((True, "with"), (False, "without")):
         subset = [row for row in rows if row.reward.scored and row.called == called]
         if subset:
@@ -188,7 +201,9 @@ def _group_scalars(rows: Sequence[RolloutRow]) -> dict[str, float]:
     chosen = [[reward.tool for reward in group if reward.correct] for group in groups]
     accuracy = [[reward.accuracy for reward in group] for group in groups]
     count = len(groups)
+    sizes = Counter(map(len, chosen))
     return {
+        **{f"hdpo/q_size_is/{size}": sizes[size] / count for size in range(max(map(len, groups)) + 1)},
         "hdpo/q_size_mean": sum(map(len, chosen)) / count,
         "hdpo/q_empty": sum(not q for q in chosen) / count,
         "hdpo/q_one": sum(len(q) == 1 for q in chosen) / count,

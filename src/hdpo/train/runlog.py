@@ -15,6 +15,7 @@ from hdpo.ranks.world import World
 from hdpo.state.dump import RolloutDumps
 from hdpo.state.trained import TrainedRow
 from hdpo.train.metrics import Metrics, memory_scalars
+from hdpo.train.objectives import gradient_scalars
 from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars, silence
 from hdpo.train.seen import Seen
 from hdpo.train.timeline import Spans, Timeline
@@ -89,6 +90,10 @@ class RunLog(Metrics):
         self._since = now
         self.totals(oddities.take())
         scalars |= self.reduce_over_ranks(self.world.gather)
+        scalars |= gradient_scalars(scalars)
+        if sampled := scalars.get("perf/sampled_tokens"):
+            scalars |= {f"perf/sampled_tokens_per_second/{phase}": sampled / scalars[f"time/{phase}"]
+                        for phase in ("step", "rollout") if scalars.get(f"time/{phase}")}
         with self.timed("log"):
             for sink in self.sinks:
                 sink.write(step, scalars)
