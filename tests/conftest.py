@@ -82,6 +82,16 @@ def chat(tiny_folder: Path) -> ChatFormat:
 
 
 @pytest.fixture(scope="session")
+def real_vocabulary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL with the published vocabulary, where the package that ships it is installed (the dev extra has it)."""
+    from real_vocabulary import save_real_vocabulary, vocabulary_file
+    file = vocabulary_file()
+    if file is None:
+        pytest.skip("Qwen's vocabulary is not here: pip install dashscope")
+    return save_real_vocabulary(tmp_path_factory.mktemp("real"), file)
+
+
+@pytest.fixture(scope="session")
 def toy_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A small embedded world."""
     from hdpo.toyworld.world import make_world
