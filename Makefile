@@ -25,7 +25,7 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-long test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-long test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo ablation sandbox tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (10 to 14 minutes on 2 cores)
@@ -69,6 +69,9 @@ eval: install ## evaluate a model folder: make eval ARGS="--set model.path=... -
 
 eval-demo: install ## three miniature benchmarks, with and without tools, with the checkpoint of `make demo` (a minute)
 	$(BIN)/hdpo eval-demo $(ARGS)
+
+ablation: install ## ten ways of charging for tool calls, three seeds each, on the mixed world (hours on 2 cores; resumable)
+	$(BIN)/hdpo ablation $(ARGS)
 
 curate: install ## SFT data from public trajectories: make curate ARGS="--source thyme=FILE --stages 1 --out DIR"
 	$(BIN)/hdpo curate $(ARGS)

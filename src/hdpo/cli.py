@@ -18,6 +18,7 @@ COMMANDS = {
     "rl": ("hdpo.compose.commands:rl", "HDPO reinforcement learning"),
     "eval": ("hdpo.compose.commands:evaluate", "held-out rows, or published benchmarks: accuracy and tool use"),
     "eval-demo": ("hdpo.toyworld.eval_demo:main", "three miniature benchmarks with the demo's checkpoint, in both arms"),
+    "ablation": ("hdpo.toyworld.ablation:main", "every way of charging for tool calls on the mixed world, same seeds and budget"),
     "ask": ("hdpo.compose.ask:ask", "one question to a model folder, with its tools, shown as it reasons and calls"),
     "chat": ("hdpo.compose.ask:chat", "several questions, one after another"),
     "serve": ("hdpo.compose.serve:main", "the same agent behind an OpenAI-compatible /v1/chat/completions"),

@@ -125,7 +125,8 @@ def curate(demonstrations: Path, out: Path, ranks: int) -> Path:
     return out / "kept.parquet"
 
 
-def launch(command: str, config: str, ranks: int, overrides: Sequence[str], flags: Sequence[str] = ()) -> None:
+def launch(command: str, config: str, ranks: int, overrides: Sequence[str], flags: Sequence[str] = (),
+           again: str = "make demo") -> None:
     """Run one stage under accelerate, with its progress on this terminal. Raises HdpoError when it fails.
 
     A stage that was stopped politely has saved; the demo then stops too (exit status 130).
@@ -142,7 +143,7 @@ def launch(command: str, config: str, ranks: int, overrides: Sequence[str], flag
     if status == 130:
         raise KeyboardInterrupt
     if status:
-        raise HdpoError(f"the {command} stage failed (exit status {status}); see the message above. `make demo` goes on from "
+        raise HdpoError(f"the {command} stage failed (exit status {status}); see the message above. `{again}` goes on from "
                         "its last checkpoint")
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from hdpo.toolserver.layout import COMPACT as layout
@@ -27,6 +28,9 @@ from hdpo.toyworld.glyphs import Glyphs
 
 BADGE_SIDE = 128      # pixels
 BLOCKS = 4            # colours along a badge's side
+GLYPH_SIDE = 8        # pixels of a scanned digit
+TINY, LARGE = range(8, 9), range(84, 109)      # pixels of a digit in the original picture
+TINY_BELOW = 12       # smaller digits are cropped closely
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class Puzzle:
     """`call` is the assistant's tool call, `observation` and `observation_images` what the tool server answers to it."""
 
     family: str
-    tool_needed: bool
+    tool_needed: bool | None     # None: a tool helps in some of the questions like this one, and nobody can say in which
     question: str                # with an `<image>` marker for each of `images`
     images: tuple[bytes, ...]
     answer: str
@@ -51,6 +55,7 @@ class Source:
 
     glyphs: Glyphs
     codes: Mapping[str, str]     # name -> gate code
+    rumours: Mapping[str, str]   # name -> a wrong gate code, for puzzles in which sources disagree
     names: tuple[str, ...]       # the names of this split
     held_out: bool
 
@@ -66,13 +71,12 @@ def _colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return paper, tuple(rng.randrange(0, 95) for _ in range(3))
 
 
-def _digit_picture(rng: random.Random, glyphs: Glyphs, digits: list[int], tiny: bool) -> Image.Image:
+def _digit_picture(rng: random.Random, glyphs: Glyphs, digits: list[int], sizes: range, shift: int) -> Image.Image:
     paper, ink = _colours(rng)
     picture = Image.new("RGB", (words.SIDE, words.SIDE), paper)
     quarter = words.SIDE // 4
     for position, digit in enumerate(digits):
-        size = 8 if tiny else rng.randrange(84, 109)
-        shift = 1 if tiny else 7
+        size = sizes[0] if len(sizes) == 1 else rng.randrange(sizes.start, sizes.stop)
         x = quarter * (1 + 2 * (position % 2)) - size // 2 + rng.randint(-shift, shift)
         y = quarter * (1 + 2 * (position // 2)) - size // 2 + rng.randint(-shift, shift)
         mask = glyphs.draw(rng, digit, size)
@@ -80,28 +84,47 @@ def _digit_picture(rng: random.Random, glyphs: Glyphs, digits: list[int], tiny: 
     return picture
 
 
-def _quadrants(rng: random.Random, source: Source, tiny: bool) -> Puzzle:
+def quadrants(rng: random.Random, source: Source, family: str, needed: bool | None, sizes: range, shift: int,
+              wear: float = 0.0) -> Puzzle:
+    """Four digits of `sizes` pixels, of which one is asked for; `wear` is how much of the ink's contrast noise hides."""
     digits = [rng.randrange(10) for _ in range(4)]
     position = rng.randrange(4)
-    picture = _digit_picture(rng, source.glyphs, digits, tiny)
-    box = (words.TINY_BOXES if tiny else words.LARGE_BOXES)[position]
+    tiny = sizes.stop <= TINY_BELOW
+    picture = _digit_picture(rng, source.glyphs, digits, sizes, shift)
+    boxes = words.TINY_BOXES if tiny else words.LARGE_BOXES
+    if wear:
+        picture = _worn(rng, picture, boxes, max(1, sizes.start // GLYPH_SIDE), wear)
+    box = boxes[position]
     return Puzzle(
-        family="fine" if tiny else "perception", tool_needed=tiny,
+        family=family, tool_needed=needed,
         question="<image>" + words.ASK_DIGIT.format(words.POSITIONS[position]), images=(png(picture),),
         answer=str(digits[position]), direct_reason=words.SEE, tool_reason=words.LOOK_CLOSER,
         call=words.PYTHON_CALL.format(words.crop_code(position, tiny)),
         observation=layout.python_result("", "", 1), observation_images=(png(picture.crop(box)),))
 
 
+def _worn(rng: random.Random, picture: Image.Image, boxes: Sequence[tuple[int, int, int, int]], grain: int,
+          wear: float) -> Image.Image:
+    """Grey noise in grains of `grain` pixels over the boxes: as coarse as the strokes, so that no zoom brings them back."""
+    pixels = np.asarray(picture).astype(np.int16)
+    noise = np.random.RandomState(rng.randrange(2**32))
+    for left, top, right, bottom in boxes:
+        shape = (-(-(bottom - top) // grain), -(-(right - left) // grain))
+        grains = np.rint(noise.normal(0.0, 255 * wear, shape)).astype(np.int16)
+        spread = grains.repeat(grain, 0).repeat(grain, 1)[:bottom - top, :right - left]
+        pixels[top:bottom, left:right] += spread[:, :, None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 def perception(rng: random.Random, source: Source) -> Puzzle:
-    return _quadrants(rng, source, tiny=False)
+    return quadrants(rng, source, "perception", False, LARGE, 7)
 
 
 def fine(rng: random.Random, source: Source) -> Puzzle:
-    return _quadrants(rng, source, tiny=True)
+    return quadrants(rng, source, "fine", True, TINY, 1)
 
 
-def _arithmetic(expression: str, answer: int, tool_needed: bool) -> Puzzle:
+def arithmetic(expression: str, answer: int, tool_needed: bool | None) -> Puzzle:
     return Puzzle(
         family="arithmetic", tool_needed=tool_needed, question=words.ASK_SUM.format(expression), images=(),
         answer=str(answer), direct_reason=words.KNOW, tool_reason=words.COMPUTE,
@@ -110,14 +133,14 @@ def _arithmetic(expression: str, answer: int, tool_needed: bool) -> Puzzle:
 
 def easy_sum(rng: random.Random, source: Source) -> Puzzle:
     a, b = rng.randrange(10), rng.randrange(10)
-    return _arithmetic(f"{a}+{b}", a + b, tool_needed=False)
+    return arithmetic(f"{a}+{b}", a + b, tool_needed=False)
 
 
 def product(rng: random.Random, source: Source) -> Puzzle:
     while True:
         a, b = rng.randrange(101, 1000), rng.randrange(101, 1000)
         if ((a + b) % 4 == 3) == source.held_out:
-            return _arithmetic(f"{a}*{b}", a * b, tool_needed=True)
+            return arithmetic(f"{a}*{b}", a * b, tool_needed=True)
 
 
 def _search(rng: random.Random, source: Source, told: bool) -> Puzzle:

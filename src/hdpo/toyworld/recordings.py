@@ -39,7 +39,7 @@ class Recording:
     source: str
     file: Path
     faults: tuple[str, ...]
-    tool_needed: tuple[bool, ...]
+    tool_needed: tuple[bool | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,17 @@ from typing import Any
 from tqdm import tqdm
 
 from hdpo.errors import DataError
-from hdpo.toyworld import words
+from hdpo.toyworld import mixed, words
 from hdpo.toyworld.families import CYCLE, PLAIN_CYCLE, Puzzle, Source
 from hdpo.toyworld.glyphs import load_glyphs
 
 BLIND_CALLS = 0.82    # share of demonstrations that call a tool although the question does not need one
+DIFFICULTIES = ("clear", "mixed")
+"""clear: what can be seen or found is certain, and SFT ends with every answer right. mixed: see `hdpo.toyworld.mixed`."""
+
+CYCLES = {"clear": (CYCLE, PLAIN_CYCLE), "mixed": (mixed.CYCLE, mixed.PLAIN_CYCLE)}
+NEEDED_CALLS = {"clear": 1.0, "mixed": 0.9}
+"""Share of demonstrations that call a tool where one is needed; the others know the answer without saying whence."""
 NAMES = tuple(f"{stem} {kind}" for stem in words.STEMS for kind in words.KINDS)
 
 
@@ -45,20 +51,22 @@ def _sources(seed: int) -> tuple[Source, Source]:
     """(train, held-out). Which names are held out never changes; the gate codes belong to the seed."""
     rng = random.Random(f"toy codes {seed}")
     codes = {name: str(rng.randrange(1000, 10000)) for name in NAMES}
+    doubts = random.Random(f"toy rumours {seed}")
+    rumours = {name: str(doubts.randrange(1000, 10000)) for name in NAMES}
     held_out = tuple(random.Random("toy names").sample(NAMES, len(NAMES) // 4))
     train = tuple(name for name in NAMES if name not in set(held_out))
-    return (Source(load_glyphs("train"), codes, train, held_out=False),
-            Source(load_glyphs("held_out"), codes, held_out, held_out=True))
+    return (Source(load_glyphs("train"), codes, rumours, train, held_out=False),
+            Source(load_glyphs("held_out"), codes, rumours, held_out, held_out=True))
 
 
-def draw_puzzles(seed: int, split: str, rows: int) -> list[Puzzle]:
+def draw_puzzles(seed: int, split: str, rows: int, difficulty: str = "clear") -> list[Puzzle]:
     """`rows` puzzles of "train", "val", "demos" or "plain", families and variants balanced, in an order of the seed's own.
 
     The first n of a longer draw are not the draw of n: the order is shuffled over all rows.
     """
     source = _sources(seed)[split == "val"]
     bar = tqdm(range(rows), desc=f"toy world, {split}", unit="row", mininterval=1)
-    cycle = PLAIN_CYCLE if split == "plain" else CYCLE
+    cycle = CYCLES[difficulty][split == "plain"]
     puzzles = [cycle[k % len(cycle)](random.Random(f"toy {seed} {split} {k}"), source) for k in bar]
     random.Random(f"toy order {seed} {split}").shuffle(puzzles)
     return puzzles
@@ -90,9 +98,9 @@ def demonstrate(puzzle: Puzzle, calls: bool, system: str = words.SYSTEM) -> tupl
     return [{"role": role, "content": content} for role, content in messages], images
 
 
-def _demonstration(puzzle: Puzzle, number: int, seed: int, plain: bool = False) -> dict[str, Any]:
+def _demonstration(puzzle: Puzzle, number: int, seed: int, needed_calls: float, plain: bool = False) -> dict[str, Any]:
     """A demonstration with tools; a `plain` one offers none and answers, as general data in an SFT mix does."""
-    calls = puzzle.tool_needed or random.Random(f"toy habit {seed} {number}").random() < BLIND_CALLS
+    calls = random.Random(f"toy habit {seed} {number}").random() < (needed_calls if puzzle.tool_needed else BLIND_CALLS)
     messages, images = demonstrate(puzzle, calls and not plain, words.PLAIN_SYSTEM if plain else words.SYSTEM)
     row = _row(puzzle, "plain" if plain else "demos", number)
     return {"data_source": row["data_source"], "messages": messages, "images": [{"bytes": image} for image in images],
@@ -124,14 +132,14 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], demonstrations: bool 
     os.replace(part, path)
 
 
-def _write_text_index(path: Path, codes: dict[str, str]) -> None:
+def _write_text_index(path: Path, facts: dict[str, str]) -> None:
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)
     database = sqlite3.connect(part)
     with database:
         database.execute("CREATE VIRTUAL TABLE pages USING fts5(title, link UNINDEXED, snippet)")
         database.executemany("INSERT INTO pages VALUES (?, ?, ?)", [
-            (name, words.LINK, words.FACT.format(name, code)) for name, code in sorted(codes.items())])
+            (name, words.LINK, fact) for name, fact in sorted(facts.items())])
     database.close()
     os.replace(part, path)
 
@@ -149,23 +157,40 @@ def _write_image_index(folder: Path, puzzles: Iterable[Puzzle]) -> None:
 
 
 def make_world(folder: str | os.PathLike[str], seed: int = 1, train_rows: int = 2560, val_rows: int = 480,
-               demos: int = 6000) -> World:
+               demos: int = 6000, difficulty: str = "clear") -> World:
     """Writes train.parquet, val.parquet, demos.parquet, facts.sqlite and badges/ into `folder` (about 10 s).
 
     `demos` counts demonstrations with tools; a fifth as many plain ones, without tools, come on top.
-    Raises DataError when a count is negative or scikit-learn is missing.
+    `difficulty` is one of DIFFICULTIES. Raises DataError when a count is negative, there is no such difficulty or
+    scikit-learn is missing.
     """
+    if difficulty not in DIFFICULTIES:
+        raise DataError(f"toy world: there is no difficulty {difficulty}; there are {', '.join(DIFFICULTIES)}")
     if min(train_rows, val_rows, demos) < 0:
         raise DataError(f"toy world: rows can't be negative (train {train_rows}, val {val_rows}, demos {demos})")
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     world = World(*(root / name for name in ("train.parquet", "val.parquet", "demos.parquet", "facts.sqlite", "badges")))
-    drawn = {split: draw_puzzles(seed, split, rows)
+    drawn = {split: draw_puzzles(seed, split, rows, difficulty)
              for split, rows in (("train", train_rows), ("val", val_rows), ("demos", demos), ("plain", demos // 5))}
     for split, path in (("train", world.train), ("val", world.val)):
         _write_parquet(path, [_row(puzzle, split, k) for k, puzzle in enumerate(drawn[split])])
-    _write_parquet(world.demos, [_demonstration(p, k, seed, plain=split == "plain") for split in ("demos", "plain")
-                                 for k, p in enumerate(drawn[split])], demonstrations=True)
-    _write_text_index(world.text_index, dict(_sources(seed)[0].codes))
+    _write_parquet(world.demos, [
+        _demonstration(p, k, seed, NEEDED_CALLS[difficulty], split == "plain")
+        for split in ("demos", "plain") for k, p in enumerate(drawn[split])], demonstrations=True)
+    source = _sources(seed)[0]
+    _write_text_index(world.text_index, {name: (mixed.snippet(source, name) if difficulty == "mixed" else
+                                                words.FACT.format(name, code)) for name, code in source.codes.items()})
     _write_image_index(world.image_index, [puzzle for puzzles in drawn.values() for puzzle in puzzles])
     return world
+
+
+def write_plain(val: Path, path: Path) -> None:
+    """The held-out rows asked without offering a tool, as `data_source` plain/...: what can be answered from sight alone."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(val).to_pylist()
+    for row in rows:
+        row["prompt"][0]["content"] = words.PLAIN_SYSTEM
+        row["data_source"] = f"plain/{row['data_source']}"
+    _write_parquet(path, rows)
