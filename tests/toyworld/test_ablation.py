@@ -122,3 +122,16 @@ def test_results_of_another_budget_are_not_mixed_and_unknown_arms_are_named(stag
     for bad in (["--arms", "ppo"], ["--seeds", "0"], ["--prompts", "3"], ["--report"]):
         with pytest.raises(UserError, match=bad[0].removeprefix("--report") or "no arm has ended"):
             ablation.main(["--out", str(tmp_path / "new"), *TINY, *bad])
+
+
+@pytest.mark.engine
+@pytest.mark.long
+def test_a_real_arm_goes_on_from_the_shared_checkpoint(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), *TINY, "--set-rl", "rollout.engine=hf"]
+    assert ablation.main([*arguments, "--arms", "sft"]) == 0
+    first = (tmp_path / "seed_1" / "sft.json").read_bytes()
+    assert ablation.main([*arguments, "--arms", HDPO]) == 0
+    assert (tmp_path / "seed_1" / "sft.json").read_bytes() == first
+    found = json.loads((tmp_path / "seed_1" / f"{HDPO}.json").read_text())
+    assert len(found["answers"]) == len(json.loads(first)["answers"]) == len(json.loads(first)["plain"]) == 16
+    assert [point["step"] for point in found["curve"]] == [1] and found["seconds"] > 0
