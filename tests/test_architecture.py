@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,12 @@ def test_a_vendor_is_imported_in_adapters_only(file: Path) -> None:
 def test_the_maths_imports_torch_alone(name: str) -> None:
     allowed = {"torch", "hdpo", "__future__", "collections", "dataclasses", "typing", "math"}
     assert {n.split(".")[0] for n, _ in imports(SRC / f"{name}.py")} <= allowed
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their bare names: with two of one name none of either is collected."""
+    names = Counter(file.name for file in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_there_are_no_import_cycles() -> None:

@@ -20,7 +20,7 @@ from hdpo.state.records import Records
 from hdpo.toyworld.world import World
 from hdpo.train.canary import compare_log_probs
 from hdpo.train.carry import FILES
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 from hdpo.types import Sample
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -59,7 +59,7 @@ def _replay(run: Path, step: int, config: Config, overrides: Sequence[str]) -> i
     from hdpo.compose.checks import check_launcher
     from hdpo.compose.policy import build_packing, open_policy
     from hdpo.compose.stage import Stage
-    from hdpo.train.metrics import read_metrics
+    from hdpo.train.jsonl import read_metrics
     from hdpo.train.replay import ReplayParts, compared, kept_groups, replay_step, same
     from hdpo.train.runlog import RunLog
     from hdpo.train.samples import PixelPool

@@ -10,7 +10,7 @@ from real_vocabulary import HEAD
 from hdpo.state.dump import read_rollouts
 from hdpo.state.folders import step_folders
 from hdpo.toyworld.world import World
-from hdpo.train.metrics import read_metrics
+from hdpo.train.jsonl import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 SMALL = {"model__min_pixels": 65536, "model__max_pixels": 65536, "data__max_prompt_tokens": 512,
