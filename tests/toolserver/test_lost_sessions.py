@@ -14,6 +14,7 @@ from hdpo.background import BackgroundLoop
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.client import ToolClient
+from hdpo.toolserver.own import OwnTools
 from hdpo.toolserver.process import KeptToolServer
 from hdpo.toolserver.text_search import build_text_index
 
@@ -135,6 +136,18 @@ def test_an_idle_trajectory_that_was_closed_is_not_continued_in_a_fresh_session(
     policy.call(python("v = 1"))
     assert until(lambda: server.sessions() == 0)
     assert "nobody had called for 0.5 s" in policy.refused()
+
+
+def test_a_session_of_an_earlier_trainer_that_is_gone_is_missed_also_beside_the_users_own_tools(
+        start: Start, agent: Callable[[ToolServer], Agent]) -> None:
+    policy = agent(start())
+    policy.background.run(_expect(OwnTools(policy.client, {})))
+    assert policy.refused()
+    assert policy.call(python("1"), "another").ok
+
+
+async def _expect(tools: OwnTools) -> None:
+    tools.expect("t")
 
 
 def test_a_call_the_server_gave_up_leaves_no_session_to_go_on_in(start: Start, agent: Callable[[ToolServer], Agent]) -> None:

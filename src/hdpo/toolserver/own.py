@@ -85,6 +85,9 @@ class OwnTools:
         except Exception as exc:  # noqa: BLE001 - code of the user's: ours, as far as the policy goes
             raise ToolServerError(f"{name}: {type(exc).__name__}: {text.one_line(exc)}") from exc
 
+    def expect(self, trajectory_id: str) -> None:
+        self._backend.expect(trajectory_id)
+
     async def finish(self, trajectory_id: str) -> None:
         await self._backend.finish(trajectory_id)
 
