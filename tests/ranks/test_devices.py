@@ -59,9 +59,9 @@ def test_gpus_that_were_asked_for_must_be_there_and_a_machine_without_any_is_a_c
 
 
 @pytest.mark.parametrize("command", [["rl"], ["sft", "--dry-run"], ["doctor"]])
-def test_training_the_dry_run_and_the_doctor_end_with_that_line_and_status_2(
+def test_training_the_dry_run_and_the_doctor_end_with_that_line_and_their_status(
         machine: Path, tiny_folder: Path, command: list[str], tmp_path: Path) -> None:
     settings = [] if command == ["doctor"] else ["--set", f"model.path={tiny_folder}", "--set", f"run.folder={tmp_path}"]
     done = subprocess.run([sys.executable, "-m", "hdpo", *command, *settings], capture_output=True, text=True, cwd=ROOT)
     told = [line for line in (done.stdout + done.stderr).splitlines() if "nvidia-smi lists 2 GPUs (driver 550.54.15)" in line]
-    assert done.returncode == 2 and len(told) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == (1 if command == ["doctor"] else 2) and len(told) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
