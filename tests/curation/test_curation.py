@@ -149,7 +149,8 @@ def test_the_page_shows_the_funnel_and_dropped_rows_with_their_pictures_and_noth
     page = (curated / "report.html").read_text()
     kept = sum(map(len, rows_of(curated, "kept").values()))
     assert f"{kept} of {ROWS * len(SOURCES)} rows kept" in page and "execution failed" in page and "data:image/png" in page
-    assert page.count("<script") == 2 and "script-src 'sha256-" in page and "connect-src 'none'" in page      # its own, and its data
+    assert page.count("<script") == 2, "its own and its data"
+    assert "script-src 'sha256-" in page and "connect-src 'none'" in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "") and "undefined_name" in page
     assert "&lt;tool_call&gt;" in page and "<tool_call>" not in page
 
