@@ -55,7 +55,7 @@ def file(kind: str, size: tuple[int, int] = (48, 40), **options: Any) -> bytes:
 
 
 def broken_pictures() -> list[bytes]:
-    return [*BROKEN.values(), file("PNG")[:400], file("JPEG")[:200], file("AVIF")[:-60] + b"\0" * 60]
+    return [*BROKEN.values(), file("PNG")[:400], file("JPEG")[:200], file("AVIF")[:-600]]
 
 
 def odd_pictures() -> list[bytes]:
@@ -180,6 +180,10 @@ class OddToolServer(Served):
         if self.session is None:
             self.session = aiohttp.ClientSession()
         body = await request.read()
+        if request.method != "POST":      # what it can do, and pictures by content
+            headers = {"Content-Type": request.content_type}
+            async with self.session.request(request.method, self.real + request.path_qs, data=body, headers=headers) as reply:
+                return web.Response(status=reply.status, body=await reply.read(), content_type=reply.content_type)
         async with self.session.post(self.real + request.path, data=body, headers={"Content-Type": "application/json"}) as reply:
             answer = await reply.json()
         (observation,) = answer["observations"]

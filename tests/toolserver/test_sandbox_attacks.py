@@ -263,7 +263,7 @@ def test_a_neighbour_answers_quickly_while_a_fork_bomb_runs(box: Box, neighbour:
 
 
 def test_sessions_that_nobody_ever_speaks_to_do_not_keep_others_from_working(box: Box, neighbour: Session) -> None:
-    template = box.do(box.sandbox._template_for("probe"))
+    template = box.do(box.sandbox._template_for(neighbour.name))
     idle = []
     for _ in range(20):
         (control, their_control), (talk, theirs) = socket.socketpair(), socket.socketpair()
