@@ -338,7 +338,7 @@ def test_ctrl_c_in_the_demos_rl_phase_finishes_the_step_saves_and_leaves_no_proc
     running = Running(arguments, tmp_path / "log", {})
     metrics = tmp_path / "demo" / "metrics.jsonl"
     try:
-        running.until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
+        running.until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1, 600)
         processes = psutil.Process(running.process.pid).children(recursive=True)
         os.killpg(running.process.pid, signal.SIGINT)      # as a terminal does; ranks are in sessions of their own
         assert running.end() == 130

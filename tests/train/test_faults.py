@@ -33,7 +33,8 @@ class Run:
 
     def __init__(self, folder: Path, sft: Path, world: World) -> None:
         self.folder, self.path, self.starts = folder, folder / "run", 0
-        self.tools = ToolServer("--text-index", str(world.text_index), "--image-index", str(world.image_index))
+        self.tools = ToolServer("--layout", "compact", "--text-index", str(world.text_index),
+                                "--image-index", str(world.image_index))
         self.judge = JudgeServer(in_order(say("CORRECT")))
         self.arguments = ["--config", "launch/configs/demo_rl.yaml", *settings(
             run__folder=folder, run__name="run", run__hang_timeout_s=HANG_TIMEOUT_S, model__path=step_folders(sft)[-1],
