@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hdpo.agent.images import decode_image
 from hdpo.config.curation import DecontaminationSettings
@@ -28,6 +27,7 @@ from hdpo.errors import ConfigError, DataError
 from hdpo.evaluation.benchmarks import BENCHMARKS, open_benchmarks
 from hdpo.evaluation.items import Benchmark, Item
 from hdpo.evaluation.questions import Pictures
+from hdpo.progress import progress
 
 FORMAT = 1
 _AT_ONCE = 64
@@ -92,8 +92,8 @@ def _make(settings: DecontaminationSettings, cache: str) -> Known:
         for benchmark in chosen(settings):
             pictures = Pictures(Path(settings.data) / benchmark.name, cache)
             about: dict[str, Any] = {"questions": 0, "pictures": 0, "unreadable": Counter()}
-            items = iter(tqdm(benchmark.items(Path(settings.data) / benchmark.name), desc=f"benchmark {benchmark.name}", unit="",
-                              delay=1))
+            found = benchmark.items(Path(settings.data) / benchmark.name)
+            items = iter(progress(f"benchmark {benchmark.name}", "", found, delay_s=1))
             while some := list(islice(items, _AT_ONCE)):
                 encoded = [_read(pictures, item) for item in some]
                 looked = threads.map(_look, [data for data, _ in encoded])

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from hdpo.config import Config
 from hdpo.curation.benchmarks import key_of
 from hdpo.curation.chunks import DROPPED, KEPT, UNREADABLE, WAITING, Entry, chunk_path, read_chunk, read_states, write_chunk
@@ -28,6 +26,7 @@ from hdpo.curation.record import Outcome, Record, Unreadable, Waits
 from hdpo.curation.source import READERS, Source
 from hdpo.data.store import open_rows
 from hdpo.errors import ConfigError, DataError
+from hdpo.progress import progress
 
 POLL_S = 0.5
 VERSION = 2
@@ -100,8 +99,8 @@ class Job:
         """The manifest, on rank 0 when all ranks have finished; {} on others."""
         mine = [(source, chunk) for number, (source, chunk) in enumerate(self.chunks()) if number % self.ranks == self.rank]
         for name, stage in stages.items():
-            with tqdm(total=sum(len(self._rows(*place)) for place in mine), desc=f"stage {name}", unit="row",
-                      disable=self.rank > 0) as bar:
+            rows = sum(len(self._rows(*place)) for place in mine)
+            with progress(f"stage {name}", "row", total=rows, shown=self.rank == 0) as bar:
                 for source, chunk in mine:
                     self._work(name, stage, source, chunk)
                     bar.update(len(self._rows(source, chunk)))

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from hdpo.data.sources import ROW_COLUMN, first_columns, plain_type, read_file
 from hdpo.errors import DataError
+from hdpo.progress import progress
 
 FORMAT = 1
 """Of the copies; a copy of another format is made again."""
@@ -137,8 +137,7 @@ def _write(file: Path, target: Path) -> dict[str, Any]:
     if source.nbytes + _SPARE_BYTES > shutil.disk_usage(target.parent).free:
         raise OSError(errno.ENOSPC, f"{source.nbytes / 2**30:.1f} GiB are needed", str(target.parent))
     rows, schema, columns = 0, None, []
-    with contextlib.ExitStack() as stack, tqdm(
-            total=source.num_rows, desc=f"copying {file.name}", unit=" rows", delay=1, dynamic_ncols=True) as bar:
+    with contextlib.ExitStack() as stack, progress(f"copying {file.name}", " rows", total=source.num_rows, delay_s=1) as bar:
         for batch in source.batches:
             if schema is None:
                 schema = pa.schema([(field.name, plain_type(field.type)) for field in batch.schema])

@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hdpo.data.copies import cache_folder, once
 from hdpo.data.store import RowStore
 from hdpo.errors import DataError
+from hdpo.progress import progress
 
 FORMAT = 2
 _CHUNK = 1024
@@ -93,8 +92,8 @@ def _check(rows: RowStore, check: Callable[[int], Checked], wanted: int) -> RowI
 
     index, files, good = RowIndex(), set[Path](), 0
     named: list[str] = []
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1), "hdpo-check") as threads, tqdm(
-            total=wanted or len(rows), desc="checking rows", unit=" rows", delay=1, dynamic_ncols=True) as bar:
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1), "hdpo-check") as threads, progress(
+            "checking rows", " rows", total=wanted or len(rows), delay_s=1) as bar:
         for found in _in_order(threads, outcome, range(len(rows)), wanted):
             if isinstance(found, DataError):
                 index.bad[len(index.lengths)] = str(found)

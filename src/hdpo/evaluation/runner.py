@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.queue import PromptQueue
 from hdpo.agent.rollout import LIVE_PER_SEQUENCE, Rollouts
@@ -22,6 +20,7 @@ from hdpo.evaluation.predictions import NO_TOOLS, TOOLS
 from hdpo.evaluation.prompts import system_prompt, version
 from hdpo.evaluation.questions import Pictures, Question, Questions, chosen
 from hdpo.evaluation.score import place_of
+from hdpo.progress import progress
 from hdpo.ranks.world import World
 from hdpo.train.collect import prompt_queue
 from hdpo.train.lifecycle import StopSignal
@@ -103,8 +102,7 @@ class Runner:
         todo = {arm: [q for q in questions if any((q.benchmark.name, q.item.id, arm, sample) not in known
                                                   for sample in range(self.plan.samples))] for arm in self.plan.arms}
         total = self.plan.samples * sum(map(len, todo.values()))
-        bar = tqdm(total=total, desc="answers", unit="", smoothing=0.05, mininterval=1.0, disable=not self.world.is_main
-                   or not total)
+        bar = progress("answers", "", total=total, shown=self.world.is_main and total > 0)
         with StopSignal() as stop, bar:
             for arm in self.plan.arms:
                 if todo[arm] and not self.world.any(stop.requested):

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from hdpo.progress import progress
 from hdpo.toyworld.glyphs import load_glyphs
 from hdpo.toyworld.primitives import Teacher
 from hdpo.toyworld.tensors import LessonBatch, collate
@@ -129,11 +129,11 @@ def pretrain(out: Path, seed: int = 1, steps: int = 4000, minutes: float = math.
         step, before = state["step"], state["seconds"]
     started = time.monotonic() - before
     glyphs = load_glyphs("train")
-    bar = tqdm(total=steps, initial=step, desc="toy base", unit="step", mininterval=2)
+    bar = progress("toy base", "step", total=steps, initial=step)
     while True:
         seconds = time.monotonic() - started
-        progress = max(step / steps, seconds / 60 / minutes)
-        if progress >= 1:
+        done = max(step / steps, seconds / 60 / minutes)
+        if done >= 1:
             break
         teacher = Teacher(seed * 10_000_000 + step)
         logits, targets = _logits(model, collate(teacher.batch(BATCH), tokenizer, glyphs))
@@ -141,7 +141,7 @@ def pretrain(out: Path, seed: int = 1, steps: int = 4000, minutes: float = math.
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, progress)
+            group["lr"] = _learning_rate(step, done)
         optimizer.step()
         optimizer.zero_grad()
         step += 1

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hdpo.errors import DataError
+from hdpo.progress import progress
 from hdpo.toyworld import mixed, words
 from hdpo.toyworld.families import CYCLE, PLAIN_CYCLE, Puzzle, Source
 from hdpo.toyworld.glyphs import load_glyphs
@@ -65,7 +64,7 @@ def draw_puzzles(seed: int, split: str, rows: int, difficulty: str = "clear") ->
     The first n of a longer draw are not the draw of n: the order is shuffled over all rows.
     """
     source = _sources(seed)[split == "val"]
-    bar = tqdm(range(rows), desc=f"toy world, {split}", unit="row", mininterval=1)
+    bar = progress(f"toy world, {split}", "row", range(rows))
     cycle = CYCLES[difficulty][split == "plain"]
     puzzles = [cycle[k % len(cycle)](random.Random(f"toy {seed} {split} {k}"), source) for k in bar]
     random.Random(f"toy order {seed} {split}").shuffle(puzzles)

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from hdpo import oddities
 from hdpo.config import Config
+from hdpo.progress import Bar, progress, say
 from hdpo.protocols import LogSink
 from hdpo.ranks.world import World
 from hdpo.state.dump import RolloutDumps
@@ -33,7 +32,7 @@ class RunLog(Metrics):
         super().__init__()
         self.config, self.world, self.sinks, self.shown = config, world, list(sinks), list(shown)
         self.spans, self._timeline = Spans(), Timeline(config.run.path / "timeline.jsonl")
-        self._bar: tqdm | None = None
+        self._bar: Bar | None = None
         self._step = 0
         self._since: float | None = None       # when the last line was written
         self._dumps = RolloutDumps(config, world)
@@ -57,8 +56,7 @@ class RunLog(Metrics):
 
     def steps(self, start: int, end: int, what: str) -> Iterator[int]:
         """Count steps start..end-1 with a progress bar on rank 0. The clock of the first step starts here."""
-        self._bar = tqdm(total=end, initial=start, desc=what, unit="step", dynamic_ncols=True,
-                         disable=not self.world.is_main)
+        self._bar = progress(what, "step", total=end, initial=start, shown=self.world.is_main)
         self.forget_times()
         self.spans.take()
         self._since = time.perf_counter()
@@ -104,7 +102,7 @@ class RunLog(Metrics):
                     self.note(f"step {step} has nothing to learn from: {why}")
             if self._bar is not None:
                 values = {label: scalars[name] for label, name in self.shown if name in scalars}
-                self._bar.set_postfix_str(" ".join(f"{label} {value:.3g}" for label, value in values.items()))
+                self._bar.set_postfix_str(" ".join(f"{label} {value:.3g}" for label, value in values.items()), refresh=False)
         return scalars
 
     def finish(self) -> None:
@@ -139,7 +137,7 @@ class RunLog(Metrics):
     def note(self, text: str) -> None:
         """A line for the person at the terminal, once."""
         if self.world.is_main:
-            tqdm.write(text)
+            say(text)
 
     def close(self) -> None:
         """Raises what kept the last dump from being written, having closed everything."""
