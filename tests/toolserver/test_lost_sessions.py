@@ -150,6 +150,17 @@ async def _expect(tools: OwnTools) -> None:
     tools.expect("t")
 
 
+def test_a_session_that_fewer_calls_made_than_the_client_remembers_is_not_continued(
+        start: Start, agent: Callable[[ToolServer], Agent]) -> None:
+    server = start()
+    policy, stranger = agent(server), agent(server)
+    for code in ("v = 1", "v + 1"):
+        assert policy.call(python(code)).ok
+    stranger.finish()
+    assert stranger.call(python("v = 7")).ok      # the same trajectory for the server, in a session of its own
+    assert "2 Python calls were executed, of which this server knows 1" in policy.refused()
+
+
 def test_a_call_the_server_gave_up_leaves_no_session_to_go_on_in(start: Start, agent: Callable[[ToolServer], Agent]) -> None:
     policy = agent(start("--call-timeout", "0.5"))
     policy.call(python("v = 1"))

@@ -54,6 +54,7 @@ class _Live:
     task: Task
     keys: asyncio.Future[tuple[str, ...]]      # of its pictures
     session: bool = False                      # the server holds a Python session for it
+    python_calls: int = 0                      # executed there, as far as their answers have come
     sent: bool = False                         # a server that takes data URLs has its pictures
 
 
@@ -84,7 +85,8 @@ class ToolClient:
     async def call(self, trajectory_id: str, action: str, task: Task) -> ToolResult:
         """Execute one action. Raises ToolServerError when no answer could be had or the server blames itself."""
         live = self._live_of(trajectory_id, task)
-        call = Call(trajectory_id, action, uuid.uuid4().hex, expects_session=live.session, index=task.row_index)
+        call = Call(trajectory_id, action, uuid.uuid4().hex, expects_session=live.session,
+                    python_calls=live.python_calls, index=task.row_index)
         started = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout):
@@ -97,7 +99,8 @@ class ToolClient:
         oddities.count_reported(reply.metrics.get("oddities"))
         if reply.metrics.get("need_images"):
             raise ToolServerError(f"{self.url}: keeps asking for the images of {trajectory_id}")
-        live.session, live.sent = live.session or "code_success" in reply.metrics, True
+        live.python_calls += "code_success" in reply.metrics
+        live.session, live.sent = live.session or live.python_calls > 0, True
         if reply.infrastructure:
             raise ToolServerError(f"{self.url}: {reply.text}")
         metrics = {**reply.metrics, "seconds": time.monotonic() - started, "timed_out": reply.timed_out}

@@ -88,6 +88,9 @@ class Toolbox:
                 return self._failed(f"pictures can't be kept: {text.one_line(exc)}"), 0.0
             if (trajectory := self.sessions.get(call.trajectory_id)) is None:      # not made by another call meanwhile
                 trajectory = self._begin(call, images)
+        if trajectory.python_calls < call.python_calls and not trajectory.lost:
+            trajectory.lost = (f"{call.python_calls} Python calls were executed, of which this server knows "
+                               f"{trajectory.python_calls}")
         waited = 0.0
 
         async def work() -> Reply:

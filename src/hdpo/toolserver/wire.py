@@ -15,6 +15,8 @@ Extensions, all optional, so that a reference trainer can use this server and ou
   and the pictures' bytes one after another; "image_bytes": [int] of an observation, in place of "image", has their sizes.
 - extra_fields[i]["expects_session"]: true once a python call of the trajectory was executed. A server that does not have
   its session refuses further python calls with "infrastructure" instead of executing them in a fresh one.
+- extra_fields[i]["python_calls"]: how many python calls of the trajectory were executed and answered so far. A server that
+  knows of fewer has another session than they made, and refuses likewise.
 - "infrastructure": true in a dict observation: the failure is the server's, not the policy's.
 """
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Call:
     image_keys: tuple[str, ...] | None = None
     images_sent: bool = False
     expects_session: bool = False
+    python_calls: int = 0      # of the trajectory, executed and answered before this one
     index: str = ""            # the row's extra_info.index: key of the reference's offline image-search cache
 
 
@@ -144,12 +147,14 @@ def _call(where: str, trajectory_id: str, action: str, request_id: str, finish: 
         images=None if images is None else tuple(decode_image(url, f"{name}[{i}]") for i, url in enumerate(images)),
         image_keys=None if keys is None else tuple(keys), images_sent=extra.get("images_sent") is True,
         expects_session=extra.get("expects_session") is True,
+        python_calls=calls if type(calls := extra.get("python_calls")) is int else 0,
         index="" if extra.get("index") is None else str(extra["index"]))
 
 
 def request_json(call: Call) -> dict[str, Any]:
     """The body our client sends for one call. Nothing of the task but its images leaves the trainer."""
     extra: dict[str, Any] = {name: True for name in ("images_sent", "expects_session") if getattr(call, name)}
+    extra |= {"python_calls": call.python_calls} if call.python_calls else {}
     if call.images is not None:
         extra["images"] = [encode_image(image) for image in call.images]
     if call.image_keys is not None:
