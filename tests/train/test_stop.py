@@ -17,7 +17,7 @@ print("loading", flush=True)
 time.sleep({before})
 with StopSignal() as stop:
     print("training", flush=True)
-    stop.event.wait(30)
+    stop.event.wait({training})
     print("saving", flush=True)
     time.sleep({saving})
 print("saved", flush=True)
@@ -26,7 +26,7 @@ time.sleep({after})
 
 
 def start(rank: int = 0, **seconds: float) -> subprocess.Popen[str]:
-    program = LOOP.format(**{"before": 0, "saving": 0, "after": 0, **seconds})
+    program = LOOP.format(**{"before": 0, "training": 30, "saving": 0, "after": 0, **seconds})
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"RANK": str(rank)})
 
@@ -61,12 +61,9 @@ def test_a_second_signal_while_the_run_saves_ends_it_with_a_line_that_says_what_
     assert "hdpo: ended at once: what came after the newest checkpoint is lost" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize(("moment", "seconds"), [("loading", {"before": 60}), ("saved", {"after": 60})])
+@pytest.mark.parametrize(("moment", "seconds"), [("loading", {"before": 60}), ("saved", {"training": 0, "after": 60})])
 def test_a_sigterm_before_and_after_training_ends_the_process_with_a_line(moment: str, seconds: dict[str, float]) -> None:
     process = start(**seconds)
-    if moment == "saved":
-        until(process, "training")
-        process.send_signal(signal.SIGTERM)
     until(process, moment)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
@@ -79,3 +76,13 @@ def test_one_rank_speaks_for_all() -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0 and err == ""
+
+
+def test_a_signal_after_a_saved_stop_ends_what_is_left_without_a_further_line() -> None:
+    process = start(after=60)
+    until(process, "training")
+    process.send_signal(signal.SIGINT)
+    until(process, "saved")
+    process.send_signal(signal.SIGTERM)      # the launcher's, as the ranks leave
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM and "outside of training" not in err

@@ -45,8 +45,8 @@ class StopSignal:
             signal.raise_signal(number)
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for number, handler in self._previous.items():     # after a stop the work is saved, and a further signal has no news
+            signal.signal(number, signal.SIG_DFL if self.requested else handler)
 
     @property
     def requested(self) -> bool:
