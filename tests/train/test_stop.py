@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from hdpo.train.lifecycle import StopSignal
+
 LOOP = """
 import time
 from hdpo.train.lifecycle import StopSignal, name_the_end
@@ -83,6 +85,7 @@ def test_a_signal_after_a_saved_stop_ends_what_is_left_without_a_further_line() 
     until(process, "training")
     process.send_signal(signal.SIGINT)
     until(process, "saved")
+    time.sleep(StopSignal.SAME_S + 0.2)
     process.send_signal(signal.SIGTERM)      # the launcher's, as the ranks leave
     _, err = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGTERM and "outside of training" not in err

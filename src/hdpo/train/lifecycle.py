@@ -45,8 +45,14 @@ class StopSignal:
             signal.raise_signal(number)
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():     # after a stop the work is saved, and a further signal has no news
-            signal.signal(number, signal.SIG_DFL if self.requested else handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, self._after if self.requested else handler)
+
+    def _after(self, number: int, frame: FrameType | None) -> None:
+        """After a stop the work is saved: a further signal ends what is left of the process, and has no news."""
+        if time.monotonic() - self._first > self.SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     @property
     def requested(self) -> bool:
