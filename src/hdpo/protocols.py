@@ -133,6 +133,12 @@ class Judge(Protocol):
     async def close(self) -> None: ...
 
 
+class Flag(Protocol):
+    """Whether the user asked to stop: a threading.Event, or what a signal handler can set."""
+
+    def is_set(self) -> bool: ...
+
+
 class LogSink(Protocol):
     def write(self, step: int, scalars: dict[str, float]) -> None: ...
 

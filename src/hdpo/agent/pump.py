@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hdpo.agent.trajectory import Key
 from hdpo.errors import RequestRefused
-from hdpo.protocols import Engine, GenerateRequest, SharedEngine
+from hdpo.protocols import Engine, Flag, GenerateRequest, SharedEngine
 from hdpo.types import Completion, StopReason
 
 STOP_POLL_S = 0.2
@@ -90,7 +89,7 @@ class EnginePump:
 
     # -- called on the thread that drives the engine ----------------------------------------------------------------
 
-    def run(self, stop: threading.Event | None = None, on_stop: Callable[[], object] | None = None) -> None:
+    def run(self, stop: Flag | None = None, on_stop: Callable[[], object] | None = None) -> None:
         """Step the engine until `close`. When `stop` is set, `on_stop` is called once, and pumping goes on."""
         while not self._closed:
             if stop is not None and stop.is_set() and on_stop is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from hdpo.agent.tools import AgentTools, ToolOutcome
 from hdpo.agent.trajectory import Key, Live, Player
 from hdpo.background import BackgroundLoop, watch_lag
 from hdpo.config import RolloutConfig, ToolsConfig
-from hdpo.protocols import Engine, GenerateRequest, ToolBackend
+from hdpo.protocols import Engine, Flag, GenerateRequest, ToolBackend
 from hdpo.types import Carried, Completion, EndReason, Task, Trajectory
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ FIRST_SHARE = 0.75
 class Rollouts:
     """Collects trajectories. One per process; `collect` is called by the thread that owns the engine.
 
-    `stop`: set this to an Event; when it is set during `collect`, every live trajectory ends ABORTED, no further one starts
+    `stop`: set this to a Flag; when it is set during `collect`, every live trajectory ends ABORTED, no further one starts
     and `collect` returns. `progress`: set it to what is to be called whenever generations have finished.
     `metrics` describes the last `collect`; see `_measure`.
     """
@@ -52,7 +51,7 @@ class Rollouts:
         self._calls: dict[str, asyncio.Task[ToolOutcome]] = {}     # under way between steps, by the trajectory's name
         self._nonce = uuid.uuid4().hex[:12]
         self._collections = 0
-        self.stop: threading.Event | None = None
+        self.stop: Flag | None = None
         self.progress: Callable[[], None] = lambda: None
         self.metrics: dict[str, float] = {}
 

@@ -26,7 +26,7 @@ from hdpo.assistant.speech import Hear, Reply, Seen, Spoken, TurnEnded, outside_
 from hdpo.background import BackgroundLoop
 from hdpo.config import Config
 from hdpo.errors import DataError
-from hdpo.protocols import Engine, GenerateRequest, ToolBackend
+from hdpo.protocols import Engine, Flag, GenerateRequest, ToolBackend
 from hdpo.types import Completion, EndReason, StopReason, Task
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Assistant:
         self._name, self._numbers = uuid.uuid4().hex[:12], itertools.count()
         self._finishing: set[asyncio.Task[None]] = set()
 
-    def drive(self, work: Coroutine[Any, Any, T], stop: threading.Event | None = None,
+    def drive(self, work: Coroutine[Any, Any, T], stop: Flag | None = None,
               on_stop: Callable[[], object] = lambda: None) -> T:
         """Step the engine until `work`, on the background loop, is done. `on_stop` is called there once `stop` is set.
 

@@ -60,4 +60,4 @@ def _serve(assistant: Assistant, asked: Asked, options: argparse.Namespace, list
     address = f"[{host}]" if ":" in host else host
     with StopSignal() as stop:
         print(f"{name} on http://{address}:{port}/v1", flush=True)
-        assistant.drive(service.serve(listener, ended), stop.event, ended.set)
+        assistant.drive(service.serve(listener, ended), stop, ended.set)

@@ -92,8 +92,8 @@ def _make(settings: DecontaminationSettings, cache: str) -> Known:
         for benchmark in chosen(settings):
             pictures = Pictures(Path(settings.data) / benchmark.name, cache)
             about: dict[str, Any] = {"questions": 0, "pictures": 0, "unreadable": Counter()}
-            found = benchmark.items(Path(settings.data) / benchmark.name)
-            items = iter(progress(f"benchmark {benchmark.name}", "", found, delay_s=1))
+            read = benchmark.items(Path(settings.data) / benchmark.name)
+            items = iter(progress(f"benchmark {benchmark.name}", "", read, delay_s=1))
             while some := list(islice(items, _AT_ONCE)):
                 encoded = [_read(pictures, item) for item in some]
                 looked = threads.map(_look, [data for data, _ in encoded])

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hdpo.config import Config
+from hdpo.protocols import Flag
 from hdpo.state.dump import write_rollouts
 from hdpo.train.rollout_metrics import RolloutRow, behaviour, rollout_rows
 from hdpo.types import RewardedGroup, Task, Trajectory
@@ -26,7 +26,7 @@ Summary = dict[str, Any]
 
 
 class Collects(Protocol):
-    stop: threading.Event | None
+    stop: Flag | None
 
     def collect(self, tasks: Sequence[Task], *, queue: PromptQueue, group_size: int, temperature: float, step: int,
                 weight_version: int) -> list[tuple[Trajectory, ...]]: ...

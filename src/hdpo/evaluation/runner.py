@@ -131,7 +131,7 @@ class Runner:
             if world.is_main:
                 bar.update(done_before + count - bar.n)
         rollouts = self.rollouts(questions.arm == NO_TOOLS)
-        rollouts.stop = stop.event
+        rollouts.stop = stop
         world.phase("evaluate", 0)
         queue: PromptQueue = prompt_queue(world, self.config.run.deterministic)
         rollouts.collect(questions, queue=queue, numbers=questions.numbers(), group_size=self.plan.samples,

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from types import FrameType
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ class StopSignal:
     SAME_S = 2.0
 
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self._asked = False        # no lock, such as an Event's: a signal may come while its own handler is at work
         self._first = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -35,9 +34,8 @@ class StopSignal:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.event.is_set():
-            self._first = time.monotonic()
-            self.event.set()
+        if not self._asked:
+            self._first, self._asked = time.monotonic(), True
             _say("stopping: what is under way is brought to an end and saved; a second signal ends the run at once")
         elif time.monotonic() - self._first > self.SAME_S:
             _say("ended at once: what came after the newest checkpoint is lost; the same command goes on from there")
@@ -56,7 +54,11 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        return self.event.is_set()
+        return self._asked
+
+    def is_set(self) -> bool:
+        """As an Event says it (protocols.Flag)."""
+        return self._asked
 
 
 def name_the_end() -> None:

@@ -57,7 +57,7 @@ def train(config: Config, parts: RlParts) -> bool:
         parts.policy, parts.engine, parts.rollouts, parts.tasks, parts.log, parts.checkpoints)
     world, steps = policy.world, config.optim.steps
     with StopSignal() as stop:
-        rollouts.stop = stop.event
+        rollouts.stop = stop
         start, position = checkpoints.resume(engine.sleep)
         go_on(tasks, position, checkpoints.new_rows)
         collect = open_collector(config, parts, position)
