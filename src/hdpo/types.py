@@ -72,6 +72,7 @@ class Task:
     images: tuple[bytes, ...]          # encoded files (PNG, JPEG, ...) at ORIGINAL resolution
     ground_truth: str | list[str]      # never leaves the trainer
     extra: dict[str, Any] = field(default_factory=dict)   # the row's extra_info: index, tool_needed when known, ...
+    row: int = field(default=-1, compare=False)           # its number among the rows of all data files; -1: of none
 
     @property
     def question(self) -> str:
@@ -142,6 +143,7 @@ class Trajectory:
     image_keys: tuple[str, ...] = ()
     index: int = 0             # number of its prompt, over all ranks: in the step, or (rollout.carry_over) in the run
     versions: list[int] = field(default_factory=list)   # [L]
+    files: tuple[bytes, ...] = ()      # the encoded file that each of `images` came as; empty where nobody kept them
 
     @property
     def num_tool_calls(self) -> int:

@@ -2,13 +2,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from hdpo.agent.images import bound_image, content_key, decode_image, encode_png
 from hdpo.config import Config
 from hdpo.ranks.world import World
+from hdpo.state import records
+from hdpo.state import spool as spool_module
 from hdpo.state.spool import Spool
 from hdpo.types import EndReason, Task, ToolCall, Trajectory
 
@@ -137,3 +144,93 @@ def test_a_full_disk_costs_the_spool_and_not_the_run(tmp_path: Path, caplog: pyt
         spool.add(trajectory(1, 0))
         spool.add(trajectory(1, 1))
     assert "rollouts of this step are not kept for a resume" in caplog.text
+
+
+class OfRows:
+    """A data file of two rows with a photograph each, and rollouts of them as a run makes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.photos = [encode_jpeg(photo(seed)) for seed in (1, 2)]
+        self.write(self.photos)
+
+    def write(self, photos: list[bytes]) -> None:
+        rows = [{"images": [{"bytes": data, "path": None}], "prompt": [{"role": "user", "content": "<image>?"}],
+                 "reward_model": {"ground_truth": "7"}} for data in photos]
+        pq.write_table(pa.Table.from_pylist(rows), self.folder / "rows.parquet")
+
+    def config(self, **sections: dict) -> Config:
+        return config(self.folder, data={"train": [str(self.folder / "rows.parquet")], "cache": str(self.folder / "cache")},
+                      **sections)
+
+    def rollout(self, row: int, sample: int, zoom: bool = False) -> Trajectory:
+        whole = decode_image(self.photos[row], "")
+        came = whole.crop((8 + sample, 8, 392 + sample, 264))
+        file = encode_png(came.resize((640, 320), Image.Resampling.LANCZOS) if zoom else came)
+        seen = [bound_image(image, 32, 1024, 1 << 16) for image in (whole, decode_image(file, ""))]
+        task = Task(f"t{row}", "toy", [{"role": "user", "content": "<image>?"}], (self.photos[row],), "7", row=row)
+        return dataclasses.replace(trajectory(row, sample), task=task, images=tuple(seen), files=(self.photos[row], file),
+                                   image_keys=tuple(map(content_key, seen)))
+
+
+def photo(seed: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((600, 400), Image.Resampling.BICUBIC)
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def test_pictures_of_rows_and_boxes_of_them_are_referred_to_and_come_back_to_the_pixel(tmp_path: Path) -> None:
+    rows = OfRows(tmp_path)
+    kept = [rows.rollout(row, sample, zoom=sample == 3) for row in (0, 1) for sample in range(4)]
+    path = killed_in_step(rows.config(), 4, *kept)
+    zoomed = sum(len(one.files[1]) for one in kept if one.sample_index == 3)
+    assert path.stat().st_size < zoomed + len(kept) * 2000, "all but what was enlarged is in the data"
+    with Spool(rows.config(), World()) as spool:
+        known = spool.begin(4)
+        for one in kept:
+            found = known[one.index, one.sample_index]
+            assert isinstance(found, Trajectory) and same(dataclasses.replace(one, files=()), found)
+            assert found.task.row == one.task.row and found.task.images == one.task.images
+
+
+def test_pictures_of_no_row_or_of_no_file_are_kept_themselves(tmp_path: Path) -> None:
+    rows = OfRows(tmp_path)
+    own = rows.rollout(0, 0)
+    own = dataclasses.replace(own, task=dataclasses.replace(own.task, row=-1))
+    bare = dataclasses.replace(rows.rollout(1, 0), files=())
+    killed_in_step(rows.config(), 4, own, bare)
+    with Spool(rows.config(), World()) as spool:
+        known = spool.begin(4)
+        (tmp_path / "cache").rename(tmp_path / "gone")
+        assert all(same(dataclasses.replace(one, files=()), known[one.index, 0]) for one in (own, bare))
+
+
+def test_a_rollout_whose_rows_picture_is_another_one_now_is_sampled_again_and_the_steps_after_it_too(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = OfRows(tmp_path)
+    content = {"data.train": "told to be the same"}
+    monkeypatch.setattr(spool_module, "content_of", lambda config: content)
+    for step in (4, 5):
+        killed_in_step(rows.config(), step, rows.rollout(0, 0), rows.rollout(1, 0))
+    rows.write([rows.photos[0], encode_jpeg(photo(3))])
+    with Spool(rows.config(), World()) as spool:
+        assert list(spool.begin(4)) == [(0, 0)] and caplog.text.count("are sampled again") == 1
+        spool.add(rows.rollout(1, 0))
+        assert not spool.begin(5)
+
+
+def test_pixels_of_another_decoder_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = OfRows(tmp_path)
+    killed_in_step(rows.config(), 4, rows.rollout(0, 0))
+    monkeypatch.setattr(records, "DECODERS", "pil 99")
+    with Spool(rows.config(), World()) as spool:
+        assert not spool.begin(4)
+    monkeypatch.undo()
+    monkeypatch.setattr(records, "made_again", lambda *given: photo(9))      # the version is the same, the pixels are not
+    with Spool(rows.config(), World()) as spool:
+        assert spool.begin(4).get((0, 0)) is None and (0, 0) not in spool.begin(4)

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 class Segment:
     """Given tokens (a prompt or an observation) and the bounded images among them, in order.
 
-    `image_keys[i]` names the content of `images[i]`, so that engines need not hash pixels again.
+    `image_keys[i]` names the content of `images[i]`, so that engines need not hash pixels again; `files[i]` is the encoded file
+    that it came as.
     """
 
     compact_ids: list[int]
     expanded_ids: list[int]
     images: tuple[Image, ...] = ()
     image_keys: tuple[str, ...] = ()
+    files: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class TrajectoryBuilder:
     versions: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     image_keys: list[str] = field(default_factory=list)
+    files: list[bytes] = field(default_factory=list)
 
     def append_given(self, segment: Segment) -> None:
         """Tokens the policy is shown: mask 0, log-prob 0, version -1."""
@@ -51,6 +54,7 @@ class TrajectoryBuilder:
         self.versions += [-1] * count
         self.images += segment.images
         self.image_keys += segment.image_keys
+        self.files += segment.files
 
     def append_sampled(self, completion: Completion) -> None:
         """Tokens the policy chose, stop token included: mask 1. Raises ValueError if a log-prob is missing."""

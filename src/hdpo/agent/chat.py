@@ -173,23 +173,23 @@ class ChatFormat:
             raise ModelError(f"the image processor makes {counts} tokens of images that hold {expected} placeholders")
         return Vision(output["pixel_values"].split(grid.prod(-1).tolist()), grid)
 
-    def segment(self, compact_ids: list[int], images: Sequence[Image]) -> Segment:
+    def segment(self, compact_ids: list[int], images: Sequence[Image], files: Sequence[bytes] = ()) -> Segment:
         """Expand the k-th placeholder to the k-th image's token count."""
         counts = iter([num_image_tokens(image.size, self.factor) for image in images])
         pad, expanded = self.image_token_id, []
         for token in compact_ids:
             expanded += [pad] * next(counts) if token == pad else [token]
-        return Segment(compact_ids, expanded, tuple(images), tuple(content_key(image) for image in images))
+        return Segment(compact_ids, expanded, tuple(images), tuple(content_key(image) for image in images), tuple(files))
 
     # -- what the policy is given -----------------------------------------------------------------------------------
 
-    def prompt(self, messages: Sequence[dict[str, str]], images: Sequence[Image]) -> Segment:
+    def prompt(self, messages: Sequence[dict[str, str]], images: Sequence[Image], files: Sequence[bytes] = ()) -> Segment:
         """Render the chat template with generation prompt; the k-th `<image>` of the user messages is images[k].
 
         Raises DataError if markers and images differ in number or a message holds control tokens.
         """
         ids = self.prompt_ids(messages, [image.size for image in images])
-        return self.segment(ids, [self.bound(image) for image in images])
+        return self.segment(ids, [self.bound(image) for image in images], files)
 
     def prompt_length(self, messages: Sequence[dict[str, str]], sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of `prompt` with images expanded, from the original (width, height) of each image alone."""
@@ -229,7 +229,8 @@ class ChatFormat:
             if word in content:
                 raise DataError(f"a message holds the control token {word}")
 
-    def observation(self, text: str, images: Sequence[Image], max_tokens: int, max_images: int | None = None) -> Segment:
+    def observation(self, text: str, images: Sequence[Image], max_tokens: int, max_images: int | None = None,
+                    files: Sequence[bytes] = ()) -> Segment:
         """A tool's answer as the next user turn, closing the turn before and opening the next (the reference's wrapper).
 
         At most `max_tokens` tokens with images expanded, wrapper not counted, and `max_images` images. One rule: text
@@ -239,7 +240,8 @@ class ChatFormat:
         control, vision or tool-call token.
         """
         compact, seen = self.observation_ids(text, [image.size for image in images], max_tokens, max_images)
-        return self.segment(compact, [resized(image, size) for image, size in zip(images, seen) if size])
+        return self.segment(compact, [resized(image, size) for image, size in zip(images, seen) if size],
+                            [file for file, size in zip(files, seen) if size])
 
     def observation_ids(self, text: str, sizes: Sequence[tuple[int, int]], max_tokens: int,
                         max_images: int | None = None) -> tuple[list[int], list[tuple[int, int] | None]]:

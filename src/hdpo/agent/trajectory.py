@@ -69,7 +69,8 @@ class Live:
             task=self.task, index=self.key.prompt, sample_index=self.key.sample, token_ids=builder.token_ids,
             mask=builder.mask, log_probs=builder.log_probs, prompt_length=self.prompt_length, images=tuple(builder.images),
             calls=tuple(self.calls), end=end, turns=tuple(self.turns), weight_version=weight_version,
-            seconds=self.played, error=self.error, image_keys=tuple(builder.image_keys), versions=builder.versions)
+            seconds=self.played, error=self.error, image_keys=tuple(builder.image_keys), versions=builder.versions,
+            files=tuple(builder.files))
 
     def carried(self, weight_version: int) -> Carried:
         """What goes on in the next step; this trajectory is not to be played any more."""
@@ -80,7 +81,7 @@ class Live:
         """A carried trajectory, to be played on. The record stays as it is."""
         past = carried.so_far
         builder = TrajectoryBuilder(list(carried.compact_ids), list(past.token_ids), list(past.mask), list(past.log_probs),
-                                    list(past.versions), list(past.images), list(past.image_keys))
+                                    list(past.versions), list(past.images), list(past.image_keys), list(past.files))
         return cls(Key(past.index, past.sample_index), carried.session, past.task, builder=builder,
                    prompt_length=past.prompt_length, calls=list(past.calls), turns=list(past.turns), begun=carried.begun,
                    before=past.seconds)
@@ -97,7 +98,7 @@ class Player:
         """Decoded and tokenised once for all rollouts of the task; why not, for a task that cannot be shown."""
         def make() -> Segment:
             images = [decode_image(data, f"image {i} of task {task.id}") for i, data in enumerate(task.images)]
-            return self._chat.prompt(task.messages, images)
+            return self._chat.prompt(task.messages, images, task.images)
         try:
             return await self._in_pool(make)
         except DataError as exc:
@@ -210,15 +211,16 @@ class Player:
         return None
 
     def _observation(self, outcome: ToolOutcome, max_images: int) -> Segment:
-        text, images = outcome.call.observation, []
+        text, images, files = outcome.call.observation, [], []
         places = text.count(IMAGE_MARKER) == len(outcome.images)
         for i, data in enumerate(outcome.images):
             try:
                 images.append(decode_image(data, f"image {i + 1}", TOOL_PIXELS))
+                files.append(data)
             except DataError as exc:
                 oddities.count("image/tool")
                 if places:      # the others keep theirs
                     *before, after = text.split(IMAGE_MARKER, len(images) + 1)
                     text = IMAGE_MARKER.join(before) + after
                 text += f"\n[{exc}]"
-        return self._chat.observation(text, images, self._config.max_observation_tokens, max_images)
+        return self._chat.observation(text, images, self._config.max_observation_tokens, max_images, files)

@@ -38,8 +38,8 @@ class RunConfig(Section):
         "after which the run stops, seconds.")
 
     spool_gib: NonNegativeFloat = Field(
-        50.0, description="Size of the rollouts kept for a resume, GiB over all ranks; beyond it none are kept until the next "
-        "checkpoint; 0 is no limit.")
+        50.0, description="Size of the rollouts kept for a resume, GiB over all ranks; beyond it the run goes on and keeps none "
+        "until the next checkpoint lets go of the steps it covers; 0 is no limit.")
 
     @property
     def path(self) -> Path:
@@ -264,8 +264,8 @@ class LogConfig(Section):
     wandb: bool = Field(False, description="Log to Weights & Biases too (WANDB_API_KEY).")
     rollouts_every: Number = Field(1, description="Steps between rollout dumps; 0 writes none.")
     rollouts_gib: NonNegativeFloat = Field(
-        50.0, description="Size of all rollout dumps, GiB; where a dump's share is too small, later groups go without pictures, "
-        "then altogether; 0 is no limit.")
+        50.0, description="Size of all rollout dumps, GiB, shared equally by the dumps to come; where a dump's share is too "
+        "small, later groups go without pictures, then altogether, and the run goes on; 0 is no limit.")
     samples: Number = Field(4, description="Trajectories shown in TensorBoard and in the report per step.")
 
 

@@ -94,7 +94,7 @@ class _Tasks(_Reader):
         name, source = self.rows.name(index), row.get("data_source")
         task = Task(name, row_text(str(source or "unknown")), messages, images, checked_truth(row["reward_model"]),
                     checked_extra(row.get("extra_info")))
-        return replace(task, id=task.row_index or name)
+        return replace(task, id=task.row_index or name, row=index)
 
     def settings(self) -> list[Any]:
         return ["task", self.chat.fingerprint, self.config.max_prompt_tokens, self.config.insert_markers, self.max_images]

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 GIB, MIB = 2**30, 2**20
 PROCESS = 3 * GIB           # a rank's own: interpreter, torch, CUDA, vLLM, without the libraries that ranks share
 SESSION = 24 * MIB          # a Python session in its sandbox: 9 when it starts, 10 to 250 with pictures it works on
-SERVED = 8 * MIB            # what the tool server keeps of a live trajectory: its picture, its last reply
+SERVED = 1 * MIB            # what the tool server keeps of a live trajectory; pictures and replies are files
 CROPS = 2_000_000           # pixels of the pictures that tools return to one rollout
-PIXEL_BYTES = 3 + 3         # decoded, and as the patches of the trainer
+PIXEL_BYTES = 3 + 3 + 1     # decoded, as the patches of the trainer, and the file it came as
 TOKEN_BYTES = 64            # of a trajectory's lists
 GRAPHS = 3 * GIB // 2       # vLLM's pool for decode steps of up to 256 sequences
 

@@ -7,6 +7,9 @@ checkpoint, which are those that sampled the step's rollouts, and takes what it 
 taken as a whole from its spool, the same update follows and the next step's spool is good too (to the rounding of that
 update); after a step for which anything was sampled, later spools are discarded.
 
+Pictures of rows, and boxes of them that a tool cut out, are in the data already: a spool refers to them (records.py). A rollout
+whose row holds another picture when a run goes on is sampled again.
+
 Beyond run.spool_gib, of which each rank has an equal share, nothing more is kept until a checkpoint lets steps go: later
 steps without those before are of no use, so it is the first ones that stay.
 
@@ -30,6 +33,7 @@ from typing import Any, cast
 from hdpo.config import Config
 from hdpo.ranks.world import World
 from hdpo.state.folders import newest_step, numbered, step_of
+from hdpo.state.origins import RowPictures
 from hdpo.state.records import RecordFile, Records
 from hdpo.state.same_run import MAY_CHANGE, MUST_STAY, content_of, flat_settings
 from hdpo.types import Carried, Trajectory
@@ -106,7 +110,7 @@ class Spool:
 def spooled(config: Config, step: int, content: Mapping[str, str] | None = None) -> Records:
     """The rollouts of a step that are on the disk and were sampled under this configuration, from the same rows."""
     content = content_of(config) if content is None else content
-    return Records(_step_folder(config.run.path, step).glob("*.spool"), _header(config, step, content))
+    return Records(_step_folder(config.run.path, step).glob("*.spool"), _header(config, step, content), RowPictures(config.data))
 
 
 def _step_folder(run: Path, step: int) -> Path:
@@ -163,7 +167,7 @@ class _Writer:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("wb") as file:
-            records = RecordFile(file, self._header)
+            records = RecordFile(file, self._header, refers=True)
             item: _Item | None = first
             while item is not None:
                 if file.tell() < self._room:

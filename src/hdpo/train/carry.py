@@ -20,7 +20,7 @@ from hdpo.agent.carry import Carry, Held
 from hdpo.agent.queue import PromptQueue
 from hdpo.state.records import RecordFile, Records
 from hdpo.train.collect import Collector, Scored, score_groups
-from hdpo.types import Task, Trajectory
+from hdpo.types import Carried, Task, Trajectory
 
 FILES = "carried_*.spool"
 """Of a checkpoint's trainer/ folder: one per rank, and any number of ranks may go on with them."""
@@ -158,10 +158,9 @@ class Carrying(Collector):
         return {index: replace(found, done={**found.done, **groups[index].done}) for index, found in replayed.items()}
 
     def _group(self, records: Records, index: int, task: Task) -> Held:
-        keys = [(index, sample) for sample in range(self._config.rollout.group_size) if (index, sample) in records]
-        going = {key[1]: records[key] for key in keys if key in records.carried}
-        done = {key[1]: records[key] for key in keys if key not in records.carried}
-        return Held(index, task, done, going)   # type: ignore[arg-type]   # records tell them apart
+        found = {sample: records.get((index, sample)) for sample in range(self._config.rollout.group_size)}
+        return Held(index, task, {sample: one for sample, one in found.items() if isinstance(one, Trajectory)},
+                    {sample: one for sample, one in found.items() if isinstance(one, Carried)})
 
     def _note_carried(self, trained: Sequence[tuple[Trajectory, ...]], step: int) -> None:
         """How much of what is trained was sampled by earlier weights, what waits, and whether lengths are those of all."""

@@ -1,6 +1,7 @@
 """One place that tells a run's story: progress line, metrics.jsonl, TensorBoard, rollout dumps."""
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ from hdpo.train.rollout_metrics import rollout_rows, rollout_scalars, silence
 from hdpo.train.seen import Seen
 from hdpo.train.timeline import Spans, Timeline
 from hdpo.types import RewardedGroup
+
+log = logging.getLogger(__name__)
 
 SHOWN_IMAGES, SHOWN_SIDE = 8, 768
 """Of a trajectory in TensorBoard: at most so many pictures, none longer than so many pixels."""
@@ -106,7 +109,7 @@ class RunLog(Metrics):
         return scalars
 
     def finish(self) -> None:
-        """Wait until the last step's dump is on the disk; raises what kept it from being written."""
+        """Wait until the last step's dump is on the disk; raises what went wrong with it, but for the disk."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -115,7 +118,10 @@ class RunLog(Metrics):
                         trained: Sequence[TrainedRow]) -> None:
         every = self.config.log.rollouts_every
         if every and step % every == 0:
-            self._dumps.write(step, groups, advantages, trained)
+            try:
+                self._dumps.write(step, groups, advantages, trained)
+            except OSError as exc:      # a run goes on without them
+                log.warning("the rollouts of step %d are not kept: %s", step, exc)
         self._show(step, groups)
 
     def _show(self, step: int, groups: Sequence[RewardedGroup]) -> None:
