@@ -179,7 +179,8 @@ class Interpreter:
     def _clear_streams(self) -> None:
         for name, stream in zip(("stdout", "stderr"), self.streams):
             stream.clear()
-            os.ftruncate(stream.fd, 0)
+            if _size(stream.fd):
+                os.ftruncate(stream.fd, 0)
             wrapper = getattr(sys, name)
             if getattr(wrapper, "buffer", None) is not stream or wrapper.closed:   # first cell, or replaced by the last
                 setattr(sys, name, io.TextIOWrapper(stream, "utf-8", errors="replace", line_buffering=True))
@@ -187,7 +188,7 @@ class Interpreter:
     def _collect(self, which: int) -> str:
         stream = self.streams[which]
         _flush((sys.stdout, sys.stderr)[which])
-        size = os.fstat(stream.fd).st_size      # what child processes and C code wrote to the descriptor itself
+        size = _size(stream.fd)      # what child processes and C code wrote to the descriptor itself
         if size:
             stream.write(os.pread(stream.fd, min(size, self.max_output), 0))
             stream.total += max(0, size - self.max_output)
@@ -250,6 +251,14 @@ class Interpreter:
             sys.stderr.write("".join(report.format()))
         except BaseException:  # noqa: B036,B902,BLE001 - e.g. __str__ of the model's exception raises, or memory is gone
             sys.stderr.write(f"{type(exc).__name__} (no details)\n")
+
+
+def _size(fd: int) -> int:
+    """Of a file; 0 where a cell has put something else, or nothing, in its place."""
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    except OSError:
+        return 0
 
 
 def _flush(wrapper: Any) -> None:

@@ -1,6 +1,9 @@
-"""Frames between the tool server and a session: two lengths, a JSON object, then the raw bytes of its blobs.
+"""Frames between the tool server and a session: two lengths, a text of that many bytes, then the raw bytes of its blobs.
 
-    >II  JSON bytes, blob bytes | JSON with "blobs": [length, ...] | blob | blob ...
+    >II  text bytes, blob bytes | text | blob | blob ...
+
+The text of most frames is a JSON object with "blobs": [length, ...]. A cell and its answer, which are what a session's speed
+is made of, are plainer: the cell is its code in UTF-8, the answer as ANSWER says.
 
 Both lengths are checked before anything is read, so a peer can neither exhaust memory nor desynchronise the other end
 by more than its own connection. Standard library only.
@@ -13,8 +16,14 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-HEADER = struct.Struct(">II")
-MAX_JSON = 4 << 20
+HEADER, LENGTH = struct.Struct(">II"), struct.Struct(">I")
+ANSWER = struct.Struct(">BIII")
+"""Begins an answer: OK | ENDS_WITH_VALUE, a bit for each image that was opened, bytes of stdout, number of images; then each
+image's length (>I), stdout, stderr."""
+OK, ENDS_WITH_VALUE = 1, 2
+PROTOCOL = 2
+"""Said by a template, so that an image of another version is noticed at its start: of these frames and the supervisor's bytes."""
+MAX_TEXT = 4 << 20
 MAX_BLOBS = 256 << 20
 AT_ONCE = 1 << 16
 """Bytes asked for before a frame's lengths are known: all of most frames."""
@@ -30,12 +39,12 @@ def pack(message: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
     return b"".join((HEADER.pack(len(text), sum(map(len, blobs))), text, *blobs))
 
 
-def sizes(header: bytes, max_json: int = MAX_JSON, max_blobs: int = MAX_BLOBS) -> tuple[int, int]:
-    """(JSON bytes, blob bytes) a header announces. Raises FrameError beyond the bounds."""
-    json_size, blob_size = HEADER.unpack(header)
-    if json_size > max_json or blob_size > max_blobs:
-        raise FrameError(f"frame of {json_size} + {blob_size} bytes is over the limit of {max_json} + {max_blobs}")
-    return json_size, blob_size
+def sizes(header: bytes, max_text: int = MAX_TEXT, max_blobs: int = MAX_BLOBS) -> tuple[int, int]:
+    """(text bytes, blob bytes) a header announces. Raises FrameError beyond the bounds."""
+    text_size, blob_size = HEADER.unpack(header)
+    if text_size > max_text or blob_size > max_blobs:
+        raise FrameError(f"frame of {text_size} + {blob_size} bytes is over the limit of {max_text} + {max_blobs}")
+    return text_size, blob_size
 
 
 def unpack(text: bytes, payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
@@ -68,16 +77,36 @@ def read_exactly(conn: socket.socket, size: int) -> bytes:
 
 
 def receive(conn: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
-    """Read one frame from a blocking socket, where nothing follows it unasked. Raises EOFError or FrameError."""
+    """Read one frame with a JSON object from a blocking socket. Raises EOFError or FrameError."""
+    return unpack(*_receive(conn))
+
+
+def receive_code(conn: socket.socket) -> str:
+    """Read one cell. Raises EOFError or FrameError."""
+    return _receive(conn)[0].decode("utf-8", "surrogatepass")
+
+
+def _receive(conn: socket.socket) -> tuple[bytes, bytes]:
+    """(text, payload) of one frame, which nothing follows unasked."""
     data = conn.recv(AT_ONCE)
     if len(data) < HEADER.size:
         data += read_exactly(conn, HEADER.size - len(data))
-    json_size, blob_size = sizes(data[:HEADER.size])
-    end = HEADER.size + json_size
+    text_size, blob_size = sizes(data[:HEADER.size])
+    end = HEADER.size + text_size
     if (missing := end + blob_size - len(data)) > 0:
         data += read_exactly(conn, missing)
-    return unpack(data[HEADER.size:end], data[end:])
+    return data[HEADER.size:end], data[end:]
 
 
 def send(conn: socket.socket, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
     conn.sendall(pack(message, blobs))
+
+
+def pack_answer(result: dict[str, Any], images: Sequence[bytes]) -> bytes:
+    """Bytes of the frame that answers a cell; `result` as cell.Interpreter.run gives it."""
+    stdout, stderr = (result[name].encode("utf-8", "replace") for name in ("stdout", "stderr"))
+    flags = result["ok"] * OK | result["ends_with_value"] * ENDS_WITH_VALUE
+    opened = sum(1 << place for place in result["opened"] if place < 32)
+    text = b"".join((
+        ANSWER.pack(flags, opened, len(stdout), len(images)), *(LENGTH.pack(len(image)) for image in images), stdout, stderr))
+    return b"".join((HEADER.pack(len(text), sum(map(len, images))), text, *images))

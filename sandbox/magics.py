@@ -16,6 +16,10 @@ _TIMING = ("%%time", "%%timeit", "%%capture", "%%prun")
 def parse(code: str, name: str) -> tuple[str, ast.Module, list[str]]:
     """(the code that runs, its tree, what to say of each line that does not). Raises SyntaxError when such lines are not all
     that is wrong with it."""
+    try:
+        return code, ast.parse(code, name), []
+    except SyntaxError:
+        pass
     lines, skipped = code.split("\n"), list[str]()
     first = next((i for i, line in enumerate(lines) if line.strip()), 0)
     if lines[first].lstrip().startswith("%%"):

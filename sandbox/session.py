@@ -59,18 +59,17 @@ def move_in(work: str) -> None:
 
 
 def _serve(conn: socket.socket, options: argparse.Namespace) -> None:
-    message, images = frames.receive(conn)
+    _, images = frames.receive(conn)
     interpreter: Interpreter = options.interpreter
     interpreter.begin(images)
     os.close(LOG_FD)
     frames.send(conn, {"status": "ready"})
     while True:
         try:
-            message, _ = frames.receive(conn)
+            code = frames.receive_code(conn)
         except EOFError:
             return
-        result, pngs = interpreter.run(message["code"])
-        frames.send(conn, result, pngs)
+        conn.sendall(frames.pack_answer(*interpreter.run(code)))
 
 
 def log(line: str) -> None:

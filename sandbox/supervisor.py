@@ -2,9 +2,10 @@
 
 It runs outside the session's PID namespace. The client talks to the session itself, over a socket pair of their own; this
 process sees nothing of what they say. Its own connection carries one byte at a time. Orders: INTERRUPT the cell, which is
-acknowledged once the signal is sent; PAUSE, when no cell is running: everything stops, and what was still at work ends;
-RESUME, before the next cell. The connection's end is the order to kill. Said by the supervisor before it hangs up: one of
-the ENDED bytes below, its evidence of how the session ended.
+acknowledged once the signal is sent, by the same byte or by STARVED; PAUSE, when no cell is running: everything stops, and
+what was still at work ends; RESUME, before the next cell; WATCH: the cell is a long one, and at its interrupt it will be asked
+whether it was starved. The connection's end is the order to kill. Said by the supervisor before it hangs up: one of the bytes
+below, its evidence of how the session ended.
 """
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ from typing import Any
 
 import isolation
 from session import log, run_session
+from turns import Turns
 from watch import SUPERVISOR_NICE, Account
 
-INTERRUPT, PAUSE, RESUME = b"i", b"p", b"c"
+INTERRUPT, PAUSE, RESUME, WATCH = b"i", b"p", b"c", b"w"
+STARVED = b"s"           # by others, of processors, for most of its time
 ENDED_ITSELF = b"x"      # by an exit, a crash, or a signal of its own
 OVER_LIMIT = b"m"        # killed: it held more memory than it may
 CROWDED_OUT = b"n"       # killed within its limit, because the memory for all sessions was used up
@@ -45,6 +48,7 @@ class Supervisor:
         self.private = "namespaces" in options.controls
         self.pid = 0
         self.verdict = b""
+        self.turns: Turns | None = None      # of a long cell
 
     def run(self) -> None:
         self.work = self.options.work if self.private else tempfile.mkdtemp(prefix="session-", dir=self.options.work)
@@ -93,10 +97,13 @@ class Supervisor:
             if ready:
                 order = self.client.recv(1)
                 if order == INTERRUPT:
+                    starved = self.turns is not None and self.turns.starved()
                     os.kill(self.pid, signal.SIGINT)
-                    self.client.sendall(INTERRUPT)
+                    self.client.sendall(STARVED if starved else INTERRUPT)
+                elif order == WATCH:
+                    self.turns = Turns(self.account)
                 elif order == PAUSE:
-                    pause = None
+                    pause, self.turns = None, None
                     if not self.account.stop():
                         self.verdict = ENDED_ITSELF
                 elif order == RESUME:
@@ -116,6 +123,8 @@ class Supervisor:
         processes = self.account.processes()
         self.account.share_fairly(processes)
         self.account.count(processes)
+        if self.turns is not None:
+            self.turns.look(processes)
         if self.group >= 0 and self.account.large(processes):      # the way there takes the kernel longer than most sessions live
             self.account.enter(self.group)
             self.group = -1

@@ -1,8 +1,9 @@
 """System calls that a session may not make, as a seccomp filter. Standard library and libc only.
 
 Denied is what changes the kernel, its mounts or other processes; what two sessions could meet by (unix sockets with
-addresses, notifications about and locks on shared files); and what holds memory, or a quota of the machine's user, beside the
-processes whose memory is counted (memfds, System V and POSIX queues, asynchronous I/O).
+addresses, notifications about and locks on shared files); what holds memory, or a quota of the machine's user, beside the
+processes whose memory is counted (memfds, System V and POSIX queues, asynchronous I/O); and what changes a thread's place in
+the queue for processors, by which a session would seem to be kept waiting by others (turns.py).
 """
 from __future__ import annotations
 
@@ -33,6 +34,9 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     # memory that no process shows
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186),
     "semget": (64, 190), "mq_open": (240, 180), "io_setup": (206, 0),
+    # a place in the queue for processors
+    "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine -> (column above, number of the audit subsystem)."""

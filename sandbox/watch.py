@@ -11,15 +11,15 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-TICKS = os.sysconf("SC_CLK_TCK")
+from processes import TICKS, Below, Process
+
 SOCKET_BYTES, PIPE_BYTES = 256 << 10, 64 << 10
 """What the kernel holds for a full socket and a full pipe."""
 NICE, SUPERVISOR_NICE = 4, -10
 """Of a session at its start, and of its supervisor where that is permitted: it must get to look."""
+LEVELS = ((0.3, NICE), (1.0, NICE + 3), (3.0, NICE + 6), (10.0, NICE + 10), (math.inf, NICE + 14))
+"""(processor time that a session has used, seconds, up to which this is its niceness). A cell that spins is soon behind."""
 AT_WORK, AT_REST = 1000, 600
 """How readily the kernel ends a session when memory runs out: one at work before all that are not. The template's is 500
 in a container."""
@@ -32,18 +32,6 @@ TIGHT_BYTES = 1 << 30
 GROWN_BYTES = 16 << 20
 """Growth since the cell began that a shortage of memory can be put down to."""
 _SHARED = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .s\S* \S+ (\S+ \d+) +(?:/dev/zero|/memfd|/SYSV)", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Process:
-    """A line of /proc: identity, state letter, clock ticks used, threads, bytes resident and mapped."""
-
-    pid: int
-    state: str
-    ticks: int
-    threads: int
-    resident: int
-    mapped: int
 
 
 class Group:
@@ -87,67 +75,20 @@ class Room(Group):
         return int(found[1]) << 10 if found else TIGHT_BYTES
 
 
-class Account:
+class Account(Below):
     """The processes below this one, a supervisor, and what they hold.
 
     `limit` is in bytes; at `folders` the session will have file systems in memory. Made before it mounts any.
     """
 
     def __init__(self, limit: int, folders: list[str], room: Room) -> None:
+        super().__init__()
         self.limit, self.room, self.group = limit, room, Group()
         self.folders = {folder: os.stat(folder).st_dev for folder in folders}      # of the machine, until the session has its own
-        self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
         self.memory = self.started_with = 0
         self._nice: dict[int, int] = {}
 
-    # -- processes ---------------------------------------------------------------------------------------------------
-    def processes(self) -> list[Process]:
-        """All that is alive, the session's first process first."""
-        found, waiting = [], [os.getpid()]
-        while waiting:
-            for pid in self._children(waiting.pop()):
-                process = self._process(pid)
-                waiting.append(pid)
-                if process is not None and process.state not in "ZX":
-                    found.append(process)
-        return found
-
-    def _children(self, pid: int) -> Iterator[int]:
-        for task in self._list(f"{pid}/task"):
-            yield from map(int, self._text(f"{pid}/task/{task}/children").split())
-
-    def _process(self, pid: int) -> Process | None:
-        fields = self._text(f"{pid}/stat").rpartition(b")")[2].split()
-        if len(fields) < 22:
-            return None
-        return Process(pid, fields[0].decode(), int(fields[11]) + int(fields[12]) + int(fields[13]) + int(fields[14]),
-                       int(fields[17]), int(fields[21]) * PAGE, int(fields[20]))
-
-    def _list(self, path: str) -> list[str]:
-        try:
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.proc)
-        except OSError:
-            return []
-        try:
-            return os.listdir(folder)
-        except OSError:
-            return []
-        finally:
-            os.close(folder)
-
-    def _text(self, path: str) -> bytes:
-        """A file of /proc; empty when its process is gone, or may not be looked at."""
-        try:
-            fd = os.open(path, os.O_RDONLY, dir_fd=self.proc)
-        except OSError:
-            return b""
-        try:
-            return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
-        except OSError:
-            return b""
-        finally:
-            os.close(fd)
-
+    # -- memory ------------------------------------------------------------------------------------------------------
     def enter(self, procs: int) -> None:
         """Put all into the control group whose open cgroup.procs this is; it counts from now on. Takes the kernel 20 ms."""
         inside: set[int] = set()
@@ -167,7 +108,6 @@ class Account:
             os.close(procs)
         self.group = _group_in(text.decode())
 
-    # -- memory ------------------------------------------------------------------------------------------------------
     def count(self, processes: list[Process]) -> int:
         """Bytes the session holds, into `memory`. Exact only where a cheap upper bound is over the limit."""
         if self.group.limit:
@@ -241,7 +181,7 @@ class Account:
         if not processes:
             return
         seconds = sum(process.ticks for process in processes) / TICKS
-        first = NICE if seconds < 2 else NICE + 5 if seconds < 8 else NICE + 10
+        first = next(level for limit, level in LEVELS if seconds < limit)
         tasks = sum(process.threads for process in processes)
         rest = min(19, first + round(math.log(max(1, tasks - 1), 1.25)))
         levels = {processes[0].pid: first}

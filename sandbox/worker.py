@@ -14,9 +14,8 @@ maybe a control group to join.
 When the connection ends, the template ends, and everything with it. When the client hangs up a control socket, for
 whatever reason, that session is killed.
 
-Conversation, in frames: {"op": "open"} + images -> {"status": "ready"}; then any number of {"op": "run", "code"} ->
-{"ok", "stdout", "stderr", "ends_with_value", "opened"} + PNG files, which
-the client must treat as hostile. The clock is the client's too.
+Conversation, in frames: {"op": "open"} + images -> {"status": "ready"}; then any number of cells, each answered by what it
+did and PNG files, which the client must treat as hostile. The clock is the client's too.
 """
 from __future__ import annotations
 
@@ -32,9 +31,10 @@ import sys
 import frames
 import isolation
 from cell import Capture, Interpreter, reap
+from processes import PAGE
 from session import own_environment
 from supervisor import Supervisor, run_in_fork
-from watch import PAGE, Room
+from watch import Room
 
 NO_PROCESS = b"f"
 """Said on a session's control socket instead of a supervisor's words: the system refused the fork."""
@@ -75,7 +75,7 @@ def rehearse() -> None:
     interpreter.streams = Capture(1 << 16, os.memfd_create("out")), Capture(1 << 16, os.memfd_create("err"))
     for code in ["1 + 1", "print('x')", "1 / 0", "import io\nImage.new('RGB', (2, 2)).save(io.BytesIO(), 'PNG')"] * 10:
         result, images = interpreter.run(code)
-        frames.unpack(frames.pack(result, images)[frames.HEADER.size:], b"")
+        frames.pack_answer(result, images)
     for stream in interpreter.streams:
         os.close(stream.fd)
     sys.modules["__main__"], sys.stdout, sys.stderr = kept
@@ -98,7 +98,7 @@ class Template:
         poll = select.poll()
         poll.register(self.lifeline, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
-        frames.send(self.lifeline, {"status": "ready", "controls": self.options.controls})
+        frames.send(self.lifeline, {"status": "ready", "protocol": frames.PROTOCOL, "controls": self.options.controls})
         while True:
             for fd, _ in poll.poll():
                 if fd == wake_read.fileno():

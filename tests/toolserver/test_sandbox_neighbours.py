@@ -10,14 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from test_sandbox import Box, Session
 from tool_server import until
 
-from hdpo.toolserver.blame import Blame, who_ended
 from hdpo.toolserver.owner import OwnedFolder, reap_folders
 from hdpo.toolserver.sessions import SandboxError, SessionLostError
 
@@ -224,24 +222,3 @@ def test_folders_are_removed_when_their_owner_has_ended_and_not_before(tmp_path:
     reap_folders("process")
     assert list(tmp_path.iterdir()) == [mine.path]
     mine.remove()
-
-
-@pytest.mark.parametrize("seen, blame", [
-    ({"evidence": b"x"}, Blame.POLICY),                                # exit, crash, its own signal
-    ({"evidence": b"m"}, Blame.POLICY),                                # its own limit
-    ({"evidence": b"", "late": True}, Blame.POLICY),                   # time, and not to be interrupted
-    ({"evidence": b"", "alone": True}, Blame.POLICY),                  # nobody else could have
-    ({"evidence": b"n"}, Blame.OURS),                                  # neighbours
-    ({"evidence": b"n", "alone": True}, Blame.OURS),
-    ({"evidence": b"", "template_ended": True}, Blame.OURS),           # the engine
-    ({"evidence": b"k", "template_ended": True}, Blame.OURS),
-    ({"evidence": b"", "template_ended": True, "alone": True}, Blame.OURS),
-    ({"evidence": b"x", "template_ended": True}, Blame.POLICY),        # it had ended before
-    ({"evidence": b"", "abandoned": True}, Blame.OURS),                # the server
-    ({"evidence": b"x", "abandoned": True}, Blame.OURS),
-    ({"evidence": b"k"}, Blame.UNKNOWN),
-    ({"evidence": b""}, Blame.UNKNOWN),
-    ({"evidence": b"?"}, Blame.UNKNOWN),
-], ids=str)
-def test_who_is_charged_for_the_end_of_a_session(seen: dict[str, Any], blame: Blame) -> None:
-    assert who_ended(**seen)[0] is blame

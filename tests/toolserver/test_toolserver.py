@@ -203,7 +203,7 @@ def test_a_trajectory_id_is_never_a_path(server: ToolServer, tmp_path: Path) -> 
 
 
 def test_a_timeout_says_so_and_keeps_the_variables(server: ToolServer) -> None:
-    _, slow, after = server.talk(python("kept = 7"), python("while True: pass"), python("kept"))
+    _, slow, after = server.talk(python("kept = 7"), python("import time; time.sleep(60)"), python("kept"))
     assert "timed out after 3 s" in slow.text and not slow.ok and slow.metrics["timed_out"]
     assert "7" in after.text
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 import enum
 
 ENDED_ITSELF, OVER_LIMIT, CROWDED_OUT, KILLED, NO_PROCESS = b"x", b"m", b"n", b"k", b"f"
+INTERRUPTED, STARVED = b"i", b"s"
+"""What a supervisor says of a cell whose time is up."""
 
 
 class Blame(enum.Enum):
@@ -14,18 +16,16 @@ class Blame(enum.Enum):
     UNKNOWN = "unknown"
 
 
-def who_ended(evidence: bytes, *, template_ended: bool = False, abandoned: bool = False, late: bool = False,
+def who_ended(evidence: bytes, *, template_ended: bool = False, abandoned: bool = False,
               alone: bool = False) -> tuple[Blame, str]:
     """(whose doing, how it ended: empty where its code simply ended it).
 
     `evidence` is the supervisor's last word, empty when it had none; `template_ended`: everything ended at that time;
-    `abandoned`: nobody waited for its cell any more; `late`: its cell had used up its time; `alone`: nobody's code but the
-    session's own runs where its supervisor does.
+    `abandoned`: nobody waited for its cell any more; `alone`: nobody's code but the session's own runs where its supervisor
+    does.
     """
     if abandoned:
         return Blame.OURS, "its last cell took longer than the server waits"
-    if late:
-        return Blame.POLICY, "its cell could not be interrupted at its time limit"
     if evidence == ENDED_ITSELF:
         return Blame.POLICY, ""
     if evidence == OVER_LIMIT:
@@ -37,3 +37,17 @@ def who_ended(evidence: bytes, *, template_ended: bool = False, abandoned: bool 
     if evidence == KILLED:
         return Blame.UNKNOWN, "it was killed from outside"
     return (Blame.POLICY, "its code ended its supervisor") if alone else (Blame.UNKNOWN, "it ended without a word")
+
+
+def who_took_the_time(said: bytes | None, alone: bool = False) -> tuple[Blame, str]:
+    """(whose doing, why) of a cell that was not done at its time limit.
+
+    `said`: its supervisor's word at the interrupt, empty when it was gone, None when it had none; `alone` as above.
+    """
+    if said == INTERRUPTED:
+        return Blame.POLICY, "it ran, slept or waited for something of its own"
+    if said == STARVED:
+        return Blame.OURS, "the processors were taken by others for most of its cell's time"
+    if said == b"" and alone:
+        return Blame.POLICY, "its code ended its supervisor"
+    return Blame.UNKNOWN, "its cell could not be interrupted at its time limit, and nobody can say why"

@@ -9,10 +9,15 @@ import asyncio
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-HEADER = struct.Struct(">II")
-MAX_JSON, MAX_BLOBS = 4 << 20, 64 << 20
+HEADER, ANSWER = struct.Struct(">II"), struct.Struct(">BIII")
+PROTOCOL = 2
+OK, ENDS_WITH_VALUE = 1, 2
+MAX_TEXT, MAX_BLOBS = 4 << 20, 64 << 20
+MAX_IMAGES = 64
+"""In an answer, kept or not."""
 MAX_IMAGE_PIXELS = 4096 * 4096
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -21,39 +26,68 @@ class FrameError(Exception):
     """The other end broke the protocol."""
 
 
-def pack(message: dict[str, Any], blobs: Sequence[bytes] = ()) -> list[bytes]:
-    text = json.dumps({**message, "blobs": [len(blob) for blob in blobs]}).encode()
-    return [HEADER.pack(len(text), sum(map(len, blobs))) + text, *blobs]
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a session says of a cell. `opened` has a bit for each image that was opened."""
+
+    stdout: str
+    stderr: str
+    images: list[bytes]
+    ok: bool
+    ends_with_value: bool
+    opened: int
+
+
+def pack(message: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
+    """The text of a frame with a JSON object."""
+    return json.dumps({**message, "blobs": [len(blob) for blob in blobs]}).encode()
+
+
+def read_answer(text: bytes, payload: bytes) -> Answer:
+    """Raises FrameError."""
+    if len(text) < ANSWER.size:
+        raise FrameError("no answer")
+    flags, opened, stdout, images = ANSWER.unpack_from(text)
+    middle = ANSWER.size + 4 * images
+    if images > MAX_IMAGES or middle + stdout > len(text):
+        raise FrameError("an answer's lengths do not add up")
+    lengths = struct.unpack_from(f">{images}I", text, ANSWER.size)
+    if flags & ~(OK | ENDS_WITH_VALUE) or sum(lengths) != len(payload):
+        raise FrameError("an answer's images do not add up")
+    stderr = text[middle + stdout:].decode("utf-8", "replace")
+    return Answer(text[middle:middle + stdout].decode("utf-8", "replace"), stderr, _cut(payload, lengths), bool(flags & OK),
+                  bool(flags & ENDS_WITH_VALUE), opened)
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], list[bytes]]:
     """One frame of an untrusted peer. Raises FrameError, or IncompleteReadError when it hung up."""
     header = await reader.readexactly(HEADER.size)
-    json_size, blob_size = _sizes(header)
-    return _unpack(await reader.readexactly(json_size), await reader.readexactly(blob_size))
+    text_size, blob_size = _sizes(header)
+    return unpack(await reader.readexactly(text_size), await reader.readexactly(blob_size))
 
 
-def _complete(data: bytearray) -> tuple[dict[str, Any], list[bytes]] | None:
-    """The frame that `data` is, None while some of it is missing. Raises FrameError also for what lies beyond it."""
+def _complete(data: bytes | bytearray) -> tuple[bytes, bytes] | None:
+    """(text, payload) of the frame that `data` is, None while some of it is missing. Raises FrameError also for what
+    lies beyond it."""
     if len(data) < HEADER.size:
         return None
-    json_size, blob_size = _sizes(data[:HEADER.size])
-    end = HEADER.size + json_size
+    text_size, blob_size = _sizes(data[:HEADER.size])
+    end = HEADER.size + text_size
     if len(data) < end + blob_size:
         return None
     if len(data) > end + blob_size:
         raise FrameError("more than one answer")
-    return _unpack(bytes(data[HEADER.size:end]), bytes(data[end:]))
+    return bytes(data[HEADER.size:end]), bytes(data[end:])
 
 
 def _sizes(header: bytes | bytearray) -> tuple[int, int]:
-    json_size, blob_size = HEADER.unpack(header)
-    if json_size > MAX_JSON or blob_size > MAX_BLOBS:
-        raise FrameError(f"frame of {json_size} + {blob_size} bytes")
-    return json_size, blob_size
+    text_size, blob_size = HEADER.unpack(header)
+    if text_size > MAX_TEXT or blob_size > MAX_BLOBS:
+        raise FrameError(f"frame of {text_size} + {blob_size} bytes")
+    return text_size, blob_size
 
 
-def _unpack(text: bytes, payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
+def unpack(text: bytes, payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
     try:
         message = json.loads(text)
     except (ValueError, RecursionError) as exc:
@@ -61,11 +95,15 @@ def _unpack(text: bytes, payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
     lengths = message.get("blobs") if isinstance(message, dict) else None
     if not isinstance(lengths, list) or not all(type(n) is int and n >= 0 for n in lengths) or sum(lengths) != len(payload):
         raise FrameError("blob lengths do not add up")
+    return message, _cut(payload, lengths)
+
+
+def _cut(payload: bytes, lengths: Sequence[int]) -> list[bytes]:
     blobs, start = [], 0
     for length in lengths:
         blobs.append(payload[start:start + length])
         start += length
-    return message, blobs
+    return blobs
 
 
 def is_bounded_png(data: bytes) -> bool:
@@ -87,7 +125,7 @@ class Conversation(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[tuple[dict[str, Any], list[bytes]]] | None = None
+        self._answer: asyncio.Future[tuple[bytes, bytes]] | None = None
         self._data = bytearray()
 
     @property
@@ -99,13 +137,14 @@ class Conversation(asyncio.Protocol):
         """Whether an answer is still to come."""
         return self._answer is not None
 
-    async def ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
-        """The answer to one frame. Raises EOFError or FrameError; the conversation is over then."""
+    async def ask(self, text: bytes, blobs: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
+        """(text, payload) of the answer to one frame. Raises EOFError or FrameError; the conversation is over then."""
         if self._transport is None or self._transport.is_closing():
             raise EOFError("the session is gone")
         self._answer = asyncio.get_running_loop().create_future()
-        for part in pack(message, blobs):
-            self._transport.write(part)
+        self._transport.write(HEADER.pack(len(text), sum(map(len, blobs))) + text)
+        for blob in blobs:
+            self._transport.write(blob)
         return await self._answer
 
     def close(self) -> None:
@@ -117,10 +156,10 @@ class Conversation(asyncio.Protocol):
         self._transport = transport   # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        self._data += data
         try:
             if self._answer is None:
                 raise FrameError("spoke out of turn")
+            self._data += data
             if (frame := _complete(self._data)) is None:
                 return
         except FrameError as exc:

@@ -11,10 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from hdpo import oddities, text
+from hdpo import oddities
 from hdpo.toolserver.blame import ENDED_ITSELF, NO_PROCESS
 from hdpo.toolserver.cgroups import SessionGroups
-from hdpo.toolserver.sandbox_frames import Conversation, FrameError, is_bounded_png, read_frame
+from hdpo.toolserver.sandbox_frames import (
+    PROTOCOL,
+    Answer,
+    Conversation,
+    FrameError,
+    is_bounded_png,
+    pack,
+    read_answer,
+    read_frame,
+    unpack,
+)
 from hdpo.toolserver.sessions import CellResult, SandboxError
 
 MAX_TEXT_CHARS = 70_000
@@ -22,15 +32,19 @@ MAX_IMAGES = 16
 OPEN_TIMEOUT_S = 60.0
 INTERRUPT_GRACE_S = 0.45
 """Time for an interrupted cell to answer before its session is killed, seconds; subprocess.run alone takes 0.25 of it."""
-ACKNOWLEDGE_S = 5.0
-"""Time for a supervisor to confirm that it has interrupted, seconds."""
+ACKNOWLEDGE_S, ASK_AGAIN_S = 5.0, 0.05
+"""Time for a supervisor to confirm that it has interrupted, and between two looks whether it has, seconds."""
+LONG_S = 1.0
+"""A cell that runs for longer is watched by its supervisor, which then knows at the limit whether it was starved, seconds."""
 TOGETHER_S = 0.1
 """A template that died with its session is known to have done so within this time, seconds."""
 EVIDENCE_S = 10.0
 """Time for a supervisor to say how its session ended, seconds. One that is there and silent has a session that hung up."""
 REST_S = 0.1
 """Time after a cell at which its session is stopped until the next one, seconds."""
-INTERRUPT, PAUSE, RESUME = b"i", b"p", b"c"
+INTERRUPT, PAUSE, RESUME, WATCH = b"i", b"p", b"c", b"w"
+ORDERS = b"is"
+"""What a supervisor says while its session lives: acknowledgements."""
 
 
 class SessionLink:
@@ -38,13 +52,13 @@ class SessionLink:
 
     def __init__(self, control: socket.socket, talk: Conversation) -> None:
         self._control, self._talk = control, talk
-        self._interrupted = False
-        self._paused = False
-        self._used = 0.0
+        self._paused = self._running = self._long = self._interrupted = False
+        self._used = 0.0                       # when the last cell ended; of the present one:
+        self._long_from = self._deadline = self._patience = 0.0
+        self.said: bytes | None = None         # the supervisor's word at the interrupt; empty when it hung up instead
         self._evidence: bytes | None = None
         self.abandoned = False         # ended because nobody waited for its cell any more
-        self._timer: asyncio.TimerHandle
-        self._pause_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._leave: Callable[[], None] | None = None
 
     @classmethod
@@ -60,7 +74,7 @@ class SessionLink:
                 with their_control, theirs:
                     link._leave = await template.fork(their_control, theirs)
                 await loop.create_connection(lambda: talk, sock=ours)
-                message, _ = await talk.ask({"op": "open"}, images)
+                message, _ = unpack(*await talk.ask(pack({"op": "open"}, images), images))
             if message.get("status") != "ready":
                 raise FrameError("no ready message")
             link._rest()
@@ -80,22 +94,20 @@ class SessionLink:
 
     async def run(self, code: str, timeout_s: float) -> tuple[str, CellResult]:
         """(status, result); after any status but "ok" and "interrupted" the session is gone and the link closed."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        self._interrupted = False
+        now = asyncio.get_running_loop().time()
+        self._long_from, self._deadline = now + LONG_S, now + timeout_s
+        self._running, self._long, self._interrupted, self.said = True, False, False, None
         if self._paused:
             self._order(RESUME)
             self._paused = False
-        self._timer = loop.call_at(deadline, self._interrupt)
+        self._wake_at(min(self._long_from, self._deadline))
         try:
-            message, blobs = await self._talk.ask({"op": "run", "code": code})
-            result = _result(message, blobs, self._interrupted)
+            result = _result(read_answer(*await self._talk.ask(code.encode("utf-8", "surrogatepass"))), self._interrupted)
             if self._interrupted:       # the signal must be behind us before another cell can begin
-                async with asyncio.timeout(ACKNOWLEDGE_S):
-                    await loop.sock_recv(self._control, 1)
+                await self._acknowledged()
             return "interrupted" if self._interrupted else "ok", result
         except (OSError, EOFError, FrameError) as exc:
-            late = loop.time() >= deadline
+            late = asyncio.get_running_loop().time() >= self._deadline
             if isinstance(exc, FrameError):      # nobody but the session's code can have said that
                 self._evidence = ENDED_ITSELF
             elif not late:
@@ -107,8 +119,14 @@ class SessionLink:
             self.close()
             raise
         finally:
-            self._timer.cancel()
+            self._running = False
             self._rest()
+
+    async def _acknowledged(self) -> None:
+        """Raises OSError when the supervisor doesn't say that it has interrupted."""
+        if self.said is None:
+            async with asyncio.timeout(ACKNOWLEDGE_S):
+                self.said = await asyncio.get_running_loop().sock_recv(self._control, 1)
 
     async def evidence(self) -> bytes:
         """What the supervisor of an ended session said of its end; empty when it said nothing."""
@@ -117,49 +135,81 @@ class SessionLink:
             try:
                 async with asyncio.timeout(EVIDENCE_S):
                     while said := await asyncio.get_running_loop().sock_recv(self._control, 64):
-                        self._evidence = said.replace(INTERRUPT, b"")[-1:] or self._evidence
+                        self._evidence = said.strip(ORDERS)[-1:] or self._evidence
             except TimeoutError:
                 self._evidence = ENDED_ITSELF
             except OSError:      # its end was closed before it had read everything
                 pass
         return self._evidence
 
+    # -- the clock: one timer serves many cells, and comes late rather than being set anew ----------------------------
     def _rest(self) -> None:
-        """Some time after the last cell, the session is paused. One timer serves many cells."""
-        loop = asyncio.get_running_loop()
-        self._used = loop.time()
-        if self._pause_timer is None and self._talk.alive:
-            self._pause_timer = loop.call_at(self._used + REST_S, self._pause)
+        """Some time after the last cell, the session is paused."""
+        self._used = asyncio.get_running_loop().time()
+        self._wake_at(self._used + REST_S)
 
-    def _pause(self) -> None:
-        self._pause_timer = None
-        due = self._used + REST_S
-        if not self._talk.alive or self._talk.asking:
-            return                               # the end of its cell starts the timer again
-        if due > asyncio.get_running_loop().time():
-            self._pause_timer = asyncio.get_running_loop().call_at(due, self._pause)
-            return
-        self._paused = True
-        self._order(PAUSE)
+    def _wake_at(self, when: float) -> None:
+        """Look at the time then, or before."""
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        if self._talk.alive:
+            self._timer = asyncio.get_running_loop().call_at(when, self._look)
+
+    def _look(self) -> None:
+        """Do what is due; a loop that is late finds an answer and its deadline at the same time."""
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        if self._talk.asking:
+            self._wake_at(self._hurry(now))
+        elif self._running or self._paused:      # the end of its cell will wake this again
+            pass
+        elif now < self._used + REST_S:
+            self._wake_at(self._used + REST_S)
+        else:
+            self._paused = True
+            self._order(PAUSE)
+
+    def _hurry(self, now: float) -> float:
+        """With a running cell; when to look again. It is killed when it doesn't answer to an interrupt that it was sent."""
+        if now < min(self._long_from, self._deadline):
+            return min(self._long_from, self._deadline)
+        if now < self._deadline:
+            if not self._long:
+                self._long = True
+                self._order(WATCH)
+            return self._deadline
+        if not self._interrupted:
+            self._interrupted, self._patience = True, now + INTERRUPT_GRACE_S
+            self._order(INTERRUPT)
+            return self._patience
+        if self.said is None and (said := self._heard()) is not None:
+            self.said = said
+        if self.said is None and now < self._deadline + ACKNOWLEDGE_S:
+            self._patience = now + ASK_AGAIN_S + INTERRUPT_GRACE_S
+            return now + ASK_AGAIN_S
+        if now >= self._patience:
+            self.close()
+        return self._patience
+
+    def _heard(self) -> bytes | None:
+        """What the supervisor has said; None for nothing yet, empty when it is gone."""
+        try:
+            return self._control.recv(1)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
 
     def _order(self, order: bytes) -> None:
         with contextlib.suppress(OSError):       # a supervisor that is gone has taken the session with it
             self._control.send(order)
 
-    def _interrupt(self) -> None:
-        if self._talk.asking:      # a loop that is late finds the answer and the deadline at the same time
-            self._interrupted = True
-            self._timer = asyncio.get_running_loop().call_later(INTERRUPT_GRACE_S, self._kill)
-            self._order(INTERRUPT)
-
-    def _kill(self) -> None:
-        if self._talk.asking:
-            self.close()
-
     def close(self) -> None:
-        if self._pause_timer is not None:
-            self._pause_timer.cancel()
-            self._pause_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._control.close()
         self._talk.close()
         if self._leave is not None:
@@ -167,23 +217,15 @@ class SessionLink:
             self._leave = None
 
 
-def _result(message: dict[str, Any], blobs: list[bytes], interrupted: bool) -> CellResult:
-    stdout, stderr = (_text(message.get(name)) for name in ("stdout", "stderr"))
-    shown = blobs[:MAX_IMAGES]
+def _result(answer: Answer, interrupted: bool) -> CellResult:
+    shown = answer.images[:MAX_IMAGES]
     good = [place for place, blob in enumerate(shown) if is_bounded_png(blob)]
     if len(good) < len(shown):
         oddities.count("image/cell", len(shown) - len(good))
-    said = message.get("opened")
-    opened = frozenset(good.index(place) for place in good if isinstance(said, list) and place in said)
-    ok = message.get("ok") is True and not interrupted
-    return CellResult(stdout, stderr, tuple(shown[place] for place in good), ok=ok, restarted=False, timed_out=interrupted,
-                      ends_with_value=message.get("ends_with_value") is True, opened=opened)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise FrameError("output is not a string")
-    return text.valid(value[:MAX_TEXT_CHARS], "cell")
+    opened = frozenset(number for number, place in enumerate(good) if answer.opened >> place & 1)
+    stdout, stderr = answer.stdout[:MAX_TEXT_CHARS], answer.stderr[:MAX_TEXT_CHARS]
+    return CellResult(stdout, stderr, tuple(shown[place] for place in good), ok=answer.ok and not interrupted, restarted=False,
+                      timed_out=interrupted, ends_with_value=answer.ends_with_value, opened=opened)
 
 
 @dataclass(slots=True)
@@ -206,6 +248,8 @@ class Template:
             message, _ = await read_frame(reader)
             if message.get("status") != "ready":
                 raise SandboxError(f"{message.get('why')}")
+            if message.get("protocol") != PROTOCOL:
+                raise SandboxError("its sandbox/ is of another version of hdpo; build the image again with `make sandbox`")
         except BaseException:
             writer.close()
             door.close()

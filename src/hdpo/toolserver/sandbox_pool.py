@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hdpo.toolserver.blame import Blame, who_ended
+from hdpo.toolserver.blame import Blame, who_ended, who_took_the_time
 from hdpo.toolserver.sandbox_link import SessionLink, Template
 from hdpo.toolserver.sessions import CellResult, SandboxError, SessionLostError
 
@@ -22,6 +22,10 @@ class Session:
     images: Sequence[bytes]              # read when they are sent, and not kept
     link: SessionLink | None = None
     template: Template | None = None     # of the connection
+
+    @property
+    def alone(self) -> bool:
+        return self.template is not None and self.template.alone
 
     async def give_up(self) -> str:
         """Forget a connection that ended; how it did. Raises SessionLostError unless that was its own code's doing."""
@@ -87,11 +91,16 @@ class SessionPool:
         ended_before = session.link is not None and not session.link.alive
         if ended_before:
             how = await session.give_up()
-        status, result = await (await self._linked(session_id)).run(code, timeout_s)
+        link = await self._linked(session_id)
+        status, result = await link.run(code, timeout_s)
         if status == "died" and session_id in self._sessions:     # not closed in the meantime
             how = await session.give_up()
         elif status in ("died", "killed"):
             session.link = None
+        if result.timed_out:
+            blame, why = who_took_the_time(link.said, session.alone)
+            if blame is not Blame.POLICY:
+                raise SandboxError(why) if status == "interrupted" else SessionLostError(why)
         return replace(result, restarted=True, ended=how) if ended_before or how else result
 
     async def close(self, session_id: str) -> None:
