@@ -29,6 +29,7 @@ rollout.max_batched_tokens rollout.kv_cache_gib rollout.gpu_memory rollout.tenso
 rollout.sleep rollout.image_cache_gib
 tools.url tools.allowed tools.own tools.mcp
 tools.sandbox tools.i_trust_the_model tools.container_memory_mib tools.sessions_per_container
+tools.server_processes tools.picture_store_mib
 tools.call_timeout_s tools.python_timeout_s tools.retries
 tools.layout
 tools.max_image_searches tools.search_provider tools.text_index tools.image_index tools.image_cache tools.search_results

@@ -8,7 +8,7 @@ from typing import Any
 from hdpo.background import BackgroundLoop
 from hdpo.compose.own_tools import with_own_tools
 from hdpo.config import Config
-from hdpo.doctor.host_plan import live
+from hdpo.doctor.host_plan import live, server_processes
 from hdpo.doctor.memory_plan import ranks_of_run
 from hdpo.errors import ConfigError, ToolServerError
 from hdpo.protocols import ToolBackend, ToolResult
@@ -57,7 +57,8 @@ def _start_tool_server(config: Config, world: World | None, closing: ExitStack) 
         "--tools", ",".join(tools.allowed), "--sandbox", tools.sandbox, "--python-timeout", str(tools.python_timeout_s),
         "--call-timeout", str(tools.call_timeout_s), "--search-provider", tools.search_provider,
         "--search-results", str(tools.search_results), "--max-image-searches", str(tools.max_image_searches),
-        "--trajectories", str(live(config, ranks) * of_node), "--layout", tools.layout,
+        "--trajectories", str(live(config, ranks) * of_node), "--processes", str(server_processes(config, ranks, of_node)),
+        "--picture-store", str(tools.picture_store_mib), "--layout", tools.layout,
         "--container-memory", str(tools.container_memory_mib), "--sessions-per-container", str(tools.sessions_per_container)]
     for flag, value in (("--text-index", tools.text_index), ("--image-index", tools.image_index),
                         ("--image-cache", tools.image_cache)):

@@ -94,6 +94,12 @@ class ToolsConfig(Section):
         0, description="Memory of one container, MiB, at least 256; 0 is 8192, and 2048 with docker-strict.")
     sessions_per_container: Count = Field(
         64, description="Python sessions that share a container at most; those with large pictures take up more of it.")
+    server_processes: Number = Field(
+        0, description="Processes of the run's own tool server on a node, among which trajectories are shared out; 0 is one for "
+        "256 live trajectories, 8 at most.")
+    picture_store_mib: Number = Field(
+        1024, description="Uploaded pictures that the run's own tool server keeps on the disk (TMPDIR) beside those of live "
+        "trajectories, MiB.")
     call_timeout_s: PositiveFloat = Field(400.0, description="Deadline of one tool call as the trainer sees it, seconds.")
     python_timeout_s: PositiveFloat = Field(20.0, description="Wall clock of one Python cell, seconds.")
     retries: Number = Field(

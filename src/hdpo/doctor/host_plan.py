@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 GIB, MIB = 2**30, 2**20
 PROCESS = 3 * GIB           # a rank's own: interpreter, torch, CUDA, vLLM, without the libraries that ranks share
 SESSION = 24 * MIB          # a Python session in its sandbox: 9 when it starts, 10 to 250 with pictures it works on
-SERVED = 1 * MIB            # what the tool server keeps of a live trajectory; pictures and replies are files
+SERVER = 150 * MIB          # a process of the tool server, or its front
+SERVED = MIB // 4           # what the tool server keeps of a live trajectory; pictures and replies are files
 CROPS = 2_000_000           # pixels of the pictures that tools return to one rollout
 PIXEL_BYTES = 3 + 3 + 1     # decoded, as the patches of the trainer, and the file it came as
 TOKEN_BYTES = 64            # of a trajectory's lists
+LIVE_OF_SERVER, MOST_SERVERS = 256, 8      # live trajectories that one process of the tool server is given
 GRAPHS = 3 * GIB // 2       # vLLM's pool for decode steps of up to 256 sequences
 
 Phases = dict[str, dict[str, int]]
@@ -54,7 +56,7 @@ def host_phases(config: Config, shapes: Shapes, ranks: int, of_node: int, size: 
     prompts = math.ceil(config.rollout.prompts_per_step / ranks)
     seen = {"pictures": (rollouts * CROPS + prompts * config.model.max_pixels) * PIXEL_BYTES} if shapes.vision_layers else {}
     rows = seen | {"trajectories": rollouts * config.max_model_len // 2 * TOKEN_BYTES}
-    tools = {} if config.tools.url else {"tool server, sessions": live(config, ranks) * (SESSION + SERVED)}
+    tools = {} if config.tools.url else {"tool server, sessions": math.ceil(_tool_server(config, ranks, of_node) / of_node)}
     sleeping = {"sleeping engine": asleep(config, shapes, size)}
     return _of_node({"rollout": always | rows | tools | saved, "update": always | rows | sleeping,
                      "save": always | sleeping | saved}, of_node)
@@ -64,6 +66,18 @@ def live(config: Config, ranks: int) -> int:
     """Trajectories that one of `ranks` keeps live at once, at most."""
     rollouts = math.ceil(config.rollout.prompts_per_step * config.rollout.group_size / ranks)
     return min(math.ceil(LIVE_PER_SEQUENCE * config.rollout.max_num_seqs), math.ceil(FIRST_SHARE * rollouts), rollouts)
+
+
+def server_processes(config: Config, ranks: int, of_node: int) -> int:
+    """Of the run's own tool server on a node."""
+    return config.tools.server_processes or max(1, min(MOST_SERVERS, live(config, ranks) * of_node // LIVE_OF_SERVER))
+
+
+def _tool_server(config: Config, ranks: int, of_node: int) -> int:
+    """Bytes of a node's. The store counts: its files are memory where TMPDIR is."""
+    processes = server_processes(config, ranks, of_node)
+    store = config.tools.picture_store_mib * MIB
+    return live(config, ranks) * of_node * (SESSION + SERVED) + (processes + (processes > 1)) * SERVER + store
 
 
 def asleep(config: Config, shapes: Shapes, size: int) -> int:

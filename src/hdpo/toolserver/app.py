@@ -11,18 +11,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 
 from aiohttp import web
 
 from hdpo.descriptors import check_limit, raise_limit
 from hdpo.errors import HdpoError, UserError
 from hdpo.keys import hide
-from hdpo.toolserver.gate import objection, own_hosts, unpacked
+from hdpo.toolserver.door import Door, answered, invalid
+from hdpo.toolserver.front import Front
+from hdpo.toolserver.gate import unpacked
 from hdpo.toolserver.journal import open_journal
 from hdpo.toolserver.lens import ROUTE as QUERY_IMAGES
 from hdpo.toolserver.owner import OwnedFolder, reap_folders
-from hdpo.toolserver.picture_store import KEY, PictureStore
+from hdpo.toolserver.picture_store import PictureStore
+from hdpo.toolserver.process import NotStarted
 from hdpo.toolserver.repeats import Counting
 from hdpo.toolserver.settings import Settings, parse_arguments
 from hdpo.toolserver.token import VARIABLE, forget_token, leave_token, token_file
@@ -33,27 +37,22 @@ log = logging.getLogger(__name__)
 MAX_BODY = 512 << 20
 MAPPED_BYTES = 1 << 18
 """Size from which memory that is freed goes back to the system at once."""
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Server:
-    """HTTP handlers and the numbers they keep."""
+class Server(Door):
+    """Has the tools, and the sessions."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.token = settings.token      # a server that is given none makes one as soon as it knows its port
-        self.hosts = own_hosts(settings.host, settings.public_url, settings.allowed_hosts)
-        self.toolbox: Toolbox
-        self.folder: OwnedFolder
-        self.open_calls = 0
-        self.draining = False
-        self.started = time.monotonic()
+    toolbox: Toolbox
 
     async def lifetime(self, app: web.Application) -> AsyncIterator[None]:
-        """Build the tools in the running loop; end every session when the application ends."""
-        reap_folders("pictures")
-        self.folder = OwnedFolder("pictures")
-        self.toolbox = make_toolbox(self.settings, PictureStore(self.folder.path, self.settings.picture_store_mib << 20))
+        folder = None
+        if not self.settings.pictures:
+            reap_folders("pictures")
+            folder = OwnedFolder("pictures")
+        place = Path(self.settings.pictures) if folder is None else folder.path
+        self.pictures = PictureStore(place, self.settings.picture_store_mib << 20)
+        self.toolbox = make_toolbox(self.settings, self.pictures)
+        self.tools = self.toolbox.tools
         start = getattr(self.toolbox.sandbox, "start", None)
         reaper = asyncio.create_task(self.toolbox.sessions.reap_idle())
         try:
@@ -63,21 +62,24 @@ class Server:
         finally:
             reaper.cancel()
             await self.toolbox.close()
-            self.folder.remove()
+            self.pictures.close()
+            if folder is not None:
+                folder.remove()
+
+    @contextlib.contextmanager
+    def journal(self) -> Iterator[None]:
+        with open_journal(self.settings.behind or str(self.port)) as self.toolbox.sessions.journal:
+            yield
 
     async def get_observation(self, request: web.Request) -> web.StreamResponse:
-        """POST /get_observation: a batch of calls of the reference's format."""
-        if self.draining:
-            raise _refusal(web.HTTPServiceUnavailable, "the server is shutting down")
-        if self.open_calls >= self.settings.max_queue:
-            raise _refusal(web.HTTPTooManyRequests, f"{self.open_calls} calls are waiting")
+        self.check_room()
         started = time.monotonic()
         try:
             calls = parse_request(json.loads(unpacked(request, await request.read())))
         except WireError as exc:
-            return _invalid(exc.field, exc.message)
+            return invalid(exc.field, exc.message)
         except (ValueError, RecursionError) as exc:
-            return _invalid("body", f"not valid JSON: {exc}")
+            return invalid("body", f"not valid JSON: {exc}")
         self.open_calls += len(calls)
         try:
             answers = await asyncio.gather(*(self.toolbox.answer(call) for call in calls))
@@ -90,82 +92,31 @@ class Server:
             body = await asyncio.to_thread(response_body, replies, 1000 * seconds, 1000 * queued, raw)
         else:
             body = response_body(replies, 1000 * seconds, 1000 * queued, raw)
-        headers = {"X-Process-Time": f"{seconds:.6f}", "Content-Type": RAW if raw else JSON}
-        response = web.StreamResponse(headers=headers)      # a Response would hold its body until the connection's next request
-        response.content_length = len(body)
-        await response.prepare(request)
-        await response.write(body)
-        await response.write_eof()
-        return response
+        return await answered(request, body, {"X-Process-Time": f"{seconds:.6f}", "Content-Type": RAW if raw else JSON})
 
-    async def put_image(self, request: web.Request) -> web.Response:
-        """PUT /images/KEY: a picture for all trajectories that have it."""
-        key, data = request.match_info["key"], unpacked(request, await request.read())
-        if not KEY.fullmatch(key):
-            return _invalid("key", "expected a SHA-256 in lower-case hexadecimal")
-        try:
-            if not await asyncio.to_thread(self.toolbox.pictures.put, key, data):
-                return _invalid("body", "its SHA-256 is not the key")
-        except OSError as exc:
-            log.warning("pictures can't be kept: %s", exc)
-            raise _refusal(web.HTTPInsufficientStorage, f"pictures can't be kept: {exc.strerror}") from None
-        return web.json_response({})
-
-    async def health(self, request: web.Request) -> web.Response:
-        """GET /health, with the reference's fields."""
-        return web.json_response({
-            "status": "draining" if self.draining else "healthy", "concurrent_requests": self.open_calls,
-            "thread_pool_size": self.settings.running_cells, "active_tasks": self.open_calls,
-            "max_concurrent": self.settings.max_queue, "tools": self.toolbox.tools, "uploads": True,
-            "layout": self.settings.layout,
-            "uptime_seconds": round(time.monotonic() - self.started, 3),
-            "trajectories": len(self.toolbox.sessions.trajectories)})
+    async def live(self) -> int:
+        return len(self.toolbox.sessions.trajectories)
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """GET /metrics: Prometheus text."""
         return web.Response(text=self.toolbox.counters.text({
-            "open_calls": self.open_calls, "trajectories": len(self.toolbox.sessions.trajectories),
+            "open_calls": self.open_calls, "trajectories": await self.live(),
             "python_sessions": sum(t.session_open for t in self.toolbox.sessions.trajectories.values()),
             "uptime_seconds": time.monotonic() - self.started}), content_type="text/plain")
 
     async def query_image(self, request: web.Request) -> web.Response:
-        """GET /query-image/NAME: an image a hosted search is looking at just now."""
         showcase = self.toolbox.showcase
         data = showcase.get(request.match_info["name"]) if showcase is not None else None
         if data is None:
             raise web.HTTPNotFound
         return web.Response(body=data, content_type="image/png", headers={"Cache-Control": "no-store"})
 
-    @web.middleware
-    async def guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Everything but /health and query images, whose names are secrets themselves, needs the token."""
-        open_to_all = request.path == "/health" or request.path.startswith(QUERY_IMAGES)
-        refusal = objection(request, self.hosts, self.token, open_to_all)
-        return await handler(request) if refusal is None else refusal
 
-    async def drained(self) -> None:
-        """Refuse new calls and wait until the open ones are answered, at most `drain_s`."""
-        self.draining = True
-        deadline = time.monotonic() + self.settings.drain_s
-        while self.open_calls and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-
-
-def _refusal(kind: type[web.HTTPError], reason: str) -> web.HTTPError:
-    return kind(text=json.dumps({"detail": reason}), content_type="application/json", headers={"Retry-After": "1"})
-
-
-def _invalid(field: str, message: str) -> web.Response:
-    detail = [{"loc": ["body", field], "msg": message, "type": "value_error"}]
-    return web.json_response({"detail": detail}, status=422)
-
-
-SERVER: web.AppKey[Server] = web.AppKey("server", Server)
+SERVER: web.AppKey[Door] = web.AppKey("server", Door)
 
 
 def make_app(settings: Settings) -> web.Application:
     """The application; its tools are built when it starts and closed when it ends."""
-    server = Server(settings)
+    server: Door = Front(settings) if settings.processes > 1 else Server(settings)
     app = web.Application(client_max_size=MAX_BODY, middlewares=[server.guarded])
     app[SERVER] = server
     app.router.add_post("/get_observation", server.get_observation)
@@ -181,6 +132,8 @@ async def serve(settings: Settings) -> None:
     """Run until SIGTERM, SIGINT or the end of the parent process; then drain and clean up."""
     app = make_app(settings)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, auto_decompress=False)      # see gate.unpacked
+    listener = _bound(settings)
+    app[SERVER].port = listener.getsockname()[1]
     await runner.setup()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -188,13 +141,12 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     try:
         with _watched(settings.parent_pid, loop, stop):
-            listener = _listen(settings)
-            port = listener.getsockname()[1]
-            with _token(app[SERVER], port), open_journal(port) as app[SERVER].toolbox.sessions.journal:
+            port = app[SERVER].port
+            with _token(app[SERVER], port), app[SERVER].journal():
                 await _accept(runner, listener)
                 host = f"[{settings.host}]" if ":" in settings.host else settings.host
                 url = f"http://{host}:{port}"
-                log.info("%s on %s", ", ".join(app[SERVER].toolbox.tools), url)
+                log.info("%s on %s", ", ".join(app[SERVER].tools), url)
                 print(url, flush=True)
                 await stop.wait()
                 await app[SERVER].drained()
@@ -202,9 +154,12 @@ async def serve(settings: Settings) -> None:
         await runner.cleanup()
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+def _bound(settings: Settings) -> socket.socket:
+    """The address, at which nobody is answered yet."""
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    return listener
 
 
 async def _accept(runner: web.AppRunner, listener: socket.socket) -> None:
@@ -215,7 +170,7 @@ async def _accept(runner: web.AppRunner, listener: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def _token(server: Server, port: int) -> Iterator[None]:
+def _token(server: Door, port: int) -> Iterator[None]:
     """A server that was given no token has one of its own while it runs. Raises UserError where it can't be left."""
     if server.token or server.settings.no_token:
         yield
@@ -259,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hide()
         give_memory_back()
         asyncio.run(serve(settings))
+    except NotStarted as exc:      # one of its own processes, which has said why
+        return exc.status
     except HdpoError as exc:
         print(f"hdpo tool-server: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, UserError) else 1

@@ -74,10 +74,10 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(port: int) -> Iterator[Journal]:
-    """That of a server at `port`."""
+def open_journal(name: str) -> Iterator[Journal]:
+    """That of a server of this name: its port, and where it stands behind a front, its number."""
     try:
-        path: Path | None = private_file(f"tool-server-{port}.sessions")
+        path: Path | None = private_file(f"tool-server-{name}.sessions")
     except OSError as exc:
         log.warning("sessions are not noted for a later server (%s)", exc)
         path = None

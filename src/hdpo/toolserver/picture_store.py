@@ -72,6 +72,9 @@ class PictureStore:
         self._all, self._held = folder / "all", folder / "held" / str(os.getpid())
         for path in (self._all, self._held):
             path.mkdir(parents=True, exist_ok=True)
+        for other in self._held.parent.iterdir():      # of a process of this folder that was killed
+            if not Path("/proc", other.name).exists():
+                shutil.rmtree(other, ignore_errors=True)
         self._links: Counter[str] = Counter()      # by key: how many objects of this process hold it
         self._kept = self._loose = 0               # replies written; bytes that became loose since the last look
         self._lock = threading.RLock()             # finalizers may run anywhere

@@ -1,6 +1,7 @@
 """A tool server as a process of this machine, started by a trainer, a test or a benchmark."""
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -19,22 +20,33 @@ STOP_S = 10.0
 MAX_WAIT_S = 30.0      # between two attempts to start a server that ends at once
 
 
-def start_tool_server(options: Sequence[str] = (), log: str | Path = os.devnull,
+class NotStarted(ToolServerError):
+    """A server that says why it ended where this process's own words go; `status` is its exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the tool server did not start: it ended with status {status}")
+        self.status = status
+
+
+def start_tool_server(options: Sequence[str] = (), log: str | Path | None = os.devnull,
                       environment: Mapping[str, str] | None = None) -> tuple[subprocess.Popen[str], str]:
-    """(process, URL) once it listens. It ends with this process, however that ends; what it says is appended to `log`.
+    """(process, URL) once it listens. It ends with this process, however that ends; what it says is appended to `log`
+    (None: goes where this process's words go).
 
     It has a session of its own: Ctrl-C at the terminal reaches the trainer, which needs its tools until it has left the step.
     Raises ToolServerError with the last line of the log when it does not start. `environment` replaces this process's, with the
     keys that were withdrawn from it.
     """
     command = [sys.executable, "-m", "hdpo.toolserver.app", "--parent-pid", str(os.getpid()), *options]
-    with open(log, "a") as said:
+    with contextlib.nullcontext() if log is None else open(log, "a") as said:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True,
                                   env=environment_with_keys() if environment is None else environment)
     assert server.stdout is not None
     url = server.stdout.readline().strip()
     if not url.startswith("http"):
-        server.wait(timeout=10)
+        status = server.wait(timeout=10)
+        if log is None:
+            raise NotStarted(status)
         tail = Path(log).read_text().strip().splitlines()[-1:] or ["no message"]
         raise ToolServerError(f"the tool server did not start (see {log}): {tail[0]}")
     return server, url
@@ -47,7 +59,7 @@ class KeptToolServer:
     ToolServerError when it does not start the first time. `token` is what it will ask its clients for.
     """
 
-    def __init__(self, options: Sequence[str], said: str | Path) -> None:
+    def __init__(self, options: Sequence[str], said: str | Path | None) -> None:
         self.token = key(VARIABLE) or new_token()
         self._environment = {**environment_with_keys(), VARIABLE: self.token}
         self._server, self.url = start_tool_server(options, said, self._environment)
@@ -79,7 +91,7 @@ class KeptToolServer:
             status = self._server.wait()
             if self._stopped.wait(wait):
                 return
-            log.warning("the tool server ended with status %d (see %s); it is started again", status, self._said)
+            log.warning("the tool server ended with status %d (see %s); it is started again", status, self._said or "above")
             with self._lock:
                 if self._stopped.is_set():
                     return

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,10 @@ class Settings:
     max_image_searches: int = 1        # per trajectory
     drain_s: float = 30.0              # time for running calls after SIGTERM
     parent_pid: int = 0                # end when that process ends
+    processes: int = 1                 # that share the trajectories, behind a front
+    given: tuple[str, ...] = ()        # the command line, for these processes
+    behind: str = ""                   # name of a process behind a front
+    pictures: str = ""                 # folder of pictures that servers share; empty: one of its own
     token: str = ""                    # bearer token; empty: the server makes one
     no_token: bool = False             # ask for none; on loopback only
     allowed_hosts: tuple[str, ...] = ()   # further names of this server
@@ -81,6 +86,8 @@ class Settings:
                 raise ConfigError(f"--tools: unknown tool {tool}; known are {', '.join(TOOLS)}")
         if self.sessions_per_container < 1:
             raise ConfigError("--sessions-per-container: at least 1")
+        if self.processes < 1:
+            raise ConfigError("--processes: at least 1")
         if 0 < self.container_memory_mib < LEAST_CONTAINER_MIB:
             raise ConfigError(f"--container-memory: at least {LEAST_CONTAINER_MIB}, or 0")
         if self.no_token and self.token:
@@ -122,8 +129,12 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--python-timeout", type=float, default=default.python_timeout_s, help="seconds of one cell (%(default)s)")
     add("--call-timeout", type=float, default=default.call_timeout_s, help="seconds of one call (%(default)s)")
     add("--workers", type=int, default=default.workers, help="cells running at once; 0 is two per core (%(default)s)")
+    add("--processes", type=int, default=default.processes, metavar="N",
+        help="server processes behind this address; each trajectory has its calls in one of them (%(default)s)")
+    for hidden, value in (("--behind", ""), ("--pictures", ""), ("--lens-url", default.lens_url)):
+        add(hidden, default=value, help=argparse.SUPPRESS)
     add("--trajectories", type=int, default=default.trajectories, metavar="N",
-        help="live trajectories to expect; the server does not start where it may not open files enough for them")
+        help="live trajectories to expect; it does not start where it may not open files enough for them")
     add("--picture-store", type=int, default=default.picture_store_mib, metavar="MIB",
         help="uploaded pictures to keep on the disk (TMPDIR) beside those of live trajectories (%(default)s)")
     add("--max-queue", type=int, default=default.max_queue, help="open calls before the server answers 429 (%(default)s)")
@@ -143,7 +154,6 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
     add("--image-cache", default="", help="JSON file of recorded image searches in the reference's format; asked first")
     add("--public-url", default="", help="address at which the outside reaches this server's /query-image/; turns on hosted "
         "image search (Serper's Lens, SERPER_API_KEY), which fetches the query there. Without it no image leaves the server")
-    add("--lens-url", default=default.lens_url, help=argparse.SUPPRESS)
     add("--max-image-searches", type=int, default=default.max_image_searches,
         help="image searches per trajectory; later ones get a fixed reply (%(default)s)")
     add("--drain", type=float, default=default.drain_s, help="seconds for running calls after SIGTERM (%(default)s)")
@@ -160,9 +170,10 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
         lens_key=environment.get("SERPER_API_KEY", ""), python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
         workers=args.workers, trajectories=args.trajectories, layout=args.layout, picture_store_mib=args.picture_store,
-        max_queue=args.max_queue, idle_limit_s=args.idle_limit,
-        search_provider=args.search_provider, search_results=args.search_results, text_index=args.text_index,
-        image_index=args.image_index, search_cache=args.search_cache, search_cache_file=args.search_cache_file,
-        search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain,
-        parent_pid=args.parent_pid, token=environment.get(VARIABLE, ""), no_token=args.no_token,
+        max_queue=args.max_queue, idle_limit_s=args.idle_limit, search_provider=args.search_provider,
+        search_results=args.search_results, text_index=args.text_index, image_index=args.image_index,
+        search_cache=args.search_cache, search_cache_file=args.search_cache_file,
+        search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain, parent_pid=args.parent_pid,
+        token=environment.get(VARIABLE, ""), no_token=args.no_token and not args.behind,
+        given=tuple(sys.argv[1:] if argv is None else argv), processes=args.processes, behind=args.behind, pictures=args.pictures,
         allowed_hosts=tuple(args.allow_host), i_trust_the_model=args.i_trust_the_model)
