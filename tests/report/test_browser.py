@@ -228,6 +228,20 @@ def test_no_view_is_wider_than_the_window(chromium, run, width):
     page.close()
 
 
+@pytest.mark.parametrize("width", [1400, 390])
+def test_bars_of_a_tile_lie_one_below_the_other_and_no_word_of_a_table_is_broken(chromium, run, width):
+    page, address = chromium.page(width, 844), write_report(run).as_uri()
+    bars = page.open(address).js("[...document.querySelectorAll('.tile')].map((t) => [...t.querySelectorAll('.bars i')]"
+                                 ".map((i) => i.getBoundingClientRect()).map((box) => [box.top, box.bottom]))")
+    assert bars and all(before[1] <= after[0] for before, after in bars)
+    page.open("about:blank")
+    page.open(address + STEP + "&row=5&tab=group").until("document.querySelector('table.group')")
+    heights = page.js("[...document.querySelectorAll('table.group :is(th, td)')].map((cell) => "
+                      "cell.getBoundingClientRect().height)")
+    assert max(heights) < 70, "two lines at most"
+    page.close()
+
+
 def test_two_runs_are_compared_in_curves_settings_and_tasks(chromium, run, tmp_path):
     other = make_run(tmp_path / "second", right=3)
     (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("w_tool: 0.15", "w_tool: 0.3"))

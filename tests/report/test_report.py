@@ -7,6 +7,9 @@ import hashlib
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -275,3 +278,28 @@ def test_a_run_without_evaluation_shows_rollouts_of_its_last_step(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     assert "Rollouts of step 2" in page.text and page.text.count("2 rollouts") == 2
     assert "rollout 1" in page.text and "rollout 2" in page.text
+
+
+def test_a_served_report_ends_at_ctrl_c_without_a_word(run):
+    process = subprocess.Popen([sys.executable, "-m", "hdpo", "report", str(run), "--serve", "--port", "0"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("http://127.0.0.1:")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
+
+
+def test_what_no_row_knows_has_no_column_and_a_folder_with_benchmarks_shows_them(tmp_path, capsys):
+    from hdpo.evaluation.evaluate import summarise, write_summary
+    from hdpo.report.command import main
+    from hdpo.train.rollout_metrics import rollout_rows
+
+    task = dataclasses.replace(make_task(0, True), extra={})
+    groups = [score((make_trajectory(task, 0, call=called, right=called),)) for called in (False, True)]
+    for stage, group in zip(("no_tools", "tools"), groups, strict=True):
+        write_rollouts(tmp_path / "benchmarks" / "eval" / f"{stage}.parquet", [group], step=0)
+    write_summary(tmp_path / "benchmarks" / "summary.json",
+                  {stage: summarise(rollout_rows([group])) for stage, group in zip(("tools", "no_tools"), groups[::-1])})
+    assert main([str(tmp_path)]) == 0
+    page = Page((tmp_path / "benchmarks" / "report.html").read_text())
+    assert str(tmp_path / "benchmarks") in capsys.readouterr().out
+    assert "without tools → with tools" in page.text and "accuracy" in page.cells and "blind" not in page.cells

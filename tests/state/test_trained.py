@@ -6,7 +6,7 @@ import torch
 
 from hdpo.errors import DataError
 from hdpo.packing.batching import PackingSpec, pack
-from hdpo.state.trained import TrainedRow, trainer_log_probs, write_trained
+from hdpo.state.trained import TrainedRow, find_trained, read_trained, trained_parts, write_trained
 from hdpo.train.seen import Seen
 from hdpo.types import Sample
 
@@ -17,6 +17,10 @@ SPEC = PackingSpec(image_token_id=None, merge_size=2, max_tokens=64, max_patches
 def sample(group: int, index: int, sampled: int) -> Sample:
     length = 3 + sampled
     return Sample(list(range(length)), [0] * 3 + [1] * sampled, [-0.5] * length, (1.0, 0.0), (True, False), None, 3, group, index)
+
+
+def log_probs(folder, step, group, number):
+    return find_trained([read_trained(part) for part in trained_parts(folder, step)], group, number)
 
 
 def test_every_row_comes_back_with_its_own_tokens_whatever_pack_it_was_in():
@@ -33,17 +37,17 @@ def test_every_row_comes_back_with_its_own_tokens_whatever_pack_it_was_in():
 def test_a_reader_finds_a_row_in_whichever_ranks_part_it_is_and_none_left_by_more_ranks(tmp_path):
     for rank in range(3):
         write_trained(tmp_path, 2, [TrainedRow(rank, 0, [-0.25], [-0.5])], rank, 3)
-    assert trainer_log_probs(tmp_path, 2, 2, 0) == ([-0.25], [-0.5])
-    assert trainer_log_probs(tmp_path, 2, 2, 1) is None and trainer_log_probs(tmp_path, 3, 2, 0) is None
+    assert log_probs(tmp_path, 2, 2, 0) == ([-0.25], [-0.5])
+    assert log_probs(tmp_path, 2, 2, 1) is None and log_probs(tmp_path, 3, 2, 0) is None
     for rank in range(2):
         write_trained(tmp_path, 2, [TrainedRow(rank, 0, [-0.25], [])], rank, 2)
-    assert trainer_log_probs(tmp_path, 2, 2, 0) is None
+    assert log_probs(tmp_path, 2, 2, 0) is None
 
 
 def test_a_part_keeps_to_its_bytes_and_a_damaged_one_is_one_line(tmp_path):
     rows = [TrainedRow(index, 0, [-0.1 * index] * 1000, []) for index in range(50)]
     part = write_trained(tmp_path, 1, rows, 0, 1, byte_limit=10_000)
-    assert trainer_log_probs(tmp_path, 1, 1, 0) is not None and trainer_log_probs(tmp_path, 1, 30, 0) is None
+    assert log_probs(tmp_path, 1, 1, 0) is not None and log_probs(tmp_path, 1, 30, 0) is None
     part.write_bytes(b"torn")
     with pytest.raises(DataError, match="step_000001.rank0.parquet: not readable"):
-        trainer_log_probs(tmp_path, 1, 1, 0)
+        log_probs(tmp_path, 1, 1, 0)

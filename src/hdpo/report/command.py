@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hdpo.errors import UserError
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no such run folder: {folder}")
+    folders = [_result(folder) for folder in folders]
     from hdpo.report.page import page_of, write_report
     if not options.serve:
         print(write_report(*folders))
@@ -39,5 +41,13 @@ def main(argv: Sequence[str]) -> int:
     with Server(Site([Shelf(folder) for folder in folders], lambda: page_of(folders, served=True)), options.host,
                 options.port) as server:
         print(server.url, flush=True)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
     return 0
+
+
+def _result(folder: Path) -> Path:
+    """Where an evaluation on benchmarks has its answers; any other run's folder is its own."""
+    inside = folder / "benchmarks"
+    own = any((folder / name).exists() for name in ("metrics.jsonl", "summary.json", "manifest.json"))
+    return inside if not own and (inside / "summary.json").exists() else folder

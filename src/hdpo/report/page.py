@@ -26,7 +26,7 @@ from hdpo.reward.audit import disagreements, read_audit
 from hdpo.state.dump import DumpedRollout, read_rollouts, rollout_parts
 from hdpo.train.timeline import read_timeline
 
-NAMES = {"sft": "after SFT", "rl": "after RL"}
+NAMES = {"sft": "after SFT", "rl": "after RL", "tools": "with tools", "no_tools": "without tools"}
 """How the stages of summary.json are called in the page; others keep their own names."""
 
 _MAX_DISAGREEMENTS = 50
@@ -123,18 +123,21 @@ def _table(summaries: dict[str, Summary]) -> str:
         return ""
     stages = [stages for stages in (list(summaries)[:1], list(summaries)[1:][-1:]) if stages]
     parts = [(name, dict(table_rows(summaries[name]))) for (name,) in stages]
-    head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS)
+    known = [(title, name) for title, name in COLUMNS        # of tasks whose need is not known, no decision is good or bad
+             if any(row.get(name) is not None for _, rows in parts for row in rows.values())]
+    head = "".join(f"<th>{title}</th>" for title, _ in known)
     lines = []
     for label, part in table_rows(summaries[parts[0][0]]):
         cells = []
-        for _, name in COLUMNS:
+        for _, name in known:
             values = [format_value(name, rows.get(label, {}).get(name)) for _, rows in parts]
             before = f'<span class="was">{values[0]}</span> ' if len(values) > 1 else ""
             cells.append(f"<td>{before}<b>{values[-1]}</b></td>")
         lines.append(f'<tr><th>{escape(label)}</th><td>{part["rows"]}</td>{"".join(cells)}</tr>')
     compared = " → ".join(escape(_name(name)) for name, _ in parts)
-    note = ("Tool rate: share of tasks with at least one call. Blind: called though no tool is needed; missed: needed, not "
-            "called and wrong; both as shares of all tasks whose need is known.")
+    note = "Tool rate: share of tasks with at least one call." + (
+        " Blind: called though no tool is needed; missed: needed, not called and wrong; both as shares of all tasks whose need "
+        "is known." if ("blind", "blind_call_rate") in known else "")
     return (f'<section><h2>{compared}</h2><div class="scroll"><table><thead><tr><th></th><th>tasks</th>{head}</tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div><p class="note">{note}</p></section>')
 
@@ -154,7 +157,9 @@ def _trajectories(folder: Path, stages: list[str]) -> tuple[str, list[str]]:
     for _, path in dumps:
         rows = read_rollouts(path, task_ids=[task for task, _ in chosen])
         found.append({row.task_id: row for row in reversed(rows)})
-    cards = [task_card(why, [(_name(stage), rows[task]) for (stage, _), rows in zip(dumps, found, strict=True)])
+    last = _name(dumps[-1][0])
+    cards = [task_card(why.replace("after training", last),
+                       [(_name(stage), rows[task]) for (stage, _), rows in zip(dumps, found, strict=True)])
              for task, why in chosen]
     names = " and ".join(escape(_name(stage)) for stage, _ in dumps)
     title = f"The same tasks, {names}" if len(dumps) > 1 else f"Some tasks, {names}"

@@ -76,8 +76,9 @@ def _column(title: str, row: DumpedRollout) -> str:
         turns.append(f'<li class="turn">{_turn(text, call, row.answer if index == len(row.turns) - 1 else None)}</li>')
         if call is not None:
             returned = "".join(_picture(image) for image, _ in zip(images, range(call["num_images"]), strict=False))
+            text = row.observations[index]
             turns.append(f'<li class="observation{"" if call["ok"] else " failed"}"><h5>{_observation_title(call)}</h5>'
-                         f'{_pre(row.observations[index])}{returned}</li>')
+                         f'{_pre(text.replace("<image>", "") if returned else text)}{returned}</li>')
     if row.error:
         turns.append(f'<li class="observation failed"><h5>ended for our own reasons</h5>{_pre(row.error)}</li>')
     answer = "no answer" if row.answer is None else row.answer or "empty answer"

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-
-from hdpo.state.trained import trainer_log_probs
+import pyarrow.compute as pc
 
 Sheet = dict[str, Any]
 
@@ -33,7 +32,8 @@ _SHORT = 180        # characters of a question or answer in a list
 
 def sheet(table: pa.Table) -> Sheet:
     """Of the columns SHEET, in their order. `prompt` numbers the prompts, `thumb` is the row whose picture stands for it."""
-    rows = table.to_pylist()
+    sampled = _sums(table.column("mask"))
+    rows = table.drop_columns(["mask"]).to_pylist()
     columns: dict[str, list[Any]] = {name: [] for name in (
         "title", "task", "sample", "prompt", "thumb", "answer", *FACETS, *SORTS, "qualifies")}
     prompts: dict[tuple[Any, Any], tuple[int, int]] = {}
@@ -52,7 +52,7 @@ def sheet(table: pa.Table) -> Sheet:
                 "format": "right" if row["format_ok"] else "wrong",
                 "a_acc": advantages[0] if advantages else None, "a_tool": advantages[1] if len(advantages) > 1 else None,
                 "reward": row["reward_accuracy"], "tool_reward": row["reward_tool"], "calls": row["num_tool_calls"],
-                "sampled": sum(row["mask"]), "seconds": round(row["seconds"], 3),
+                "sampled": sampled[number], "seconds": round(row["seconds"], 3),
                 "qualifies": bool(row["scored"] and row["correct"])}.items():
             columns[name].append(value)
     return _sheet(columns, len(rows))
@@ -64,6 +64,15 @@ def _sheet(columns: dict[str, list[Any]], count: int) -> Sheet:
         return any(value != columns[name][0] for value in columns[name])
     return {"n": count, "facets": [[name, label] for name, label in FACETS.items() if count and differs(name)],
             "sorts": [[name, label] for name, label in SORTS.items() if count and differs(name)], "columns": columns}
+
+
+def _sums(lists: pa.ChunkedArray) -> list[int]:
+    """The sum of each list, without a Python object for each of its numbers, of which a step has millions."""
+    lengths = pc.list_value_length(lists).to_numpy()
+    totals = np.concatenate([[0], np.cumsum(pc.list_flatten(lists).to_numpy(), dtype=np.int64)])
+    ends = np.cumsum(lengths)
+    found: list[int] = (totals[ends] - totals[ends - lengths]).tolist()
+    return found
 
 
 def need(known: bool | None) -> str:
@@ -108,15 +117,12 @@ def detail(row: dict[str, Any]) -> dict[str, Any]:
         "weight_version": row["weight_version"], "blocks": blocks}
 
 
-def tokens(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def tokens(row: dict[str, Any], trained: tuple[list[float], list[float]] | None) -> dict[str, Any]:
     """A row of the columns TOKENS. `trainer` and `updated` hold a number for each sampled token, or are None where the trainer
-    did not compute the row (see state/trained.py)."""
-    found = None
-    if row.get("index") is not None and row["advantages"]:
-        found = trainer_log_probs(folder, row["step"], row["index"], row["sample_index"])
+    did not compute the row (`trained`, see state/trained.py)."""
     return {"ids": row["token_ids"], "mask": row["mask"], "engine": [round(value, 5) for value in row["log_probs"]],
-            "trainer": found and found[0], "updated": found and (found[1] or None), "advantages": row["advantages"] or [],
-            "prompt_length": row["prompt_length"]}
+            "trainer": trained and trained[0], "updated": trained and (trained[1] or None),
+            "advantages": row["advantages"] or [], "prompt_length": row["prompt_length"]}
 
 
 def _cut(text: str) -> str:

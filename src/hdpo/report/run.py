@@ -11,7 +11,7 @@ from hdpo.errors import DataError
 from hdpo.evaluation.evaluate import Summary
 from hdpo.train.jsonl import read_metrics
 
-_ORDER = {"sft": 0, "rl": 2}
+_ORDER = {"sft": 0, "rl": 2, "no_tools": 0, "tools": 2}
 
 
 @dataclass(frozen=True, slots=True)

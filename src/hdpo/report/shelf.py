@@ -5,6 +5,7 @@ read before it is asked for, so that a run of any length opens at once; what was
 """
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -21,11 +22,14 @@ import pyarrow.parquet as pq
 from hdpo.errors import DataError, boundary
 from hdpo.report import curated, rows
 from hdpo.state.dump import rollout_parts
+from hdpo.state.trained import find_trained, read_trained, trained_parts
 
-STAGES = {"sft": (0, "after SFT"), "rl": (2, "after RL")}
+STAGES = {"sft": (0, "after SFT"), "rl": (2, "after RL"), "no_tools": (0, "without tools"), "tools": (2, "with tools")}
 """Order and name of an evaluation's dumps; others keep their own name, between the two."""
 
-_SHEETS, _PICTURES = 12, 6      # kept in memory: lists of rows, and pictures of so many row groups
+_SHEETS, _PICTURES, _GROUPS, _TRAINED = 12, 6, 4, 2
+"""Kept in memory: lists of rows, pictures and other columns of so many row groups, the trainer's log-probs of so many steps."""
+_STEP = re.compile(r"step_\d+")
 Value = TypeVar("Value")
 
 
@@ -53,25 +57,35 @@ class Shelf:
         self.folder, self.name = folder, folder.resolve().name
         self._sheets: _Recent[rows.Sheet] = _Recent(_SHEETS)
         self._pictures: _Recent[pa.ChunkedArray] = _Recent(_PICTURES)
+        self._groups: _Recent[pa.Table] = _Recent(_GROUPS)
+        self._trained: _Recent[list[pa.Table]] = _Recent(_TRAINED)
         self._tasks: dict[Path, tuple[float, dict[str, list[Any]]]] = {}
 
     def dumps(self) -> list[Dump]:
         """Evaluations in the order of training, steps by number, then what a curation has kept and dropped."""
         steps = sorted({path.name.split(".")[0] for path in (self.folder / "rollouts").glob("step_*.parquet")})
-        stages = sorted({path.name.removesuffix(".parquet").split(".rank")[0]
-                         for path in (self.folder / "eval").glob("*.parquet")},
-                        key=lambda stage: (STAGES.get(stage, (1, ""))[0], stage))
-        found = [Dump(f"eval/{stage}", "eval", f"held out, {STAGES.get(stage, (1, stage))[1]}", None,
-                      tuple(rollout_parts(self.folder / "eval" / f"{stage}.parquet"))) for stage in stages]
-        found += [Dump(name, "step", f"step {int(name.removeprefix('step_'))}", int(name.removeprefix("step_")),
-                       tuple(rollout_parts(self.folder / "rollouts" / f"{name}.parquet"))) for name in steps
-                  if name.removeprefix("step_").isdigit()]
-        found += [Dump(name, "curation", name.replace("_", " "), None, (path,)) for name in ("dropped", "kept", "rl_dropped")
-                  if (path := self.folder / f"{name}.parquet").is_file()]
-        return found
+        return [*self._evaluations(), *(self._step(name) for name in steps if _STEP.fullmatch(name)), *self._curated()]
+
+    def _evaluations(self) -> Iterator[Dump]:
+        stages = {path.name.removesuffix(".parquet").split(".rank")[0] for path in (self.folder / "eval").glob("*.parquet")}
+        for stage in sorted(stages, key=lambda stage: (STAGES.get(stage, (1, ""))[0], stage)):
+            yield Dump(f"eval/{stage}", "eval", f"held out, {STAGES.get(stage, (1, stage))[1]}", None,
+                       tuple(rollout_parts(self.folder / "eval" / f"{stage}.parquet")))
+
+    def _step(self, name: str) -> Dump:
+        number = int(name.removeprefix("step_"))
+        return Dump(name, "step", f"step {number}", number, tuple(rollout_parts(self.folder / "rollouts" / f"{name}.parquet")))
+
+    def _curated(self) -> Iterator[Dump]:
+        for name in ("dropped", "kept", "rl_dropped"):
+            if (path := self.folder / f"{name}.parquet").is_file():
+                yield Dump(name, "curation", name.replace("_", " "), None, (path,))
 
     def dump(self, name: str) -> Dump:
-        for dump in self.dumps():
+        """A step is looked for by its name: there may be thousands."""
+        if _STEP.fullmatch(name) and (step := self._step(name)).parts:
+            return step
+        for dump in (*self._evaluations(), *self._curated()):
             if dump.id == name:
                 return dump
         raise DataError(f"{self.folder}: no dump named {name}")
@@ -91,7 +105,15 @@ class Shelf:
         dump = self.dump(name)
         if dump.kind == "curation":
             raise DataError(f"{name} holds no tokens")
-        return rows.tokens(self._one(dump, number, rows.TOKENS), self.folder / "rollouts")
+        row, trained = self._one(dump, number, rows.TOKENS), None
+        if row.get("index") is not None and row["advantages"]:
+            trained = self._trained_row(row["step"], row["index"], row["sample_index"])
+        return rows.tokens(row, trained)
+
+    def _trained_row(self, step: int, group: int, sample: int) -> tuple[list[float], list[float]] | None:
+        parts = trained_parts(self.folder / "rollouts", step)
+        key = tuple((part, part.stat().st_mtime_ns) for part in parts)
+        return find_trained(self._trained.get(key, lambda: [read_trained(part) for part in parts]), group, sample)
 
     def picture(self, name: str, number: int, place: int) -> bytes:
         """The encoded file of picture `place` of a row."""
@@ -148,11 +170,14 @@ class Shelf:
                     tables.append(file.read(columns=[name for name in columns if name in file.schema_arrow.names]))
         return pa.concat_tables(tables, promote_options="default")
 
-    def _one(self, dump: Dump, number: int, columns: Sequence[str]) -> dict[str, Any]:
+    def _one(self, dump: Dump, number: int, columns: tuple[str, ...]) -> dict[str, Any]:
         part, group, local = _find(dump, number)
-        with _reading(part), pq.ParquetFile(part) as file:
-            names = [name for name in columns if name in file.schema_arrow.names]
-            return file.read_row_group(group, columns=names).slice(local, 1).to_pylist()[0]
+
+        def read() -> pa.Table:
+            with _reading(part), pq.ParquetFile(part) as file:
+                names = [name for name in columns if name in file.schema_arrow.names]
+                return file.read_row_group(group, columns=names)
+        return self._groups.get((part, part.stat().st_mtime_ns, group, columns), read).slice(local, 1).to_pylist()[0]
 
 
 class _Recent(Generic[Value]):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hdpo.errors import DataError, boundary
@@ -63,15 +64,22 @@ def write_trained(folder: Path, step: int, rows: Sequence[TrainedRow], rank: int
     return path
 
 
-def trainer_log_probs(folder: Path, step: int, group: int, sample: int) -> tuple[list[float], list[float]] | None:
-    """(log_probs, updated) of a rollout of the dumps in `folder`, see TrainedRow; None where the trainer has none.
+def trained_parts(folder: Path, step: int) -> list[Path]:
+    """The files about a step of the dumps in `folder`."""
+    return sorted((folder / "trainer").glob(f"step_{step:06d}.rank*.parquet"))
 
-    Raises DataError when a part can't be read.
-    """
-    for part in sorted((folder / "trainer").glob(f"step_{step:06d}.rank*.parquet")):
-        with boundary(DataError, f"{part}: not readable", pa.ArrowException, OSError):
-            table = pq.read_table(part, filters=[("group", "=", group), ("sample", "=", sample)])
-        if table.num_rows:
-            row = table.slice(0, 1).to_pylist()[0]
+
+def read_trained(part: Path) -> pa.Table:
+    """Raises DataError when it can't be read."""
+    with boundary(DataError, f"{part}: not readable", pa.ArrowException, OSError):
+        return pq.read_table(part)
+
+
+def find_trained(tables: Sequence[pa.Table], group: int, sample: int) -> tuple[list[float], list[float]] | None:
+    """(log_probs, updated) of a rollout, see TrainedRow; None where the trainer has none."""
+    for table in tables:
+        found = table.filter((pc.field("group") == group) & (pc.field("sample") == sample))
+        if found.num_rows:
+            row = found.slice(0, 1).to_pylist()[0]
             return row["log_probs"], row["updated"]
     return None

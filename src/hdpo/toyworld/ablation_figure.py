@@ -59,7 +59,7 @@ def draw(table: Table) -> bytes:
             steps, values = list(curves[name]), list(curves[name].values())
             axis.plot(steps, [fmean(v) for v in values], marker="o", markersize=3, **style)
             axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.08, linewidth=0)
-            axis.set(title=PANELS[name], xlabel="RL step")
+            axis.set(title=PANELS[name], xlabel="RL step", **({} if name == "accuracy" else {"ylim": (-0.03, 1.03)}))
     axes[0][0].set(title="accuracy against tool rate, from SFT on", xlabel="tool rate", ylabel="accuracy")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
@@ -101,8 +101,9 @@ def write_page(out: Path, table: Table) -> None:
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>hdpo ablation</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}\nmain img {{ width: 100%; '
-            f'background: #fff; border-radius: 12px }}</style></head><body><main><header class="page"><p>hdpo ablation</p>'
-            f'<h1>When does a charge on tool calls keep those that are needed?</h1><p>{hours:.1f} hours of training</p></header>'
+            f'max-height: none; background: #fff; border-radius: 12px }}</style></head><body><main>'
+            f'<header class="page"><p>hdpo ablation</p><h1>When does a charge on tool calls keep those that are needed?</h1>'
+            f'<p>{hours:.1f} hours of training</p></header>'
             f'<section><img alt="accuracy against tool rate" src="{image}">'
             '</section><section><h2>Held-out questions, per cent [95 % interval]</h2><div class="scroll"><table><thead><tr>'
             f'{head}</tr></thead><tbody>{body}</tbody></table></div><p class="note">{escape(note)}</p></section></main></body>'

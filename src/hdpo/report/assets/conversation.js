@@ -30,6 +30,9 @@ function turnBody(text, call, executed) {
   return parts;
 }
 
+/** Without the markers of the pictures that stand below. */
+const shownHere = (block) => block.pictures && block.pictures.length ? block.text.replaceAll("<image>", "") : block.text;
+
 const plain = (text) => text.trim() && el("pre.text", null, text.trim());
 
 function callBody(action, call, executed) {
@@ -54,7 +57,7 @@ function blockOf(at, block) {
   if (block.kind === "observation") {
     const how = block.ours ? " failed, for our own reasons" : block.ok ? " returned" : " returned an error";
     return el("li.observation", {"data-kind": "observation", class: (block.ours || !block.ok) && "failed"},
-      el("h5", null, block.name || "tool", how, block.seconds !== undefined && `, ${number(block.seconds)} s`), plain(block.text), pictures(at, block.pictures));
+      el("h5", null, block.name || "tool", how, block.seconds !== undefined && `, ${number(block.seconds)} s`), plain(shownHere(block)), pictures(at, block.pictures));
   }
   return el("li.observation.failed", {"data-kind": "error"}, el("h5", null, "ended for our own reasons"), plain(block.text));
 }
@@ -83,8 +86,8 @@ function factsOf(detail) {
     : [["truth", detail.truth.join(" or ")], ["need", detail.need], ["source", detail.source], ["task", detail.task],
       ["accuracy reward", number(detail.reward)], ["tool reward", number(detail.tool_reward)],
       ...(detail.advantages.length ? [["accuracy advantage", signed(detail.advantages[0])], ["tool advantage", signed(detail.advantages[1])], ["in Q", detail.qualifies ? "yes" : "no"]] : []),
-      ["sampled", plural(detail.sampled, "token")], ["whole", plural(detail.length, "token")],
-      ["time", `${number(detail.seconds)} s, tools ${number(detail.tool_seconds)} s`]];
+      ...(detail.length ? [["sampled", plural(detail.sampled, "token")], ["whole", plural(detail.length, "token")]] : []),
+      ...(detail.seconds ? [["time", `${number(detail.seconds)} s, tools ${number(detail.tool_seconds)} s`]] : [])];
   return el("dl.facts", null, facts.filter(([, value]) => value !== "").map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, value))));
 }
 

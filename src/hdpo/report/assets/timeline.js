@@ -1,7 +1,7 @@
 // What every rank did in a step, and when.
 const timeline = (() => {
   const COLOURS = {rollout: 1, update: 2, score: 6, sync: 5, old_log_prob: 4, evaluation: 7, save: 8, pack: 3, data: 3, log: 3, spool: 3, sleep: 3};
-  const PARTS = {generation: ["generation", "var(--c1)"], tools: ["waiting for tools", "var(--c2)"], ranks: ["waiting for other ranks", "var(--c3)"], other: ["other", "var(--line)"]};
+  const PARTS = {generation: ["generation", "var(--c1)"], tools: ["waiting for tools", "color-mix(in srgb, var(--ink) 85%, transparent)"], ranks: ["waiting for other ranks", "color-mix(in srgb, var(--ink) 40%, transparent)"], other: ["other", "var(--line)"]};
   const NAMES = {score: "judge (verdicts not there yet)", old_log_prob: "log-probs before the update", rollout: "rollout", other: "between phases"};
   const name = (phase) => NAMES[phase] || phase.replace(/_/g, " ");
   const colour = (phase) => `var(--c${COLOURS[phase] || 3})`;
@@ -49,7 +49,7 @@ const timeline = (() => {
     const rest = Math.max(0, total - known.reduce((sum, [, seconds]) => sum + seconds, 0));
     let left = rollouts[0][1];
     return el("div.bars.parts", null, [...known, ["other", rest]].map(([part, seconds]) => {
-      const bar = el("i", {title: `rollout, ${PARTS[part] ? PARTS[part][0] : part}: ${number(seconds)} s`, style: {left: `${100 * left / end}%`, width: `${100 * seconds / end}%`, background: PARTS[part] ? PARTS[part][1] : "var(--c3)"}});
+      const bar = el("i", {title: `rollout, ${PARTS[part] ? PARTS[part][0] : part}: ${number(seconds)} s`, style: {left: `${100 * left / end}%`, width: `${100 * seconds / end}%`, background: PARTS[part] ? PARTS[part][1] : "var(--soft)"}});
       left += seconds;
       return bar;
     }));
