@@ -21,6 +21,7 @@ from hdpo.toolserver.sessions import SandboxError
     ({"evidence": b"", "alone": True}, Blame.POLICY),                  # nobody else could have
     ({"evidence": b"n"}, Blame.OURS),                                  # neighbours
     ({"evidence": b"n", "alone": True}, Blame.OURS),
+    ({"evidence": b"f"}, Blame.OURS),                                  # the container's processes are used up
     ({"evidence": b"", "template_ended": True}, Blame.OURS),           # the engine
     ({"evidence": b"k", "template_ended": True}, Blame.OURS),
     ({"evidence": b"", "template_ended": True, "alone": True}, Blame.OURS),

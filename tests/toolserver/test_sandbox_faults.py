@@ -156,7 +156,8 @@ def _answers(session: Session) -> bool:
 
 
 @pytest.mark.docker
-def test_256_trajectories_at_once_are_answered_without_a_failure_and_all_containers_go() -> None:
+@pytest.mark.parametrize("count", [80, pytest.param(256, marks=pytest.mark.long)])
+def test_more_trajectories_than_a_container_holds_are_all_answered_at_once_and_all_containers_go(count: int) -> None:
     server = ToolServer("--sandbox", "docker", "--tools", "python")
 
     async def trajectory(client: ToolClient, number: int) -> bool:
@@ -168,7 +169,7 @@ def test_256_trajectories_at_once_are_answered_without_a_failure_and_all_contain
     async def all_at_once() -> list[bool]:
         client = ToolClient(server.url, timeout=300)
         try:
-            return await asyncio.gather(*(trajectory(client, number) for number in range(256)))
+            return await asyncio.gather(*(trajectory(client, number) for number in range(count)))
         finally:
             await client.close()
     try:

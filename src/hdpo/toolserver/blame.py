@@ -32,6 +32,8 @@ def who_ended(evidence: bytes, *, template_ended: bool = False, abandoned: bool 
         return Blame.POLICY, "it held more memory than a session may"
     if evidence == CROWDED_OUT:
         return Blame.OURS, "the memory for all sessions was used up while it was within its limit"
+    if evidence == NO_PROCESS:
+        return Blame.OURS, "no process is left for it"
     if template_ended:
         return Blame.OURS, "its sandbox died"
     if evidence == KILLED:

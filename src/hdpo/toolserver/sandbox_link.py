@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from hdpo import oddities
-from hdpo.toolserver.blame import ENDED_ITSELF, NO_PROCESS
+from hdpo.toolserver.blame import ENDED_ITSELF, who_ended
 from hdpo.toolserver.cgroups import SessionGroups
 from hdpo.toolserver.sandbox_frames import (
     PROTOCOL,
@@ -82,10 +82,10 @@ class SessionLink:
         except BaseException as exc:
             if not talk.alive:
                 ours.close()
-            why = "no process is left for it" if isinstance(exc, EOFError) and await link.evidence() == NO_PROCESS else str(exc)
+            why = who_ended(await link.evidence())[1] if isinstance(exc, EOFError) else str(exc) or type(exc).__name__
             link.close()
             if isinstance(exc, (OSError, EOFError, FrameError)):
-                raise SandboxError(f"no sandbox session: {why or type(exc).__name__}") from exc
+                raise SandboxError(f"no sandbox session: {why or 'its set-up failed'}") from exc
             raise
 
     @property

@@ -80,6 +80,7 @@ class Trajectory:
     session_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     session_open: bool = False
     python_calls: int = 0
+    cells_s: float = 0.0               # that they have taken
     calls_lost: int = 0                # executed in a session that a former server had, for a client that doesn't know
     image_searches: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from hdpo.toolserver.image_cache import ImageCache
 from hdpo.toolserver.image_search import ImageProvider, InTurn, run_image_search
 from hdpo.toolserver.lens import SerperLens, Showcase
 from hdpo.toolserver.picture_store import MissingPictures, PictureStore
+from hdpo.toolserver.places import Places
 from hdpo.toolserver.providers import TextProvider, hosted_provider
 from hdpo.toolserver.python_tool import run_python
 from hdpo.toolserver.search_cache import CachedSearch
@@ -27,9 +28,6 @@ from hdpo.toolserver.text_search import TextIndex, run_text_search
 from hdpo.toolserver.wire import Call, Reply
 
 log = logging.getLogger(__name__)
-PLACE_S, LONG_CELLS = 0.5, 8
-"""A cell that runs longer, seconds, makes its place free for another, as long as there are not so many such cells for each
-place. They come last by their niceness (sandbox/watch.py); a few endless ones would hold up all the short ones else."""
 
 
 @dataclass(slots=True)
@@ -42,13 +40,12 @@ class Toolbox:
     images: ImageProvider | None
     pictures: PictureStore
     sessions: Sessions = field(init=False)
-    slots: asyncio.Semaphore = field(init=False)
-    long_cells: int = 0
+    places: Places = field(init=False)
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.sandbox, self.settings.idle_limit_s)
-        self.slots = asyncio.Semaphore(self.settings.running_cells)
+        self.places = Places(self.settings.running_cells)
 
     @property
     def showcase(self) -> Showcase | None:
@@ -154,36 +151,18 @@ class Toolbox:
             return Reply(layout.tool_not_offered(parsed.name, self.tools), valid=False)
         if parsed.name == "python":
             assert self.sandbox is not None
-            async with self._place(), asyncio.timeout(self.settings.call_timeout_s):
-                return await run_python(self.sandbox, trajectory, parsed.arguments["code"], self.settings.python_timeout_s,
-                                        self.words)
+            async with self.places.take(trajectory.cells_s) as taken:
+                try:
+                    async with asyncio.timeout(self.settings.call_timeout_s):
+                        return await run_python(self.sandbox, trajectory, parsed.arguments["code"],
+                                                self.settings.python_timeout_s, self.words)
+                finally:
+                    trajectory.cells_s += taken()
         async with asyncio.timeout(self.settings.call_timeout_s):
             if parsed.name == "text_search":
                 assert self.text is not None
                 return await run_text_search(self.text, parsed.arguments["query"], self.words)
             return await self._image_search(trajectory, parsed.arguments)
-
-    @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        """One of the places for running cells. A long cell gives its own up: a few could hold up all the short ones else."""
-        await self.slots.acquire()
-        long = False
-
-        def make_room() -> None:
-            nonlocal long
-            long = self.long_cells < LONG_CELLS * self.settings.running_cells
-            if long:
-                self.long_cells += 1
-                self.slots.release()
-        timer = asyncio.get_running_loop().call_later(PLACE_S, make_room)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if long:
-                self.long_cells -= 1
-            else:
-                self.slots.release()
 
     async def _image_search(self, trajectory: Trajectory, arguments: dict[str, Any]) -> Reply:
         assert self.images is not None
