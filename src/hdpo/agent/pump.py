@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from hdpo.agent.trajectory import Key
 from hdpo.errors import RequestRefused
 from hdpo.protocols import Engine, Flag, GenerateRequest, SharedEngine
 from hdpo.types import Completion, StopReason
 
+T = TypeVar("T")
+CLOSE_S = 20.0
+"""How long coroutines may take to close what they hold when they are cancelled, seconds."""
 STOP_POLL_S = 0.2
 """How often a blocked pump looks at the stop event, seconds."""
 MEET_S = 0.005
@@ -88,6 +93,25 @@ class EnginePump:
         self._inbox.put(lambda: setattr(self, "_closed", True))
 
     # -- called on the thread that drives the engine ----------------------------------------------------------------
+
+    def drive(self, work: Coroutine[Any, Any, T], stop: Flag | None = None,
+              on_stop: Callable[[], object] = lambda: None) -> T:
+        """Step the engine until `work`, on the loop, is done. `on_stop` is called on the loop once `stop` is set.
+
+        Whatever ends this thread's part, Ctrl-C for one, cancels `work`, waits until it has closed what it holds, drops its
+        requests, and is raised.
+        """
+        ended = threading.Event()
+        outcome = asyncio.run_coroutine_threadsafe(_then(work, ended.set), self._loop)
+        outcome.add_done_callback(lambda _: self.close())
+        try:
+            self.run(stop, lambda: self._loop.call_soon_threadsafe(on_stop))
+        except BaseException:
+            outcome.cancel()
+            ended.wait(CLOSE_S)
+            self.abort_all()
+            raise
+        return outcome.result()
 
     def run(self, stop: Flag | None = None, on_stop: Callable[[], object] | None = None) -> None:
         """Step the engine until `close`. When `stop` is set, `on_stop` is called once, and pumping goes on."""
@@ -197,3 +221,10 @@ def _resolve(replies: list[tuple[asyncio.Future[Completion], Completion]]) -> No
     for reply, completion in replies:
         if not reply.done():
             reply.set_result(completion)
+
+
+async def _then(work: Coroutine[Any, Any, T], done: Callable[[], object]) -> T:
+    try:
+        return await work
+    finally:
+        done()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hdpo.agent.carry import POLL_S, Carry, Held
 from hdpo.agent.chat import ChatFormat
-from hdpo.agent.pump import EnginePump
+from hdpo.agent.pump import CLOSE_S, EnginePump
 from hdpo.agent.queue import PromptQueue, sampling_seed, static_queue
 from hdpo.agent.run import OnFinished, Run
 from hdpo.agent.tools import AgentTools, ToolOutcome
@@ -26,7 +26,6 @@ from hdpo.types import Carried, Completion, EndReason, Task, Trajectory
 
 log = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT_S = 20.0
 LIVE_PER_SEQUENCE = 1.5
 """Live trajectories per sequence the engine runs at once: the surplus are those that wait for their tools."""
 FIRST_SHARE = 0.75
@@ -82,17 +81,11 @@ class Rollouts:
                   weight_version, known or {}, on_finished,
                   most_live=self._most_live((carry.open if carry else len(tasks)) * group_size, queue.ranks), keep=keep,
                   carry=carry, cut=asyncio.Event() if carry else None)
-        outcome = self._background.submit(self._collect(run))
-        outcome.add_done_callback(lambda _: pump.close())
         try:
-            pump.run(self.stop, lambda: self._background.loop.call_soon_threadsafe(self._abort, run))
+            groups = pump.drive(self._collect(run), self.stop, lambda: self._abort(run))
         except BaseException:
-            outcome.cancel()
-            pump.abort_all()
-            run.closed.wait(CLOSE_TIMEOUT_S)
             self._wait_for_finishes()
             raise
-        groups = outcome.result()
         self.metrics = self._measure(run, time.monotonic() - started)
         return groups
 
@@ -137,7 +130,6 @@ class Rollouts:
             raise failures.exceptions[0] from None     # the first one cancelled the others
         finally:
             watch.cancel()
-            run.closed.set()
         if run.carry is not None and not run.stopped:
             run.carry.groups = {index: self._held(run, index, task) for index, task in run.claimed.items()}
         samples = range(run.group_size)
@@ -300,7 +292,7 @@ class Rollouts:
     def _wait_for_finishes(self) -> None:
         async def wait() -> None:
             if self._finishing:
-                await asyncio.wait(self._finishing, timeout=CLOSE_TIMEOUT_S)
+                await asyncio.wait(self._finishing, timeout=CLOSE_S)
         self._background.run(wait())
 
     def _measure(self, run: Run, seconds: float) -> dict[str, float]:

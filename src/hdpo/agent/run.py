@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +47,6 @@ class Run:
     tool_seconds: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    closed: threading.Event = field(default_factory=threading.Event)
 
     @property
     def over(self) -> bool:

@@ -18,7 +18,7 @@ from hdpo.agent.builder import Segment
 from hdpo.agent.chat import IMAGE_MARKER, ChatFormat
 from hdpo.agent.own_calls import own_examples
 from hdpo.agent.parse import ParsedCall, extract_answer, parse_tool_call
-from hdpo.agent.pump import EnginePump
+from hdpo.agent.pump import CLOSE_S, EnginePump
 from hdpo.agent.queue import sampling_seed
 from hdpo.agent.tools import AgentTools
 from hdpo.agent.trajectory import Key, Live, Player
@@ -32,7 +32,6 @@ from hdpo.types import Completion, EndReason, StopReason, Task
 T = TypeVar("T")
 PERIOD_S = 0.04
 """Between two tellings of a turn that is being sampled, seconds."""
-CLOSE_S = 10.0
 
 
 def user_text(text: str, num_images: int) -> str:
@@ -81,18 +80,8 @@ class Assistant:
 
         Whatever ends this thread's part, Ctrl-C for one, cancels `work` and drops its requests.
         """
-        self._pump = pump = EnginePump(self._engine, self._background.loop)
-        ended = threading.Event()
-        outcome = self._background.submit(_then(work, ended.set))
-        outcome.add_done_callback(lambda _: pump.close())
-        try:
-            pump.run(stop, lambda: self._background.loop.call_soon_threadsafe(on_stop))
-        except BaseException:
-            outcome.cancel()
-            ended.wait(CLOSE_S)
-            pump.abort_all()
-            raise
-        return outcome.result()
+        self._pump = EnginePump(self._engine, self._background.loop)
+        return self._pump.drive(work, stop, on_stop)
 
     def close(self) -> None:
         """Wait until the tool server knows of all ended questions."""
@@ -191,10 +180,3 @@ class _Listener:
         if len(live.calls) > self._calls:
             self._hear(Seen(live.calls[-1], tuple(live.builder.images[known:])))
         self._calls, self._images = len(live.calls), len(live.builder.images)
-
-
-async def _then(work: Coroutine[Any, Any, T], done: Callable[[], object]) -> T:
-    try:
-        return await work
-    finally:
-        done()
