@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from hdpo.ranks.world import World
 from hdpo.state.records import Records
 from hdpo.state.spool import Spool
 from hdpo.train.carry import Carrying, Lengths
+from hdpo.train.collect import Collector
 from hdpo.train.metrics import Metrics
+from hdpo.train.rl import open_collector
 from hdpo.train.samples import group_advantages
 from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Task, Trajectory, Verdict
 
@@ -67,7 +70,8 @@ def config(tmp_path: Path, **rollout: Any) -> Config:
 class Life:
     """One process of a run (or a rank of it): from its parts to its end."""
 
-    def __init__(self, c: Config, chat: ChatFormat, background: BackgroundLoop, world: World | None = None) -> None:
+    def __init__(self, c: Config, chat: ChatFormat, background: BackgroundLoop, world: World | None = None,
+                 kind: type[Collector] = Carrying) -> None:
         def script(prompt: str, request: Any) -> str:
             number = int(prompt.split("What is ")[1].split("?")[0])
             begun = chat.decode(request.token_ids[len(request.token_ids) - request.begun:]) if request.begun else ""
@@ -75,11 +79,12 @@ class Life:
         self.world = world or World()
         self.engine = ScriptedEngine(chat, script, tokens_per_step=8)
         self.engine.on_step = lambda: background.run(asyncio.sleep(0.002))     # the loop has looked before the next tokens come
-        self.rollouts = Rollouts(self.engine, chat, ScriptedTools(), background, c.rollout, c.model_copy().tools, 4096, seed=3)
+        self.rollouts = Rollouts(self.engine, chat, ScriptedTools(), background, c.rollout, c.model_copy().tools, 4096, seed=3,
+                                 deterministic=c.run.deterministic)
         self.stream, self.log, self.spool = Stream(), Metrics(), Spool(c, self.world, {})
         self.finished: list[tuple[int, int]] = []
-        self.collect = Carrying(c, self.rollouts, Scorer(), self.stream, self.world, self.log, self.ended,   # type: ignore
-                                self.spool.cut)
+        self.collect: Any = kind(c, self.rollouts, Scorer(), self.stream, self.world, self.log, self.ended,   # type: ignore
+                                 self.spool.cut)
 
     def ended(self, trajectory: Trajectory) -> None:
         self.spool.add(trajectory)
@@ -126,23 +131,55 @@ def test_every_prompt_is_trained_once_and_no_token_is_older_than_the_limit(
     assert scalars[0]["carry/length_bias"] < 0 and scalars[-1]["carry/length_bias"] == pytest.approx(0)
 
 
+def test_without_carry_over_the_collector_is_the_plain_one_and_one_that_could_carry_trains_the_same_to_the_last_bit(
+        tmp_path: Path, chat: ChatFormat, background: BackgroundLoop) -> None:
+    c = config(tmp_path, carry_over=0.0)
+    c = Config.model_validate(c.model_dump() | {"run": {**c.run.model_dump(), "deterministic": True}})
+    plain, able = Life(c, chat, background, kind=Collector), Life(c, chat, background)
+    for step in range(STEPS):
+        found = []
+        for life in (plain, able):
+            life.engine.version = step
+            everything, trained = life.collect(step, None)
+            assert everything.groups == trained.groups
+            found.append(([(g.task.id, g.rewards, [(t.token_ids, t.mask, t.log_probs, t.versions, t.turns, t.end)
+                                                   for t in g.trajectories]) for g in trained.groups],
+                          trained.advantages, trained.members, life.stream.position))
+        assert found[0] == found[1] and len(found[0][0]) == PROMPTS
+    assert plain.engine.batches and [len(b) for b in plain.engine.batches] == [len(b) for b in able.engine.batches]
+    first = [request.seed for request in plain.engine.requests[:PROMPTS * GROUP]]
+    assert first == [request.seed for request in able.engine.requests[:PROMPTS * GROUP]]
+
+    class Parts:
+        rollouts = scorer = tasks = log = ended = None
+        policy = checkpoints = spool = SimpleNamespace(world=None, cut=None, start=None)
+    for carry_over, position, kind in ((0.0, None, Collector), (0.0, {"position": 3}, Collector), (0.5, None, Carrying),
+                                       (0.0, {"position": 3, "started": 4}, Carrying)):
+        assert type(open_collector(config(tmp_path, carry_over=carry_over), Parts, position)) is kind   # type: ignore[arg-type]
+
+
 def tokens(groups: list[RewardedGroup]) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
     return {(t.index, t.sample_index): (t.token_ids, t.versions) for group in groups for t in group.trajectories}
+
+
+def after_a_step(c: Config, chat: ChatFormat, background: BackgroundLoop) -> tuple[Life, Path, dict[str, Any]]:
+    """A run that has saved after its first step, its checkpoint, and where the data stood."""
+    life, folder = Life(c, chat, background), Path(c.run.folder) / "checkpoint"
+    life.step(0)
+    return life, folder, life.save(folder)
 
 
 def test_a_killed_run_goes_on_with_what_was_carried_and_repeats_whole_steps_without_sampling(
         tmp_path: Path, chat: ChatFormat, background: BackgroundLoop) -> None:
     c = config(tmp_path)
-    first = Life(c, chat, background)
-    first.step(0)
-    position = first.save(tmp_path / "checkpoint")
+    first, checkpoint, position = after_a_step(c, chat, background)
     waiting = sorted((h.index, s) for h in first.collect._held.values() for s in (*h.done, *h.going))
     assert waiting, "something is carried, or the test shows nothing"
     lived = [tokens(first.step(step)) for step in (1, 2)]
     first.spool.begin(3)        # killed in step 3, before anything ended; its files are on the disk
 
     again = Life(c, chat, background)
-    again.restore(tmp_path / "checkpoint", position)
+    again.restore(checkpoint, position)
     assert sorted((h.index, s) for h in again.collect._held.values() for s in (*h.done, *h.going)) == waiting
     repeated = [tokens(again.step(step)) for step in (1, 2)]
     assert repeated == lived and not again.engine.batches, "both steps came from the spool"
@@ -156,9 +193,7 @@ def test_a_killed_run_goes_on_with_what_was_carried_and_repeats_whole_steps_with
 def test_a_run_killed_within_a_step_samples_no_finished_rollout_again(
         tmp_path: Path, chat: ChatFormat, background: BackgroundLoop) -> None:
     c = config(tmp_path)
-    first = Life(c, chat, background)
-    first.step(0)
-    position = first.save(tmp_path / "checkpoint")
+    first, checkpoint, position = after_a_step(c, chat, background)
     first.spool.cut = lambda *_: None                       # type: ignore[method-assign]
     first.collect._on_cut = lambda *_: None                 # killed before the step's end was written
     before = len(first.finished)
@@ -166,7 +201,7 @@ def test_a_run_killed_within_a_step_samples_no_finished_rollout_again(
     first.spool.begin(2)
     ended = first.finished[before:]
     again = Life(c, chat, background)
-    again.restore(tmp_path / "checkpoint", position)
+    again.restore(checkpoint, position)
     known = again.spool.begin(1)
     assert isinstance(known, Records) and sorted(known) == sorted(ended) and known.claimed is None
     names(again.step(1))
