@@ -39,7 +39,7 @@ judge.base_url judge.model judge.panel judge.concurrency judge.timeout_s judge.d
 judge.max_prediction_chars judge.max_tokens judge.extra_body
 hdpo.w_acc hdpo.w_tool hdpo.tool_estimator hdpo.scale hdpo.aggregation hdpo.clip_low hdpo.clip_high hdpo.dual_clip
 hdpo.importance hdpo.importance_cap hdpo.importance_range hdpo.tool_norm hdpo.surrogate hdpo.entropy_coef
-hdpo.mask_truncated
+hdpo.kl_coef hdpo.mask_truncated
 optim.steps optim.lr optim.schedule optim.warmup_steps optim.betas optim.weight_decay optim.grad_clip optim.reduce_dtype
 optim.offload optim.max_skipped optim.epochs optim.rows_per_step optim.mini_batch_prompts optim.ppo_epochs
 batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens batch.share_prompts
@@ -240,6 +240,18 @@ def test_shipped_files_are_found_by_name_from_any_folder(name: str, tmp_path: Pa
     assert f"metis_9b: no such configuration file; shipped ones are {shipped}" in refused(file="metis_9b")
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["run.deterministic=true"], "where a step ends depends on time, which run.deterministic can't repeat"),
+    (["rollout.dynamic_sampling=1"], "rollout.dynamic_sampling both start further prompts; set one of them to 0"),
+    (["hdpo.importance=none"], "hdpo.importance must correct for; set it to token")])
+def test_what_cannot_be_had_with_carried_rollouts_is_refused_in_one_line_that_names_both(
+        overrides: list[str], message: str) -> None:
+    line = refused("rollout.carry_over=0.5", *overrides)
+    assert "rollout.carry_over" in line and message in line
+    load_config(None, overrides, {})
+    load_config(None, ["rollout.carry_over=0.5"], {})
+
+
 # -- hints ---------------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +261,7 @@ def test_shipped_files_are_found_by_name_from_any_folder(name: str, tmp_path: Pa
     ("rollout.max_tokens", "rollout.max_turn_tokens"),
     ("num_generations", "rollout.group_size"), ("data.batch_size", "rollout.prompts_per_step"),
     ("max_length", "data.max_prompt_tokens"),
-    ("hdpo.beta", "there is none: HDPO has no term against a reference model"), ("kl_coef", "there is none"),
+    ("hdpo.beta", "hdpo.kl_coef"), ("kl_coef", "hdpo.kl_coef"), ("ref_model", "there is none: the reference of hdpo.kl_coef is"),
     ("temperature", "rollout.temperature"), ("rollout.temprature", "rollout.temperature"), ("rollout.top_p", "there is none"),
     ("hdpo.wtool", "hdpo.w_tool"), ("optim.max_steps", "optim.steps"), ("optimizer.lr", "optim.lr"), ("optimiser", "optim"),
     ("rollout.gpu_memory_utilization", "rollout.gpu_memory"), ("checkpoint.save_steps", "checkpoint.every_steps"),

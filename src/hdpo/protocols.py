@@ -176,3 +176,15 @@ class Policy(Protocol):
         ...
 
     def unpark(self) -> None: ...
+
+
+class Reference(Protocol):
+    """The policy as it was when the run began. Every method is a collective."""
+
+    def run(self, micro: MicroBatch, job: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """As `Policy.run`, without gradients."""
+        ...
+
+    def park(self) -> None:
+        """Give device memory back until the next `run`."""
+        ...

@@ -302,6 +302,7 @@ class MicroBatch:
     spans: tuple[Span, ...]    # their lengths add up to N
     groups: tuple[int, ...] = ()     # [B] of each row, a filler's too
     origins: tuple[tuple[int, int], ...] = ()   # (group, sample_index) of each row
+    reference_log_probs: Tensor | None = None   # [M] float32, of the starting policy (hdpo.kl_coef)
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,26 @@ def test_vllms_share_that_leaves_the_trainer_no_room_is_refused_with_a_smaller_o
         check(configured(rollout__gpu_memory=0.95), shapes, 8, H100, 2)
 
 
+def test_a_starting_policy_beside_the_trained_one_is_on_the_device_before_the_update_and_on_the_host_else(shapes: Shapes) -> None:
+    plain, pulled = (plan(configured(hdpo__kl_coef=k), shapes, 8, H100, 2) for k in (0, 0.01))
+    shard = 2 * -(-shapes.parameters // 8)
+    assert list(plain.phases) == ["rollout", "sync", "update"] and "reference" not in plain.host["update"]
+    assert pulled.phases["reference"]["reference, shard"] == pulled.phases["reference"]["weights, shard"] == shard
+    assert pulled.total("reference") < pulled.total("update") == plain.total("update")
+    for phase in ("rollout", "update", "save"):
+        assert pulled.host_total(phase) - plain.host_total(phase) == 8 * shard
+    adapted = plan(configured(hdpo__kl_coef=0.01, model__lora_rank=8), shapes, 8, H100, 2)
+    assert "reference" not in {*adapted.phases, *adapted.host["update"]}
+    gib = int(plain.host_total("rollout") / GIB) + 4
+    check(configured(rollout__image_cache_gib=0.5), shapes, 8, H100, 2, node=gib * GIB)
+    with pytest.raises(ConfigError, match="host memory: .* it fits with"):
+        check(configured(hdpo__kl_coef=0.01), shapes, 8, H100, 2, node=gib * GIB)
+    with pytest.raises(ConfigError, match="it fits with hdpo.kl_coef=0$"):
+        check(configured(hdpo__kl_coef=0.01, rollout__image_cache_gib=0.5, rollout__max_num_seqs=32), shapes, 8, H100, 2,
+              node=int(plan(configured(rollout__image_cache_gib=0.5, rollout__max_num_seqs=32), shapes, 8, H100, 2).host_total(
+                  "rollout")) + GIB)
+
+
 def test_an_sft_run_is_planned_too(shapes: Shapes) -> None:
     made = check(configured(), shapes, 8, H100, 2, sft=True)
     assert list(made.phases) == ["update"] and list(made.host) == ["update", "save"]

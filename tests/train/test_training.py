@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from launching import ROOT, accelerate, rl_settings
+from launching import ROOT, accelerate
+from launching import rl_settings as any_rl_settings
 
 from hdpo.state.dump import read_rollouts
 from hdpo.state.folders import step_folders
@@ -18,6 +20,7 @@ from hdpo.toyworld.world import World
 from hdpo.train.jsonl import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
+rl_settings = partial(any_rl_settings, hdpo__kl_coef=0.05)
 
 
 def update_once(model: Path, tokens: int, share: str, ranks: int) -> dict:
@@ -72,6 +75,7 @@ def test_rl_on_two_zero3_ranks_with_vllm_samples_what_the_trainer_computes_after
     for row in rows[:2]:   # the second step samples with weights that two optimizer steps have changed
         assert row["mismatch/ratio_max"] < 1 + 1e-3 and row["mismatch/k3"] < 1e-8
         assert row["end/infrastructure"] == row["end/aborted"] == 0.0
+    assert abs(rows[0]["hdpo/kl"]) < 1e-6 < rows[1]["hdpo/kl"]
 
 
 def test_rl_makes_real_tool_calls_and_dumps_every_rollout_with_its_images(rl: Path) -> None:
@@ -90,7 +94,8 @@ def test_a_kept_step_is_trained_again_to_the_same_gradient_bit_for_bit(rl: Path)
     recorded = next(row for row in read_metrics(rl / "metrics.jsonl") if row["step"] == 2)
     replayed = json.loads((rl / "replay" / "step_000002" / "result.json").read_text())["replayed"]
     assert recorded["actor/grad_norm"] > 0
-    for name in ("actor/grad_norm", "hdpo/q_size_mean", "hdpo/tool_advantage_mass", "mismatch/k3", "reward/score/mean"):
+    for name in ("actor/grad_norm", "hdpo/kl", "hdpo/q_size_mean", "hdpo/tool_advantage_mass", "mismatch/k3",
+                 "reward/score/mean"):
         assert replayed[name] == recorded[name], name
     assert "numbers are the same, to the last bit" in done.stdout and "differs" not in done.stdout
     assert {"checkpoints", "rollouts"} <= {path.name for path in rl.iterdir()} and len(step_folders(rl)) == 2

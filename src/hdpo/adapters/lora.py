@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,21 @@ def _matching(names: Sequence[str], patterns: Sequence[str], field: str) -> list
             raise ConfigError(f"{field}: {pattern} matches nothing; names are like {names[0]} and {names[-1]}")
         found.update(matches)
     return [name for name in names if name in found]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters. They are scaled by 0 rather than left out: ZeRO-3 fetches weights in the order in which
+    modules ran before."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    scales = [layer.scaling[_ADAPTER] for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling[_ADAPTER] = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[_ADAPTER] = scale
 
 
 def is_adapter(name: str) -> bool:

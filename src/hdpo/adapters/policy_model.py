@@ -86,8 +86,9 @@ def _head_forward(self: nn.Linear, hidden: Tensor, job: HeadJob | None = None) -
     return job(hidden, self.weight)
 
 
-def load_policy_model(config: ModelConfig, dtype: torch.dtype) -> PolicyModel:
+def load_policy_model(config: ModelConfig, dtype: torch.dtype, frozen: bool = False) -> PolicyModel:
     """Read the folder's weights (sharded at once when a ZeRO-3 configuration is active) and prepare it for packing.
+    `frozen`: nothing is trained, and there are no adapters.
 
     Raises ModelError for a weight that the folder lacks; `check_model_folder` finds more, and before anything is loaded.
     """
@@ -98,6 +99,10 @@ def load_policy_model(config: ModelConfig, dtype: torch.dtype) -> PolicyModel:
                                         attn_implementation=resolve_attention(config.attention, folder))
     raise_for(Path(config.path), found["missing_keys"], [], [])    # of .bin files, which say so only now
     model.config.get_text_config().output_router_logits = False   # no load-balancing loss: HDPO's is the only one
+    if frozen:
+        model.eval().requires_grad_(False)
+        assert_rope_fp32(model)
+        return PolicyModel(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

@@ -16,6 +16,7 @@ from hdpo.config.file import dump_config
 from hdpo.doctor.memory_plan import here
 from hdpo.packing.batching import PackingSpec
 from hdpo.packing.costs import work_model
+from hdpo.protocols import Reference
 from hdpo.ranks.nodes import choose_interface
 from hdpo.ranks.world import World
 from hdpo.state.checkpoint import Checkpoints
@@ -48,6 +49,14 @@ def open_policy(config: Config, chat: ChatFormat, world: World, lock: RunLock | 
     return policy, closing.enter_context(Checkpoints(policy, config, lock))
 
 
+def build_reference(config: Config, policy: DeepSpeedPolicy) -> Reference | None:
+    """What hdpo.kl_coef needs; None without it. Collective."""
+    if not config.hdpo.kl_coef:
+        return None
+    from hdpo.adapters.reference import open_reference
+    return open_reference(policy, config.model)
+
+
 def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
     """Budgets and the filler row: two tokens of text and, for a model that sees, one blank image of the smallest size."""
     from hdpo.adapters.policy_model import can_share_prompts
@@ -60,4 +69,4 @@ def build_packing(config: Config, chat: ChatFormat) -> PackingSpec:
         max_patches=config.batch.patches_per_micro_batch, filler=filler, aggregation=config.hdpo.aggregation,
         response_budget=config.rollout.max_response_tokens, positions=chat.family.positions,
         work=work_model(json.loads((Path(config.model.path) / "config.json").read_text())),
-        share_prompts=config.batch.share_prompts and can_share_prompts(config.model))
+        share_prompts=config.batch.share_prompts and can_share_prompts(config.model), every_row=config.hdpo.every_row)

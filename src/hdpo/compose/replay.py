@@ -57,7 +57,7 @@ def replay_config(run: Path, step: int, overrides: Sequence[str]) -> Config:
 
 def _replay(run: Path, step: int, config: Config, overrides: Sequence[str]) -> int:
     from hdpo.compose.checks import check_launcher
-    from hdpo.compose.policy import build_packing, open_policy
+    from hdpo.compose.policy import build_packing, build_reference, open_policy
     from hdpo.compose.stage import Stage
     from hdpo.train.jsonl import read_metrics
     from hdpo.train.replay import ReplayParts, compared, kept_groups, replay_step, same
@@ -71,11 +71,13 @@ def _replay(run: Path, step: int, config: Config, overrides: Sequence[str]) -> i
         policy, checkpoints = open_policy(config, stage.chat, stage.world, None, stage)
         world = policy.world
         groups, notes = kept_groups(run, step, config, stage.chat, world.rank, world.size, anew)
+        reference = build_reference(config, policy)
         checkpoints.resume()
         pixels, log = PixelPool(stage.chat), RunLog(config, world, [], [])
         stage.callback(pixels.close)
         stage.callback(log.close)
-        found = replay_step(config, ReplayParts(policy, stage.chat, build_packing(config, stage.chat), pixels, log), groups, step)
+        parts = ReplayParts(policy, stage.chat, build_packing(config, stage.chat), pixels, log, reference)
+        found = replay_step(config, parts, groups, step)
     if not world.is_main:
         return 0
     rows = compared(recorded[-1] if recorded else {}, found)

@@ -19,7 +19,7 @@ from hdpo.compose.checks import check_devices, check_launcher, check_rl
 from hdpo.compose.folder import begin_run
 from hdpo.compose.logs import open_log, open_run_folder
 from hdpo.compose.own_tools import with_mcp_tools
-from hdpo.compose.policy import build_packing, open_policy, plan_memory
+from hdpo.compose.policy import build_packing, build_reference, open_policy, plan_memory
 from hdpo.compose.rollouts import open_engine, open_rollouts
 from hdpo.compose.scoring import open_scorer
 from hdpo.compose.tools import NoTools, open_tools
@@ -105,6 +105,7 @@ class Stage(contextlib.ExitStack):
         world = policy.world
         background, backend = open_tools(config, world, self)
         policy.park()      # the engine measures what device memory is left
+        reference = build_reference(config, policy)
         engine = open_engine(config, chat, self)
         rollouts = open_rollouts(config, chat, engine, backend, background, self)
         rollouts.progress = world.progress
@@ -117,7 +118,7 @@ class Stage(contextlib.ExitStack):
         spec = build_packing(config, chat)
         sync = WeightSync(policy, engine, chat, spec, config, log)
         return RlParts(policy, engine, chat, rollouts, scorer, tasks, evaluator, spec, sync, pixels, log, checkpoints,
-                       self.enter_context(Spool(config, world, checkpoints.content)))
+                       self.enter_context(Spool(config, world, checkpoints.content)), reference)
 
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""

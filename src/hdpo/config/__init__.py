@@ -198,8 +198,16 @@ class HdpoConfig(Section):
         "ppo", description="ppo clips each token's ratio, gspo the row's, cispo uses the clipped ratio as a constant weight.")
     entropy_coef: NonNegativeFloat = Field(
         0.0, description="Weight of an entropy bonus over trained tokens; 0, the paper's, turns it off.")
+    kl_coef: NonNegativeFloat = Field(
+        0.0, description="Weight of the KL divergence to the starting policy, model.path, over trained tokens; 0, the paper's, "
+        "turns it off. Costs a forward a step and, without LoRA, a copy of the weights in host memory.")
     mask_truncated: bool = Field(
         False, description="Leave trajectories cut by a budget out of the loss; their rewards still count in the group.")
+
+    @property
+    def every_row(self) -> bool:
+        """Whether rows without any advantage have a gradient too."""
+        return bool(self.entropy_coef or self.kl_coef)
 
 
 class OptimConfig(Section):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 _PROMPTS = "rollout.prompts_per_step (RL), optim.rows_per_step (SFT)"
 _MICRO = "batch.tokens_per_micro_batch (micro-batches are packed by tokens)"
 _TOKENS = "data.max_prompt_tokens, rollout.max_response_tokens"
-_NO_KL = "there is none: HDPO has no term against a reference model"
+_NO_REFERENCE = "there is none: the reference of hdpo.kl_coef is model.path, where the run begins"
 _NO_CUT = "there is none: cut sampling would falsify the log-probs that are trained on"
 
 MEANT = {
@@ -48,6 +48,7 @@ MEANT = {
     "hdpo.scale": "scale_rewards norm_adv_by_std_in_grpo normalize_advantages",
     "hdpo.importance_cap": "tis_imp_ratio_cap importance_sampling_cap vllm_importance_sampling_cap",
     "hdpo.entropy_coef": "entropy_coeff entropy_bonus entropy_weight ent_coef",
+    "hdpo.kl_coef": "beta kl kl_beta kl_loss_coef kl_penalty kl_weight use_kl_loss init_kl_coef kl_ctrl",
     "hdpo.mask_truncated": "mask_truncated_completions overlong_filtering",
     "model.path": "model_path model_name model_name_or_path pretrained checkpoint_path base_model",
     "model.dtype": "bf16 fp16 torch_dtype precision mixed_precision",
@@ -80,8 +81,7 @@ MEANT = {
 """Fields, and the names under which people look for them; a name with its section goes before a field of that name elsewhere."""
 
 ABSENT = {
-    _NO_KL: "beta kl kl_coef kl_beta kl_loss_coef kl_penalty use_kl_loss use_kl_in_reward ref_model reference_model kl_weight "
-            "init_kl_coef kl_ctrl",
+    _NO_REFERENCE: "use_kl_in_reward ref_model reference_model ref_model_path ref_path",
     _NO_CUT: "top_p top_k min_p repetition_penalty presence_penalty frequency_penalty",
     "there is none: advantages are relative to the group, no critic": "critic value_model vf_coef gamma lam gae_lambda",
     "there is none: accelerate's file says how many ranks (launch/accelerate)": "num_gpus n_gpus_per_node nnodes num_processes",

@@ -51,6 +51,8 @@ def host_phases(config: Config, shapes: Shapes, ranks: int, of_node: int, size: 
     saved = {"checkpoint": math.ceil(shapes.parameters / ranks) * size + state["copy of the optimizer"]}
     if sft:
         return _of_node({"update": always, "save": always | saved}, of_node)
+    if copies_reference(config):
+        always["reference"] = math.ceil(shapes.parameters / ranks) * size
     always["engine's pictures"] = int(config.rollout.image_cache_gib * GIB)
     rollouts = math.ceil(config.rollout.prompts_per_step * config.rollout.group_size / ranks)
     prompts = math.ceil(config.rollout.prompts_per_step / ranks)
@@ -60,6 +62,11 @@ def host_phases(config: Config, shapes: Shapes, ranks: int, of_node: int, size: 
     sleeping = {"sleeping engine": asleep(config, shapes, size)}
     return _of_node({"rollout": always | rows | tools | saved, "update": always | rows | sleeping,
                      "save": always | sleeping | saved}, of_node)
+
+
+def copies_reference(config: Config) -> bool:
+    """Whether an RL run holds the starting policy beside the trained one, and not in it."""
+    return bool(config.hdpo.kl_coef and not config.model.lora_rank)
 
 
 def live(config: Config, ranks: int) -> int:

@@ -7,15 +7,15 @@ setting changes. All sizes are bytes per rank. No weight is read: parameters are
 """
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from hdpo.config import Config
-from hdpo.doctor.host_plan import GRAPHS, Phases, host_phases, machine_memory
+from hdpo.doctor.host_plan import GRAPHS, Phases, copies_reference, host_phases, machine_memory
 from hdpo.doctor.shapes import Shapes, read_folder, read_shapes
+from hdpo.doctor.training_plan import reference_parts, update_parts
 from hdpo.errors import ConfigError
 
 GIB = 2**30
@@ -97,9 +97,12 @@ def plan(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_b
     trained = math.ceil(shapes.trained / ranks)
     weights = {"weights, shard": shard * dtype_bytes}
     overhead = {"CUDA, NCCL, workspaces": OVERHEAD if device else 0}
-    update = weights | _update(config, shapes, ranks, dtype_bytes, sft) | overhead
+    update = weights | update_parts(config, shapes, ranks, dtype_bytes, sft) | overhead
     if not config.optim.offload:    # fp32 weights (in fp32 they are the weights) and two moments
         update["fp32 weights, moments"] = trained * (12 if dtype_bytes < 4 else 8)
+    training = {"update": update}
+    if copies_reference(config) and not sft:
+        training = {"reference": weights | reference_parts(config, shapes, ranks, dtype_bytes) | overhead} | training
     host = host_phases(config, shapes, ranks, of_node, dtype_bytes, sft) if device else {}
     if sft:
         return MemoryPlan({"update": update}, host, 0, 0, config.max_model_len, ranks, of_node, shapes.parameters, device, node)
@@ -114,45 +117,8 @@ def plan(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_b
     group = max(config.sync.group_mib << 20, shapes.vocabulary * shapes.hidden * dtype_bytes)
     sync = weights | {"engine weights": engine["engine weights"], "engine graphs": engine["engine graphs"],
                       "sync group, layer copies": group + 2 * shapes.largest_layer * dtype_bytes}
-    return MemoryPlan({"rollout": weights | engine | overhead | {"KV cache": kv}, "sync": sync | overhead, "update": update},
+    return MemoryPlan({"rollout": weights | engine | overhead | {"KV cache": kv}, "sync": sync | overhead} | training,
                       host, kv_token, kv, config.max_model_len, ranks, of_node, shapes.parameters, device, node)
-
-
-def _update(config: Config, shapes: Shapes, ranks: int, size: int, sft: bool) -> dict[str, int]:
-    from hdpo.adapters.zero3 import MAX_LIVE_PARAMETERS, REDUCE_BUCKET, SUB_GROUP
-    from hdpo.fused_loss import default_chunk_tokens
-
-    trained = math.ceil(shapes.trained / ranks)
-    tokens = max(config.batch.tokens_per_micro_batch, 0 if sft else config.max_model_len)   # a row is never cut
-    patches = config.batch.patches_per_micro_batch
-    text = size * tokens * shapes.hidden
-    text_layer = size * tokens * (8 * shapes.hidden + 4 * (shapes.heads + 2 * shapes.kv_heads) * shapes.head_dim + 6 * shapes.mlp)
-    seen = size * patches * shapes.vision_hidden
-    vision_layer = size * patches * (20 * shapes.vision_hidden + 4 * shapes.vision_mlp)
-    if config.model.gradient_checkpointing:   # the input of each layer, and one layer that is computed again
-        activations = shapes.layers * text + shapes.vision_layers * seen + max(text_layer, vision_layer)
-    else:
-        activations = shapes.layers * text_layer + shapes.vision_layers * vision_layer
-    attention = config.model.attention
-    if attention == "auto":
-        attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
-    if attention == "sdpa" and not shapes.row_by_row or attention == "eager":   # the mask of packed rows, or the scores
-        activations += tokens**2 * (1 if attention == "sdpa" else 3 * size * shapes.heads)
-    if config.batch.share_prompts and not sft:   # keys and values of a prompt, and their gradients, once more for each rollout
-        heads = shapes.kv_heads if attention == "flash_attention_2" else shapes.heads
-        longest = min(tokens, config.data.max_prompt_tokens)
-        activations += 4 * size * (config.rollout.group_size - 1) * longest * heads * shapes.head_dim
-    head = 4 * shapes.vocabulary * shapes.hidden if shapes.head_trained else 0
-    chunk = config.batch.head_chunk_tokens or default_chunk_tokens(shapes.vocabulary, 4, True)
-    loss = min(chunk, tokens) * shapes.vocabulary * (4 + size) + text + head
-    reduced = 4 if config.optim.reduce_dtype == "float32" else size
-    # The head's gradient is above a bucket and is reduced by itself: cast into the room of dW, and laid out anew where the
-    # ranks don't divide it.
-    copies = REDUCE_BUCKET * reduced + (head * reduced // 4 if shapes.vocabulary * shapes.hidden % ranks else 0)
-    gradients = 0 if config.optim.offload else 4 * trained + 4 * min(trained, SUB_GROUP)   # the sum, and its copy in the step
-    return {"gradients, shard": gradients, "gradient bucket": REDUCE_BUCKET * reduced, "gradients being reduced": copies,
-            "gathered layers": min(shapes.parameters, MAX_LIVE_PARAMETERS) * size, "activations": activations,
-            "loss chunk, dW": loss}
 
 
 def _workspace(config: Config, shapes: Shapes, size: int) -> int:
@@ -222,6 +188,9 @@ def host_remedies(config: Config, sft: bool) -> list[Change]:
     kept: Change = {"optim.offload": False} if config.optim.offload else {}
     steps = [drop, *(drop | cache for cache in caches), *(drop | caches[-1] | live for live in lives if caches),
              drop | kept, *(drop | kept | cache for cache in caches)]
+    if copies_reference(config):
+        without: Change = {"hdpo.kl_coef": 0.0}
+        steps += [without, *(change | without for change in steps)]
     return [change for change in steps if change]
 
 
@@ -244,7 +213,8 @@ def remedies(config: Config, made: MemoryPlan, phase: str) -> list[Change]:
     update.append({"optim.offload": True})
     update += [{"optim.offload": True, "batch.tokens_per_micro_batch": t} for t in budgets]
     sync: list[Change] = [{"sync.group_mib": mib} for mib in (256, 128, 64)]
-    every = {"rollout": rollout, "sync": sync + rollout, "update": update}
+    reference: list[Change] = [{"batch.tokens_per_micro_batch": t} for t in budgets] + [{"hdpo.kl_coef": 0.0}]
+    every = {"rollout": rollout, "sync": sync + rollout, "update": update, "reference": reference}
     both = [a | b for a in rollout for b in update] if phase == "rollout" else [a | b for b in rollout for a in update]
     return every[phase] + both
 

@@ -48,6 +48,7 @@ class PackingSpec:
     positions: Positions = multimodal_positions
     work: WorkModel = WorkModel()
     share_prompts: bool = False
+    every_row: bool = False    # rows without any advantage are computed too: HdpoConfig.every_row
 
     def sharing(self, rows: Sequence[Sample]) -> list[int]:
         """For each row the first that has the same prompt, -1 where there is no other: see prompts.sharing_rows."""
@@ -57,6 +58,11 @@ class PackingSpec:
     def budget(self) -> Budget:
         sees = self.filler.vision is not None
         return Budget(self.max_tokens, self.max_patches, len(self.filler.token_ids) if sees else 0)
+
+
+def is_computed(advantages: Sequence[float], member: Sequence[bool], every_row: bool) -> bool:
+    """Whether a row has a gradient: an advantage or, with `every_row`, the terms over all tokens of the accuracy channel."""
+    return any(advantages) or every_row and member[0]
 
 
 def pack(samples: Sequence[Sample], spec: PackingSpec, channels: int = 0) -> MicroBatch:
@@ -134,11 +140,12 @@ class _Strip:
 def make_train_batch(mini_batches: Sequence[Sequence[Sample]], spec: PackingSpec, world: World, channels: int) -> TrainBatch:
     """Pack the rows of all ranks, mini-batch by mini-batch; each rank gives those it has. Collective.
 
-    Rows whose advantages are all zero count in the norms and are neither moved nor computed: their gradient is exactly
+    Rows that are not `is_computed` count in the norms and are neither moved nor computed: their gradient is exactly
     zero. Norms and token weights are those of `losses.aggregation_norms` and `aggregation_token_weights`. `channels` is
     C, 0 for SFT.
     """
-    needed = [[s for s in samples if not channels or any(s.advantages)] for samples in mini_batches]
+    needed = [[s for s in samples if not channels or is_computed(s.advantages, s.member, spec.every_row)]
+              for samples in mini_batches]
     ranks = world.gather([(_norms(samples, spec, channels), _costs(rows, spec, world))
                           for samples, rows in zip(mini_batches, needed)])
     minis = list(zip(*ranks, strict=True))     # [mini-batch][rank]

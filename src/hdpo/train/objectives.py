@@ -111,6 +111,7 @@ class HdpoObjective:
             old = None if old_log_probs is None else _moved(device, old_log_probs)[0]
             targets, token_weight, row, rollout, advantages, member, norms_there = _moved(
                 device, micro.targets, micro.weight, micro.row, micro.rollout_log_probs, micro.advantages, micro.member, norms)
+            reference = None if micro.reference_log_probs is None else _moved(device, micro.reference_log_probs)[0]
             kept = None
             if c.importance == "sequence":
                 seen = self.log_probs(micro)(hidden, weight)[0] if old is None else old
@@ -121,7 +122,7 @@ class HdpoObjective:
                 weights=(c.w_acc, c.w_tool), norms=norms_there, clip_low=c.clip_low, clip_high=c.clip_high,
                 dual_clip=c.dual_clip, rollout_weights=None if kept is None else kept[row].to(token_weight.dtype),
                 rollout_log_probs=None if c.importance == "none" else rollout, importance_cap=c.importance_cap, row=row,
-                surrogate=c.surrogate, entropy_coef=c.entropy_coef,
+                surrogate=c.surrogate, entropy_coef=c.entropy_coef, reference_log_probs=reference, kl_coef=c.kl_coef,
                 chunk_tokens=self.log_probs.chunk_tokens, keep=torch.arange(len(targets), device=device))
             self._record(loss, stats)
             if self.seen is not None:
@@ -144,6 +145,8 @@ class HdpoObjective:
         m.add("actor/ratio_mean", stats["ratio_mean"], count)
         m.maximum("actor/ratio_max", stats["ratio_max"])
         m.add("actor/entropy", stats["entropy"].sum() / count.clamp(min=1), count)
+        if "reference_kl" in stats:
+            m.add("hdpo/kl", stats["reference_kl"], count)
 
     def _record_mismatch(self, old: Tensor, rollout: Tensor, kept: Tensor | None, num_rows: int) -> None:
         m = self.metrics

@@ -21,6 +21,7 @@ from hdpo.agent.images import num_image_tokens
 from hdpo.config import Config
 from hdpo.errors import DataError
 from hdpo.packing.batching import PackingSpec
+from hdpo.protocols import Reference
 from hdpo.reward.rewards import reward_of
 from hdpo.state.dump import DumpedRollout, read_rollouts, rollout_parts
 from hdpo.train.collect import Scored, score_groups, signal_of
@@ -29,7 +30,7 @@ from hdpo.train.objectives import HdpoObjective
 from hdpo.train.rl import make_batch
 from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool
-from hdpo.train.update import StepGuard, old_log_probs, update
+from hdpo.train.update import StepGuard, old_log_probs, update, with_reference
 from hdpo.types import EndReason, Judgement, Reward, RewardedGroup, Task, ToolCall, Trajectory, Verdict
 
 
@@ -40,6 +41,7 @@ class ReplayParts:
     spec: PackingSpec
     pixels: PixelPool
     log: RunLog
+    reference: Reference | None = None     # with hdpo.kl_coef
 
 
 def replay_step(config: Config, parts: ReplayParts, groups: Sequence[RewardedGroup], step: int) -> dict[str, float]:
@@ -49,6 +51,8 @@ def replay_step(config: Config, parts: ReplayParts, groups: Sequence[RewardedGro
     guard = StepGuard(config.optim.max_skipped)
     scored = score_groups(groups, config.hdpo)
     batch = make_batch(config, parts, chosen(config, scored, policy.world.gather))
+    if parts.reference is not None:
+        batch = with_reference(parts.reference, batch, objective.log_probs)
     old = old_log_probs(policy, batch, objective.log_probs, config.optim.ppo_epochs)
     lr = learning_rate(config.optim, step - 1)
     for _ in range(config.optim.ppo_epochs):

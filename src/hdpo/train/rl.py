@@ -12,7 +12,7 @@ from hdpo.config import Config
 from hdpo.data.tasks import TaskStream
 from hdpo.errors import ParityError
 from hdpo.packing.batching import PackingSpec, make_train_batch
-from hdpo.protocols import Engine
+from hdpo.protocols import Engine, Reference
 from hdpo.reward.scoring import Scorer, check_unscored, unscored_reasons, unscored_share
 from hdpo.state.checkpoint import Checkpoints
 from hdpo.state.spool import Spool
@@ -24,7 +24,7 @@ from hdpo.train.runlog import RunLog
 from hdpo.train.samples import PixelPool, to_samples
 from hdpo.train.seen import Seen
 from hdpo.train.sync import WeightSync
-from hdpo.train.update import StepGuard, old_log_probs, update
+from hdpo.train.update import StepGuard, old_log_probs, update, with_reference
 from hdpo.types import RewardedGroup, Sample, TrainBatch, Trajectory
 
 
@@ -43,6 +43,7 @@ class RlParts:
     log: RunLog
     checkpoints: Checkpoints
     spool: Spool
+    reference: Reference | None = None     # with hdpo.kl_coef
 
     def ended(self, trajectory: Trajectory) -> None:
         """What can begin for a trajectory while others still roll out."""
@@ -85,6 +86,9 @@ def train(config: Config, parts: RlParts) -> bool:
             with log.timed("pack"):
                 batch = make_batch(config, parts, trained)
                 stop_if_unscored(config, parts, step, position, rewarded.groups)
+            if parts.reference is not None:
+                with log.timed("reference"):
+                    batch = with_reference(parts.reference, batch, objective.log_probs)
             with log.timed("old_log_prob"):
                 old = old_log_probs(policy, batch, objective.log_probs, config.optim.ppo_epochs)
             lr = learning_rate(config.optim, step)

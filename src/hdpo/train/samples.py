@@ -13,6 +13,7 @@ from hdpo.advantages import hdpo_advantages
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import content_key
 from hdpo.config import HdpoConfig
+from hdpo.packing.batching import is_computed
 from hdpo.types import EndReason, Reward, RewardedGroup, Sample, Trajectory, Vision, join
 
 AHEAD_BYTES = 4 << 30
@@ -104,15 +105,16 @@ def to_samples(groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[fl
     rows = [(trajectory, index, advantage, member) for (trajectory, index), reward, advantage, member
             in zip(trajectories, rewards, advantages, members, strict=True)
             if is_trained(trajectory, reward, config) and any(member)]
-    for trajectory, _, advantage, _ in rows:
-        if any(advantage):
+    computed = [is_computed(advantage, member, config.every_row) for _, _, advantage, member in rows]
+    for (trajectory, *_), has_gradient in zip(rows, computed):
+        if has_gradient:
             pixels.start(trajectory)     # all of them, before the first is waited for
-    return [_sample(*row, pixels) for row in rows]
+    return [_sample(*row, pixels if has_gradient else None) for row, has_gradient in zip(rows, computed)]
 
 
-def _sample(trajectory: Trajectory, index: int, advantage: Sequence[float], member: Sequence[bool], pixels: PixelPool) -> Sample:
+def _sample(trajectory: Trajectory, index: int, advantage: Sequence[float], member: Sequence[bool],
+            pixels: PixelPool | None) -> Sample:
     return Sample(
         token_ids=trajectory.token_ids, mask=trajectory.mask, rollout_log_probs=trajectory.log_probs,
         advantages=tuple(advantage), member=tuple(member), prompt_length=trajectory.prompt_length, group=index,
-        sample_index=trajectory.sample_index,
-        vision=pixels.vision(trajectory) if any(advantage) else None)
+        sample_index=trajectory.sample_index, vision=pixels.vision(trajectory) if pixels is not None else None)

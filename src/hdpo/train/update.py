@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hdpo.errors import NonFiniteError
-from hdpo.protocols import Policy
+from hdpo.protocols import Policy, Reference
 from hdpo.train.objectives import LogProbs
-from hdpo.types import MiniBatch, TrainBatch
+from hdpo.types import MicroBatch, MiniBatch, TrainBatch
 
 
 def update(policy: Policy, mini: MiniBatch, objective: Any, lr: float, old_log_probs: list[Tensor] | None = None) -> float:
@@ -74,3 +75,14 @@ def old_log_probs(policy: Policy, batch: TrainBatch, log_probs: LogProbs, epochs
         with torch.no_grad():
             found.append([policy.run(micro, log_probs(micro))[0] for micro in mini.micro_batches])
     return found
+
+
+def with_reference(reference: Reference, batch: TrainBatch, log_probs: LogProbs) -> TrainBatch:
+    """The batch with every token's log-prob under the starting policy. Before the first update: what that needs is still away."""
+    def seen(micro: MicroBatch) -> MicroBatch:
+        return replace(micro, reference_log_probs=reference.run(micro, log_probs(micro))[0])
+
+    with torch.no_grad():
+        minis = [MiniBatch([seen(micro) for micro in mini.micro_batches], mini.norms) for mini in batch.mini_batches]
+    reference.park()
+    return TrainBatch(minis)
