@@ -4,7 +4,9 @@ torch guards the compilation by the mere existence of a file. A process that is 
 and every later start on the machine waits for it for ever. Here an flock is taken first, which dies with its holder:
 whoever has it finds a leftover only of a process that is gone. Every installation compiles into a folder of its own:
 in a shared one, two of them would compile again (a minute) whenever the other was last. So would two links to one
-installation, whose paths stand in the compiler's command: hence the path as imported, not the real one.
+installation, whose paths stand in the compiler's command: hence the path as imported, not the real one. And so would two
+versions of ninja, which is started by name: this installation's own is the first in PATH, which also finds it where the
+machine has none and the virtual environment is not activated.
 """
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import os
 from pathlib import Path
 
 import deepspeed
+import ninja
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
@@ -23,6 +26,7 @@ def load_communication_extension() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
         return
+    use_own_ninja()
     installation = hashlib.sha256(deepspeed.__file__.encode()).hexdigest()[:12]
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / f"hdpo-{installation}"))
     folder = Path(_get_build_directory(builder.name, verbose=False))
@@ -30,3 +34,10 @@ def load_communication_extension() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
+
+
+def use_own_ninja() -> None:
+    """For this process and those that it starts."""
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != ninja.BIN_DIR:
+        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, path))
