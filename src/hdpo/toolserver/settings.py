@@ -133,8 +133,7 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         help="server processes behind this address; each trajectory has its calls in one of them (%(default)s)")
     for hidden, value in (("--behind", ""), ("--pictures", ""), ("--lens-url", default.lens_url)):
         add(hidden, default=value, help=argparse.SUPPRESS)
-    add("--trajectories", type=int, default=default.trajectories, metavar="N",
-        help="live trajectories to expect; it does not start where it may not open files enough for them")
+    add("--trajectories", type=int, default=0, metavar="N", help="live trajectories for which files must be allowed enough")
     add("--picture-store", type=int, default=default.picture_store_mib, metavar="MIB",
         help="uploaded pictures to keep on the disk (TMPDIR) beside those of live trajectories (%(default)s)")
     add("--max-queue", type=int, default=default.max_queue, help="open calls before the server answers 429 (%(default)s)")
@@ -167,13 +166,13 @@ def parse_arguments(argv: Sequence[str] | None, environment: Mapping[str, str] =
         host=args.host, port=args.port, tools=tuple(name.strip() for name in args.tools.split(",") if name.strip()),
         sandbox=args.sandbox, sandbox_image=args.sandbox_image, container_memory_mib=args.container_memory,
         container_cpus=args.container_cpus, sessions_per_container=args.sessions_per_container,
-        image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url,
-        lens_key=environment.get("SERPER_API_KEY", ""), python_timeout_s=args.python_timeout, call_timeout_s=args.call_timeout,
+        image_cache=args.image_cache, public_url=args.public_url, lens_url=args.lens_url, python_timeout_s=args.python_timeout,
+        lens_key=environment.get("SERPER_API_KEY", ""), call_timeout_s=args.call_timeout, drain_s=args.drain,
         workers=args.workers, trajectories=args.trajectories, layout=args.layout, picture_store_mib=args.picture_store,
         max_queue=args.max_queue, idle_limit_s=args.idle_limit, search_provider=args.search_provider,
         search_results=args.search_results, text_index=args.text_index, image_index=args.image_index,
-        search_cache=args.search_cache, search_cache_file=args.search_cache_file,
-        search_rate=args.search_rate, max_image_searches=args.max_image_searches, drain_s=args.drain, parent_pid=args.parent_pid,
-        token=environment.get(VARIABLE, ""), no_token=args.no_token and not args.behind,
-        given=tuple(sys.argv[1:] if argv is None else argv), processes=args.processes, behind=args.behind, pictures=args.pictures,
-        allowed_hosts=tuple(args.allow_host), i_trust_the_model=args.i_trust_the_model)
+        search_cache=args.search_cache, search_cache_file=args.search_cache_file, search_rate=args.search_rate,
+        max_image_searches=args.max_image_searches, parent_pid=args.parent_pid, token=environment.get(VARIABLE, ""),
+        no_token=args.no_token and not args.behind, given=tuple(sys.argv[1:] if argv is None else argv),
+        processes=args.processes, behind=args.behind, pictures=args.pictures, allowed_hosts=tuple(args.allow_host),
+        i_trust_the_model=args.i_trust_the_model)
