@@ -20,5 +20,6 @@ def test_the_ninja_that_is_started_by_name_is_the_installations_own(
     monkeypatch.setenv("PATH", str(tmp_path))
     use_own_ninja()
     use_own_ninja()
-    assert subprocess.run(["ninja", "--version"], capture_output=True, text=True, check=True).stdout.startswith(ninja.__version__[:4])
+    said = subprocess.run(["ninja", "--version"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith(ninja.__version__[:4])
     assert os.environ["PATH"] == f"{ninja.BIN_DIR}{os.pathsep}{tmp_path}"
