@@ -6,7 +6,7 @@ use the algorithm alone: `from hdpo import hdpo_advantages, hdpo_loss, fused_lin
 The map. A room imports rooms above it in this list, never below; tests/test_architecture.py holds both to the tree.
 
 losses advantages fused_loss objective checksums pixels   the algorithm, exact sums, pixels on the device; torch alone
-types errors protocols background keys text descriptors oddities pictures progress own config   words: records, failures, settings
+types errors protocols background keys text descriptors oddities gauges pictures progress own config   records, failures, settings
 ranks         collectives, the watchdog, nodes: who is there, who is alive
 agent         one trajectory, thousands at once: chat, images, calls, turns
 reward        trajectories -> three-valued verdicts -> rewards

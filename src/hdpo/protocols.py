@@ -139,12 +139,32 @@ class Flag(Protocol):
     def is_set(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class ShownRollout:
+    """What a viewer shows of a rollout; text and pictures are bounded."""
+
+    task: str
+    source: str
+    text: str                          # question, turns and observations
+    images: tuple[Image, ...]
+    verdict: str
+    by: str
+    truth: str
+    calls: int
+    advantages: tuple[float, ...]      # accuracy, tool; empty outside training
+
+    @property
+    def outcome(self) -> str:
+        given = ", ".join(f"{name} {value:+.2f}" for name, value in zip(("accuracy", "tool"), self.advantages))
+        return f"[{self.verdict} by {self.by}; truth: {self.truth}{given and f'; advantages: {given}'}]"
+
+
 class LogSink(Protocol):
     def write(self, step: int, scalars: dict[str, float]) -> None: ...
 
-    def write_text(self, step: int, tag: str, text: str) -> None: ...
-
-    def write_image(self, step: int, tag: str, image: Image) -> None: ...
+    def write_rollouts(self, step: int, rollouts: Sequence[ShownRollout]) -> None:
+        """A few rollouts of a step, to be looked at. On the log's own thread, beside `write` of a later step."""
+        ...
 
     def close(self) -> None: ...
 

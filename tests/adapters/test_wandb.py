@@ -8,8 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from hdpo.adapters.wandb import WandbSink
+from hdpo.protocols import ShownRollout
 from hdpo.train.lifecycle import go_on
 
 
@@ -32,6 +34,15 @@ class ScriptedWandb(ModuleType):
         return self
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
+
+    def Histogram(self, np_histogram: Any) -> Any:
+        return np_histogram
+
+    def Image(self, image: Any) -> Any:
+        return image.size
+
+    def Table(self, columns: list[str], data: list[list[Any]]) -> list[dict[str, Any]]:
+        return [dict(zip(columns, row, strict=True)) for row in data]
 
     def log(self, row: dict[str, Any]) -> None:
         if self.breaks:
@@ -79,6 +90,20 @@ def test_a_resumed_run_goes_on_under_its_id_and_another_of_its_name_does_not(
     ids = [options["id"] for options in module.opened]
     assert ids[0] == ids[1] and len({ids[0], ids[2], ids[3]}) == 3
     assert [row["step"] for row in module.rows[:4]] == [1, 2, 2, 3]
+
+
+def test_rollouts_are_a_table_and_sizes_of_q_a_histogram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ScriptedWandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    sink = WandbSink("r", tmp_path, {})
+    sink.write(4, {"hdpo/groups": 4.0, "hdpo/q_size_is/0": 0.25, "hdpo/q_size_is/1": 0.75})
+    picture = Image.new("RGB", (20, 10))
+    sink.write_rollouts(4, [ShownRollout("t1", "s", "said", (picture,), "wrong", "judge", "7", 2, (0.5, -1.0)),
+                            ShownRollout("t2", "s", "said", (), "unscored", "none", "7", 0, ())])
+    assert module.rows[0]["hdpo/q_size"] == ([1, 3], [-0.5, 0.5, 1.5])
+    first, second = module.rows[1]["rollouts"]
+    assert first["picture 1"] == (20, 10) and first["tool advantage"] == -1.0 and first["decided by"] == "judge"
+    assert second["picture 1"] is None and second["accuracy advantage"] is None and module.rows[1]["step"] == 4
 
 
 class Stream:

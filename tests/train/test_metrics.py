@@ -274,17 +274,23 @@ def test_tensorboard_holds_scalars_text_and_pictures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from hdpo.adapters.tensorboard import TensorBoardSink
+    from hdpo.protocols import ShownRollout
 
     sink = TensorBoardSink(tmp_path)
-    sink.write(3, {"tool/rate": 0.25, "bad": float("nan")})
-    sink.write_text(3, "rollout/0", "<reason>**kept as it is**</reason>")
-    sink.write_image(3, "rollout/0/image_1", Image.new("RGB", (20, 10), "red"))
+    sink.write(3, {"tool/rate": 0.25, "bad": float("nan"), "hdpo/groups": 4.0, "hdpo/q_size_is/0": 0.25,
+                   "hdpo/q_size_is/1": 0.0, "hdpo/q_size_is/2": 0.75})
+    sink.write_rollouts(3, [ShownRollout("t", "s", "<reason>**kept as it is**</reason>", (Image.new("RGB", (20, 10), "red"),),
+                                         "correct", "rule", "7", 1, (0.5, -1.25))])
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("tool/rate")] == [(3, 0.25)]
     assert "bad" not in events.Tags()["scalars"]
-    assert b"    <reason>**kept" in events.Tensors("rollout/0/text_summary")[0].tensor_proto.string_val[0]
-    assert (events.Images("rollout/0/image_1")[0].width, events.Images("rollout/0/image_1")[0].height) == (20, 10)
+    said = events.Tensors("rollouts/0/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "    <reason>**kept" in said
+    assert "    [correct by rule; truth: 7; advantages: accuracy +0.50, tool -1.25]" in said
+    assert (events.Images("rollouts/0/image_1")[0].width, events.Images("rollouts/0/image_1")[0].height) == (20, 10)
+    sizes = events.Histograms("hdpo/q_size")[0].histogram_value
+    assert list(zip(sizes.bucket_limit, sizes.bucket)) == [(0.5, 1.0), (1.5, 0.0), (2.5, 3.0)] and sizes.sum == 6.0
 
 
 def test_wandb_is_imported_only_when_asked_for_and_its_absence_is_one_line():

@@ -1,7 +1,10 @@
 """What one line of a run's log holds: all of the step's time, dumps and pictures without holding the step up."""
 from __future__ import annotations
 
+import re
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +12,27 @@ import pytest
 from PIL import Image
 from synthetic_run import make_task, make_trajectory, score
 
+from hdpo import gauges, oddities
 from hdpo.config import Config
 from hdpo.errors import DataError
+from hdpo.protocols import ShownRollout
 from hdpo.ranks.world import World
 from hdpo.state.dump import read_rollouts
 from hdpo.train import runlog
-from hdpo.train.runlog import SHOWN_IMAGES, SHOWN_SIDE, RunLog
+from hdpo.train.runlog import SHOWN_CHARS, SHOWN_IMAGES, SHOWN_SIDE, RunLog
 from hdpo.types import RewardedGroup
 
 
 class Sink:
     def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
-        self.images: list[tuple[int, tuple[int, int]]] = []
+        self.rollouts: list[tuple[int, ShownRollout]] = []
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self.lines.append(scalars)
 
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        pass
-
-    def write_image(self, step: int, tag: str, image: Image.Image) -> None:
-        self.images.append((step, image.size))
+    def write_rollouts(self, step: int, rollouts: Sequence[ShownRollout]) -> None:
+        self.rollouts += [(step, one) for one in rollouts]
 
     def close(self) -> None:
         pass
@@ -41,7 +43,6 @@ def config(folder: Path, **log: Any) -> Config:
 
 
 def group(images: int = 2, side: int = 60) -> RewardedGroup:
-    from dataclasses import replace
     pictures = tuple(Image.effect_noise((2 * side, side), 50 + i).convert("RGB") for i in range(images))
     made = make_trajectory(make_task(0, True), 0, call=True, right=True)
     return score((replace(made, images=pictures, image_keys=()),))
@@ -101,12 +102,57 @@ def test_what_keeps_a_dump_from_being_written_ends_the_run_at_the_next_line(tmp_
     log.close()
 
 
-def test_pictures_shown_in_a_viewer_are_few_and_small(tmp_path: Path) -> None:
+def test_rollouts_shown_in_a_viewer_are_few_and_small_with_their_own_advantages(tmp_path: Path) -> None:
     sink = Sink()
-    log = RunLog(config(tmp_path, samples=1, rollouts_every=0), World(), [sink], [])
-    log.write(1, {}, [group(SHOWN_IMAGES + 3, 500), group()], None)
+    log = RunLog(config(tmp_path, samples=2, rollouts_every=0), World(), [sink], [])
+    long = group(SHOWN_IMAGES + 3, 500)
+    (trajectory,) = long.trajectories
+    long = replace(long, trajectories=(replace(trajectory, turns=("word " * SHOWN_CHARS, *trajectory.turns[1:])),) * 2,
+                   judgements=long.judgements * 2, rewards=long.rewards * 2)
+    log.write(1, {}, [long, group(), group()], [(1.0, 0.5), (0.0, 0.0), (-2.0, 0.25), (9.0, 9.0)])
     log.close()
-    assert sink.images == [(1, (SHOWN_SIDE, SHOWN_SIDE // 2))] * SHOWN_IMAGES
+    (step, first), (_, second) = sink.rollouts
+    assert step == 1 and [image.size for image in first.images] == [(SHOWN_SIDE, SHOWN_SIDE // 2)] * SHOWN_IMAGES
+    assert SHOWN_CHARS < len(first.text) < SHOWN_CHARS + 100 and "more characters)" in first.text
+    assert (first.advantages, second.advantages) == ((1.0, 0.5), (-2.0, 0.25))
+    assert "accuracy -2.00, tool +0.25" in second.outcome
+
+
+def test_readings_from_below_are_the_mean_and_the_largest_of_their_step(tmp_path: Path) -> None:
+    sink = Sink()
+    log = RunLog(config(tmp_path), World(), [sink], [])
+    gauges.take()
+    for seconds in (1.0, 2.0, 6.0):
+        gauges.note("tool/queue_wait_seconds", seconds)
+    log.write(1, {}, None, None)
+    log.write(2, {}, None, None)
+    log.close()
+    assert (sink.lines[0]["tool/queue_wait_seconds/mean"], sink.lines[0]["tool/queue_wait_seconds/max"]) == (3.0, 6.0)
+    assert not any("queue_wait" in name for name in sink.lines[1])
+
+
+def test_every_curve_of_the_board_can_be_drawn_from_a_steps_scalars(tmp_path: Path) -> None:
+    """What a pattern of the layout finds among the names of a run, read back from the event file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from hdpo.adapters.tensorboard import LAYOUT, TensorBoardSink
+    log = RunLog(config(tmp_path), World(), [TensorBoardSink(tmp_path / "tb")], [])
+    gauges.note("tool/queue_wait_seconds", 1.0)
+    gauges.note("tool/python_sessions", 3)
+    oddities.count("session/its_sandbox_died")
+    for phase in ("rollout", "update"):
+        with log.timed(phase):
+            pass
+    others = dict.fromkeys(("hdpo/gradient_cosine", "hdpo/tool_gradient_share", "mismatch/k1", "judge/asked", "actor/lr"), 0.5)
+    next(log.steps(0, 1, "test"))
+    groups = [score(tuple(make_trajectory(make_task(0, needed), n, call=n == 0, right=True) for n in range(2)))
+              for needed in (True, False)]
+    log.write(1, others, groups, [(1.0, 0.5)] * 4)
+    log.close()
+    names = EventAccumulator(str(tmp_path / "tb")).Reload().Tags()["scalars"]
+    missing = [f"{board}: {chart}" for board, charts in LAYOUT.items() for chart, (_, patterns) in charts.items()
+               if not any(re.match(pattern, name) for pattern in patterns for name in names)]
+    assert not missing
 
 
 def test_a_photograph_takes_as_many_bytes_in_tensorboard_as_its_jpeg(tmp_path: Path) -> None:
@@ -115,7 +161,7 @@ def test_a_photograph_takes_as_many_bytes_in_tensorboard_as_its_jpeg(tmp_path: P
     from hdpo.adapters.tensorboard import TensorBoardSink
     sink = TensorBoardSink(tmp_path)
     photo = Image.radial_gradient("L").resize((SHOWN_SIDE, SHOWN_SIDE)).convert("RGB")
-    sink.write_image(3, "rollouts/0/image_1", photo)
+    sink.write_rollouts(3, [ShownRollout("t", "s", "q", (photo,), "wrong", "rule", "1", 0, ())])
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     (shown,) = events.Images("rollouts/0/image_1")

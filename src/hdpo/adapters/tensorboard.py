@@ -10,8 +10,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL.Image import Image
 
+    from hdpo.protocols import ShownRollout
+
+Q_SIZE = "hdpo/q_size_is/"
 
 LAYOUT = {
     "wisdom": {
@@ -28,7 +33,12 @@ LAYOUT = {
         "trainer against engine": ["Multiline", ["mismatch/k1", "mismatch/k3", "mismatch/abs"]],
         "who decided": ["Multiline", ["score/by_.*", "score/unscored"]],
         "tools failing for our own reasons": ["Multiline", ["tool/infrastructure", "end/infrastructure"]],
-        "seconds of a tool call": ["Multiline", ["tool/seconds/.*"]]},
+        "seconds of a tool call": ["Multiline", ["tool/seconds/.*"]],
+        "seconds a tool call waits for its turn": ["Multiline", ["tool/queue_wait_seconds/.*"]],
+        "Python sessions that are alive": ["Multiline", ["tool/python_sessions/.*"]],
+        "sessions lost, by reason": ["Multiline", ["odd/session/.*", "odd/tool/.*_unavailable"]],
+        "judge: failures and seconds waited for": ["Multiline", ["judge/.*", "score/wait_s"]],
+        "what was odd": ["Multiline", ["odd/.*"]]},
     "speed": {
         "seconds of a phase": ["Multiline", ["time/.*"]],
         "sampled tokens a second": ["Multiline", ["perf/sampled_tokens_per_second/.*"]],
@@ -49,13 +59,31 @@ class TensorBoardSink:
         for name, value in scalars.items():
             if math.isfinite(value):    # one infinite point would hide a curve's scale
                 self._writer.add_scalar(name, value, step)
+        self._sizes(step, scalars)
         self._writer.flush()
 
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        """Shown as it is: an indented block, so that the viewer's Markdown leaves the model's text alone."""
-        self._writer.add_text(tag, "\n".join("    " + line for line in text.splitlines()), step)
+    def write_rollouts(self, step: int, rollouts: Sequence[ShownRollout]) -> None:
+        """Text as it is: an indented block, so that the viewer's Markdown leaves the model's text alone."""
+        for index, one in enumerate(rollouts):
+            text = f"{one.text}\n\n{one.outcome}"
+            self._writer.add_text(f"rollouts/{index}", "\n".join("    " + line for line in text.splitlines()), step)
+            for number, image in enumerate(one.images, start=1):
+                self._image(step, f"rollouts/{index}/image_{number}", image)
 
-    def write_image(self, step: int, tag: str, image: Image) -> None:
+    def _sizes(self, step: int, scalars: dict[str, float]) -> None:
+        """|Q| of the step's groups as a histogram: a bar for each size."""
+        groups = scalars.get("hdpo/groups", 0.0)
+        counts = {int(name.removeprefix(Q_SIZE)): round(share * groups) for name, share in scalars.items()
+                  if name.startswith(Q_SIZE)}
+        if groups and counts:
+            sizes = sorted(counts)
+            self._writer.add_histogram_raw(
+                "hdpo/q_size", min=sizes[0], max=sizes[-1], num=sum(counts.values()),
+                sum=sum(size * count for size, count in counts.items()),
+                sum_squares=sum(size * size * count for size, count in counts.items()),
+                bucket_limits=[size + 0.5 for size in sizes], bucket_counts=[counts[size] for size in sizes], global_step=step)
+
+    def _image(self, step: int, tag: str, image: Image) -> None:
         """As JPEG: `SummaryWriter.add_image` makes a PNG, with ten times the bytes and CPU seconds of a photograph's."""
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=85)

@@ -18,13 +18,17 @@ from hdpo.errors import ConfigError
 from hdpo.keys import key
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from collections.abc import Sequence
+
+    from hdpo.protocols import ShownRollout
 
 log = logging.getLogger(__name__)
 
 REACH_S, FINISH_S = 20.0, 60.0
 """How long a start waits for the server, and the end for what is not sent yet."""
 ID_FILE = "wandb_id.txt"
+Q_SIZE = "hdpo/q_size_is/"
+COLUMNS = ("step", "task", "source", "rollout", "truth", "verdict", "decided by", "calls", "accuracy advantage", "tool advantage")
 
 
 def check_wandb() -> None:
@@ -64,13 +68,28 @@ class WandbSink:
             self._run = self._try(lambda: open_run(mode="offline"))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        self._log(step, lambda: dict(scalars))
+        self._log(step, lambda: {**scalars, **self._sizes(scalars)})
 
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        self._log(step, lambda: {tag: self._wandb.Table(columns=["text"], data=[[text]])})
+    def _sizes(self, scalars: dict[str, float]) -> dict[str, Any]:
+        """|Q| of the step's groups as a histogram."""
+        shares = {int(name.removeprefix(Q_SIZE)): share for name, share in scalars.items() if name.startswith(Q_SIZE)}
+        if not shares:
+            return {}
+        sizes, groups = sorted(shares), scalars.get("hdpo/groups", 1.0)
+        edges = [sizes[0] - 0.5, *(size + 0.5 for size in sizes)]
+        return {"hdpo/q_size": self._wandb.Histogram(np_histogram=([round(shares[size] * groups) for size in sizes], edges))}
 
-    def write_image(self, step: int, tag: str, image: Image) -> None:
-        self._log(step, lambda: {tag: self._wandb.Image(image)})
+    def write_rollouts(self, step: int, rollouts: Sequence[ShownRollout]) -> None:
+        """A table: a row for each rollout, its pictures in one cell each."""
+        pictures = max((len(one.images) for one in rollouts), default=0)
+
+        def table() -> dict[str, Any]:
+            rows = [[step, one.task, one.source, one.text, one.truth, one.verdict, one.by, one.calls,
+                     *(one.advantages or (None, None)), *(self._wandb.Image(image) for image in one.images),
+                     *[None] * (pictures - len(one.images))] for one in rollouts]
+            return {"rollouts": self._wandb.Table(columns=[*COLUMNS, *(f"picture {n + 1}" for n in range(pictures))], data=rows)}
+        if rollouts:
+            self._log(step, table)
 
     def close(self) -> None:
         if self._run is not None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import enum
+import re
 
 ENDED_ITSELF, OVER_LIMIT, CROWDED_OUT, KILLED, NO_PROCESS = b"x", b"m", b"n", b"k", b"f"
 INTERRUPTED, STARVED = b"i", b"s"
@@ -14,6 +15,11 @@ class Blame(enum.Enum):
     POLICY = "policy"
     OURS = "ours"
     UNKNOWN = "unknown"
+
+
+def slug(how: str) -> str:
+    """The words of a loss as a metric's name."""
+    return re.sub(r"[^a-z0-9]+", "_", how.lower())[:40].strip("_")
 
 
 def who_ended(evidence: bytes, *, template_ended: bool = False, abandoned: bool = False,

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 import aiohttp
 
-from hdpo import oddities, text
+from hdpo import gauges, oddities, text
 from hdpo.errors import ToolServerError
 from hdpo.protocols import ToolResult
 from hdpo.toolserver.picture_store import key_of
@@ -101,6 +101,8 @@ class ToolClient:
             raise ToolServerError(f"{self.url}: keeps asking for the images of {trajectory_id}")
         live.python_calls += "code_success" in reply.metrics
         live.session, live.sent = live.session or live.python_calls > 0, True
+        gauges.note("tool/queue_wait_seconds", reply.queued_s)
+        gauges.note("tool/python_sessions", sum(one.session for one in self._live.values()))
         if reply.infrastructure:
             raise ToolServerError(f"{self.url}: {reply.text}")
         metrics = {**reply.metrics, "seconds": time.monotonic() - started, "timed_out": reply.timed_out}

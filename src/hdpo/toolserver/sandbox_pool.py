@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hdpo.toolserver.blame import Blame, who_ended, who_took_the_time
+from hdpo import oddities
+from hdpo.toolserver.blame import Blame, slug, who_ended, who_took_the_time
 from hdpo.toolserver.sandbox_link import SessionLink, Template
 from hdpo.toolserver.sessions import CellResult, SandboxError, SessionLostError
 
@@ -38,6 +39,7 @@ class Session:
         if blame is not Blame.POLICY and not link.abandoned:
             blame, how = who_ended(evidence, template_ended=await template.ended_too(), alone=template.alone)
         if blame is not Blame.POLICY:
+            oddities.count(f"session/{slug(how)}")
             raise SessionLostError(how)
         return how
 
@@ -100,6 +102,7 @@ class SessionPool:
         if result.timed_out:
             blame, why = who_took_the_time(link.said, session.alone)
             if blame is not Blame.POLICY:
+                oddities.count(f"session/{slug(why)}")
                 raise SandboxError(why) if status == "interrupted" else SessionLostError(why)
         return replace(result, restarted=True, ended=how) if ended_before or how else result
 

@@ -79,6 +79,7 @@ class Reply:
     metrics: dict[str, Any] = field(default_factory=dict)
     timed_out: bool = False
     infrastructure: bool = False
+    queued_s: float = field(default=0.0, compare=False)     # that its request waited for its turn, as the response says
 
 
 def encode_image(data: bytes) -> str:
@@ -208,13 +209,15 @@ def _replies(body: Any, rest: memoryview) -> list[Reply]:
     observations = _rows(body, "observations", None, object)
     dones = _rows(body, "dones", len(observations), object)       # the reference sends bool or 0/1
     valids = _rows(body, "valids", len(observations), object)
+    waited = body.get("queue_time_ms")
+    queued_s = waited / 1000 if isinstance(waited, (int, float)) and 0 <= waited < 1e9 else 0.0
     replies = []
     for i, row in enumerate(zip(observations, dones, valids)):
         where = f"observations[{i}]"
         sizes = row[0].get("image_bytes", []) if isinstance(row[0], dict) else []
         if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes) or sum(sizes) > len(rest):
             raise WireError(f"{where}.image_bytes", "is not what follows")
-        reply = _reply(where, *row)
+        reply = replace(_reply(where, *row), queued_s=queued_s)
         for size in sizes:
             reply = replace(reply, images=(*reply.images, bytes(rest[:size])))
             rest = rest[size:]

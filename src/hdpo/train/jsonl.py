@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from hdpo.errors import DataError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from collections.abc import Sequence
+
+    from hdpo.protocols import ShownRollout
 
 
 class JsonlSink:
@@ -34,11 +36,8 @@ class JsonlSink:
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
 
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        """Text is kept in the rollout dumps."""
-
-    def write_image(self, step: int, tag: str, image: Image) -> None:
-        """Pictures are kept in the rollout dumps."""
+    def write_rollouts(self, step: int, rollouts: Sequence[ShownRollout]) -> None:
+        """They are kept in the rollout dumps."""
 
     def close(self) -> None:
         self._file.close()

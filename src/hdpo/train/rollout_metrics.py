@@ -204,6 +204,7 @@ def _group_scalars(rows: Sequence[RolloutRow]) -> dict[str, float]:
     sizes = Counter(map(len, chosen))
     return {
         **{f"hdpo/q_size_is/{size}": sizes[size] / count for size in range(max(map(len, groups)) + 1)},
+        "hdpo/groups": float(count),
         "hdpo/q_size_mean": sum(map(len, chosen)) / count,
         "hdpo/q_empty": sum(not q for q in chosen) / count,
         "hdpo/q_one": sum(len(q) == 1 for q in chosen) / count,

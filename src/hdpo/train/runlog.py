@@ -1,16 +1,17 @@
 """One place that tells a run's story: progress line, metrics.jsonl, TensorBoard, rollout dumps."""
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from hdpo import oddities
+from hdpo import gauges, oddities
 from hdpo.config import Config
 from hdpo.progress import Bar, progress, say
-from hdpo.protocols import LogSink
+from hdpo.protocols import LogSink, ShownRollout
 from hdpo.ranks.world import World
 from hdpo.state.dump import RolloutDumps
 from hdpo.state.trained import TrainedRow
@@ -23,8 +24,8 @@ from hdpo.types import RewardedGroup
 
 log = logging.getLogger(__name__)
 
-SHOWN_IMAGES, SHOWN_SIDE = 8, 768
-"""Of a trajectory in TensorBoard: at most so many pictures, none longer than so many pixels."""
+SHOWN_IMAGES, SHOWN_SIDE, SHOWN_CHARS = 8, 768, 20_000
+"""Of a trajectory in TensorBoard: at most so many pictures, none longer than so many pixels, so many characters of its text."""
 
 
 class RunLog(Metrics):
@@ -90,6 +91,9 @@ class RunLog(Metrics):
                 self._timeline.write(step, now - self._since, ranks)
         self._since = now
         self.totals(oddities.take())
+        for name, read in gauges.take().items():
+            self.add(f"{name}/mean", read.total / read.count, weight=read.count)
+            self.maximum(f"{name}/max", read.most)
         scalars |= self.reduce_over_ranks(self.world.gather)
         scalars |= gradient_scalars(scalars)
         if sampled := scalars.get("perf/sampled_tokens"):
@@ -122,23 +126,16 @@ class RunLog(Metrics):
                 self._dumps.write(step, groups, advantages, trained)
             except OSError as exc:      # a run goes on without them
                 log.warning("the rollouts of step %d are not kept: %s", step, exc)
-        self._show(step, groups)
+        self._show(step, groups, advantages)
 
-    def _show(self, step: int, groups: Sequence[RewardedGroup]) -> None:
+    def _show(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None) -> None:
         """The first rollout of a few groups, as text and small pictures."""
-        for index, group in enumerate(groups[:self.config.log.samples] if self.sinks else []):
-            trajectory, judgement = group.trajectories[0], group.judgements[0]
-            parts = [group.task.question]
-            for turn, text in enumerate(trajectory.turns):
-                parts += [text, *([trajectory.calls[turn].observation] if turn < len(trajectory.calls) else [])]
-            parts.append(f"[{judgement.verdict.value} by {judgement.by}; truth: {group.task.ground_truth}]")
+        if self.sinks and self.config.log.samples:
+            firsts = itertools.accumulate((len(group.trajectories) for group in groups), initial=0)
+            shown = [_shown(group, tuple(advantages[first]) if advantages is not None else ())
+                     for group, first in zip(groups[:self.config.log.samples], firsts)]
             for sink in self.sinks:
-                sink.write_text(step, f"rollouts/{index}", "\n\n".join(parts))
-            for number, image in enumerate(trajectory.images[:SHOWN_IMAGES]):
-                small = image.copy()
-                small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-                for sink in self.sinks:
-                    sink.write_image(step, f"rollouts/{index}/image_{number + 1}", small)
+                sink.write_rollouts(step, shown)
 
     def note(self, text: str) -> None:
         """A line for the person at the terminal, once."""
@@ -151,3 +148,20 @@ class RunLog(Metrics):
         for sink in self.sinks:
             sink.close()
         self.finish()
+
+
+def _shown(group: RewardedGroup, advantages: tuple[float, ...]) -> ShownRollout:
+    """The group's first rollout."""
+    trajectory, judgement = group.trajectories[0], group.judgements[0]
+    parts = [group.task.question]
+    for turn, text in enumerate(trajectory.turns):
+        parts += [text, *([trajectory.calls[turn].observation] if turn < len(trajectory.calls) else [])]
+    said = "\n\n".join(parts)
+    if len(said) > SHOWN_CHARS:
+        said = f"{said[:SHOWN_CHARS]} ... ({len(said) - SHOWN_CHARS} more characters)"
+    images = [image.copy() for image in trajectory.images[:SHOWN_IMAGES]]
+    for image in images:
+        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    truth = group.task.ground_truth
+    return ShownRollout(group.task.id, group.task.data_source, said, tuple(images), judgement.verdict.value, judgement.by,
+                        truth if isinstance(truth, str) else " or ".join(truth), trajectory.num_tool_calls, advantages)
