@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import encode_png
 from hdpo.config import DataConfig
+from hdpo.data import copies
 from hdpo.data.store import RowStore
 from hdpo.data.tasks import DemonstrationStream, TaskStream, read_tasks
 from hdpo.errors import DataError
@@ -154,6 +156,48 @@ def test_a_row_that_vanishes_after_its_check_is_named(tmp_path: Path, chat: Chat
     tasks = TaskStream([parquet(tmp_path / "x.parquet", [row(0, images=["a.png"])])], chat, DataConfig(), seed=1)
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match="x.parquet row 0: image 0: no such file: a.png .*readable when the data was checked"):
+        tasks.take(1)[0]
+
+
+@pytest.mark.parametrize("other", [4, 5])
+def test_a_data_file_that_is_rewritten_is_named_once_and_the_rows_stay_those_that_were_checked(
+        tmp_path: Path, chat: ChatFormat, caplog: pytest.LogCaptureFixture, other: int) -> None:
+    """Also where the new file has the same number of bytes: what is read is a copy."""
+    file = parquet(tmp_path / "x.parquet", [row(n) for n in range(other)])
+    tasks = TaskStream([file], chat, DataConfig(), seed=1)
+    first = [task.messages for task in tasks.take(2)]
+    again = Path(parquet(tmp_path / "y.parquet", [row(n + 50) for n in range(other)]))
+    os.truncate(again, max(again.stat().st_size, Path(file).stat().st_size))
+    os.replace(again, file)
+    rest = [task.messages for task in tasks.take(other - 2)]
+    assert sorted(map(str, first + rest)) == sorted(str(row(n)["prompt"]) for n in range(other))
+    assert caplog.text.count("x.parquet was rewritten: this run goes on with the rows it began with") == 1
+    tasks.take(1)
+    assert caplog.text.count("was rewritten") == 1
+
+
+def test_a_data_file_that_is_rewritten_while_it_is_copied_is_named_and_not_used(
+        tmp_path: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = parquet(tmp_path / "x.parquet", [row(n) for n in range(4)])
+    write = copies._write
+
+    def meanwhile(*given: Any) -> Any:
+        written = write(*given)
+        data = Path(file).read_bytes()
+        Path(file).write_bytes(data[:8] + bytes([data[8] ^ 1]) + data[9:])      # as many bytes
+        return written
+    monkeypatch.setattr(copies, "_write", meanwhile)
+    with pytest.raises(DataError, match="x.parquet: the data file was rewritten while it was read"):
+        TaskStream([file], chat, DataConfig(cache=str(tmp_path / "cache")), seed=1)
+    assert not list((tmp_path / "cache").rglob("rows.arrow"))
+
+
+def test_a_picture_file_that_is_rewritten_after_its_check_is_named_and_not_shown(tmp_path: Path, chat: ChatFormat) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    tasks = TaskStream([parquet(tmp_path / "x.parquet", [row(0, images=["a.png"])])], chat, DataConfig(), seed=1)
+    assert tasks.peek(1)[0].images == (PNG,)
+    (tmp_path / "a.png").write_bytes(PNG[:-1] + b"x")
+    with pytest.raises(DataError, match="x.parquet row 0: .*a.png was rewritten"):
         tasks.take(1)[0]
 
 

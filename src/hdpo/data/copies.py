@@ -118,6 +118,8 @@ def _make(file: Path, folder: Path, name: str) -> Copy:
     partial = folder / "rows.arrow.tmp"
     try:
         known = _write(file, partial)
+        if fingerprint(file) != name:
+            raise DataError(f"{file}: the data file was rewritten while it was read; start again when nobody writes it")
         os.replace(partial, folder / "rows.arrow")
         (folder / "copy.json.tmp").write_text(json.dumps({"file": file.name, **known}))
         os.replace(folder / "copy.json.tmp", folder / "copy.json")

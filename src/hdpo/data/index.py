@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpo.data.copies import cache_folder, once
-from hdpo.data.store import RowStore
+from hdpo.data.store import RowStore, file_state
 from hdpo.errors import DataError
 from hdpo.progress import progress
 
@@ -53,7 +53,7 @@ class RowIndex:
         if not self.outside:
             return True
         with ThreadPoolExecutor(16) as threads:
-            return self.folders == folders and list(threads.map(_state, (path for path, *_ in self.outside))) == self.outside
+            return self.folders == folders and list(threads.map(file_state, (path for path, *_ in self.outside))) == self.outside
 
 
 def index_rows(rows: RowStore, check: Callable[[int], Checked], settings: Any, *, cache: str = "", wanted: int = 0) -> RowIndex:
@@ -105,7 +105,7 @@ def _check(rows: RowStore, check: Callable[[int], Checked], wanted: int) -> RowI
             bar.update()
             if wanted and good == wanted:
                 break
-    index.outside = [_state(str(file)) for file in sorted(files)]
+    index.outside = [file_state(str(file)) for file in sorted(files)]
     index.sources = [name for name, _ in Counter(named).most_common()]
     place = {name: number for number, name in enumerate(index.sources)}
     index.source_of = [place[name] for name in named]
@@ -118,11 +118,3 @@ def _in_order(threads: ThreadPoolExecutor, function: Callable[[int], Any], numbe
     numbers = list(numbers)
     for first in range(0, len(numbers), chunk):
         yield from threads.map(function, numbers[first:first + chunk])
-
-
-def _state(path: str) -> list[Any]:
-    try:
-        status = os.stat(path)
-        return [path, status.st_size, status.st_mtime_ns]
-    except OSError:
-        return [path, -1, -1]

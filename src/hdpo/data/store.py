@@ -13,6 +13,7 @@ that several of them read are in memory once. A RowStore may be shared by thread
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class RowStore(Sequence[Row]):
     def __init__(self, parts: Sequence[_Part], image_root: str = "") -> None:
         self._parts, self._image_root = list(parts), image_root
         self._starts = [0, *accumulate(len(part.rows) for part in parts)]
+        self._opened = {part.name: state for part in parts if (state := file_state(part.name))[1] >= 0}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -62,6 +64,13 @@ class RowStore(Sequence[Row]):
     def fingerprint(self) -> str:
         """Equal for equal rows in equal order, wherever they lie."""
         return "|".join(part.fingerprint for part in self._parts)
+
+    def rewritten(self) -> list[str]:
+        """Files that are no longer what was opened, each told once. The rows stay those that were opened: they are a copy."""
+        found = [name for name, state in self._opened.items() if file_state(name) != state]
+        for name in found:
+            del self._opened[name]
+        return found
 
     def source_sizes(self) -> list[int]:
         """Rows of each source, in the order in which they were given."""
@@ -135,6 +144,15 @@ class RowStore(Sequence[Row]):
     def _place(self, index: int) -> tuple[_Part, int]:
         number = bisect_right(self._starts, index) - 1
         return self._parts[number], index - self._starts[number]
+
+
+def file_state(path: str) -> list[Any]:
+    """[path, bytes, modified], -1 for a file that is not there."""
+    try:
+        status = os.stat(path)
+        return [path, status.st_size, status.st_mtime_ns]
+    except OSError:
+        return [path, -1, -1]
 
 
 def require(name: str, columns: Iterable[str], present: Sequence[str]) -> None:

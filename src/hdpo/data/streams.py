@@ -104,6 +104,8 @@ class RowStream(Generic[T]):
     def take(self, count: int) -> Unread[T]:
         """The next `count` good rows, over the ends of epochs. The same on every rank."""
         indices, self.epoch, self.position, self._order = self._next(count)
+        for file in self.rows.rewritten() if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+            log.warning("%s was rewritten: this run goes on with the rows it began with, a resumed one will refuse it", file)
         rank, ranks = self._share
         self._threads.submit(self.rows.touch, self._next(count)[0][rank::ranks])
         return Unread(self._make, indices)

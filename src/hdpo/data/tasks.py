@@ -19,7 +19,7 @@ from hdpo.data.index import Checked, RowIndex, index_rows
 from hdpo.data.pictures import encoded_images, outside_file, picture_cells
 from hdpo.data.rows import checked_extra, checked_messages, checked_truth, row_text
 from hdpo.data.sources import DatasetName, kind_of, parquet_footer, resolve
-from hdpo.data.store import Row, open_rows, require
+from hdpo.data.store import Row, file_state, open_rows, require
 from hdpo.data.streams import RowStream, Unread, bad_rows
 from hdpo.errors import DataError
 from hdpo.types import Task
@@ -38,6 +38,7 @@ class _Reader:
         self.rows = open_rows(files, cache=config.cache, image_root=config.image_root)
         self.rows.require(self.columns)
         self.chat, self.config = chat, config
+        self.known: dict[str, Any] = {}      # how the picture files were that rows refer to, when they were checked
 
     def read(self, index: int) -> tuple[Row, list[dict[str, str]], tuple[bytes, ...]]:
         """(the row, its messages, its pictures)."""
@@ -45,12 +46,30 @@ class _Reader:
         if absent := [column for column in self.columns if column not in row]:
             raise DataError(f"{', '.join(absent)} is missing")
         images = encoded_images(row.get("images"), self.rows.folders(index))
+        for cell in picture_cells(row.get("images")) if self.known else ():
+            file = outside_file(cell, self.rows.folders(index))
+            if file is not None and self.known.get(str(file), [])[1:] != file_state(str(file))[1:]:
+                raise DataError(f"{file} was rewritten")
         return row, self._with_markers(checked_messages(row[self.text_column], self.text_column), len(images)), images
 
     def checked(self, index: int, row: Row, length: int) -> Checked:
         files = (outside_file(cell, self.rows.folders(index)) for cell in picture_cells(row.get("images")))
         source = row_text(str(row.get("data_source") or "unknown"))
         return Checked(length, tuple(file for file in files if file is not None), source)
+
+    def indexed(self, wanted: int = 0) -> RowIndex:
+        """What checking the rows has found, now or before; what is read later must be as it was then."""
+        self.index = index_rows(self.rows, self.check, self.settings(), cache=self.config.cache, wanted=wanted)
+        self.known = {state[0]: state for state in self.index.outside}
+        return self.index
+
+    def check(self, index: int) -> Checked:
+        """Raises DataError for a bad row."""
+        raise NotImplementedError
+
+    def settings(self) -> list[Any]:
+        """Differ where the outcomes of `check` may."""
+        raise NotImplementedError
 
     def again(self, index: int, exc: DataError) -> DataError:
         """What is said of a row that was good when it was checked."""
@@ -110,7 +129,7 @@ class TaskStream(RowStream[Task]):
     def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int,
                  max_images: int | None = None) -> None:
         reader = _Tasks(files, chat, config, max_images)
-        index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache)
+        index = reader.indexed()
         super().__init__(reader.rows, index, reader.make, config, seed)
 
 
@@ -134,7 +153,7 @@ class _Demonstrations(_Reader):
 
     def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, max_tokens: int) -> None:
         super().__init__(files, chat, config)
-        self.max_tokens, self.index = max_tokens, RowIndex()
+        self.max_tokens = max_tokens
 
     def check(self, index: int) -> Checked:
         row, messages, images = self.read(index)
@@ -163,8 +182,7 @@ class DemonstrationStream(RowStream[Demonstration]):
 
     def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int, max_tokens: int = 0) -> None:
         reader = _Demonstrations(files, chat, config, max_tokens)
-        index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache)
-        reader.index = index
+        index = reader.indexed()
         super().__init__(reader.rows, index, reader.make, config, seed)
 
     @property
@@ -177,7 +195,7 @@ def read_tasks(files: Sequence[str], chat: ChatFormat, config: DataConfig, rows:
                max_images: int | None = None) -> Unread[Task]:
     """Held-out tasks in file order, the first `rows` good ones (0: all), each read when it is asked for."""
     reader = _Tasks(files, chat, config, max_images)
-    index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache, wanted=rows)
+    index = reader.indexed(rows)
     bad_rows(reader.rows, index, config)
     return Unread(reader.make, index.good())
 
@@ -186,8 +204,7 @@ def read_demonstrations(files: Sequence[str], chat: ChatFormat, config: DataConf
                         max_tokens: int = 0) -> Unread[Demonstration]:
     """Held-out demonstrations in file order, the first `rows` good ones (0: all), each read when it is asked for."""
     reader = _Demonstrations(files, chat, config, max_tokens)
-    index = index_rows(reader.rows, reader.check, reader.settings(), cache=config.cache, wanted=rows)
-    reader.index = index
+    index = reader.indexed(rows)
     bad_rows(reader.rows, index, config)
     return Unread(reader.make, index.good())
 
