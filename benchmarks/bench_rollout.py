@@ -188,20 +188,22 @@ def queues(short: bool) -> tuple[dict[str, Figure], dict]:
 
 
 def carried(short: bool) -> tuple[dict[str, Figure], dict]:
-    """Ratios of tokens trained per second to those of the synchronous loop on the same rollouts; medians over seeds."""
+    """Ratios of tokens trained per second to those of the synchronous loop on the same rollouts; medians over seeds. How much
+    shorter the trained are than all that were started falls with the steps of a run: what waits is the same few groups."""
     seeds, figures, details = range(1 if short else 3), {}, {}
     for ranks in (8, 64):
         base = Run(ranks=ranks)
         sync = {seed: simulate(base, seed)["tokens_per_s"] for seed in seeds}
-        for share, versions in ((0.25, 2), (0.5, 2), (0.5, 3)):
+        for share, versions in ((0.25, 2), (0.5, 2), (0.5, 3), (1.0, 3)):
             run = dataclasses.replace(base, carry_over=share, max_versions=versions)
             found = {seed: simulate(run, seed) for seed in seeds}
             label = f"{ranks} ranks, carry_over {share}, {versions} versions"
-            goal = 1.3 if (ranks, share, versions) == (8, 0.5, 3) else None
+            shown = (ranks, share, versions) == (8, 1.0, 3)
             ratio = statistics.median(found[seed]["tokens_per_s"] / sync[seed] for seed in seeds)
             bias = statistics.median(found[seed]["bias"] for seed in seeds)
-            figures[f"R4 {label} / synchronous"] = Figure(ratio, "x", "higher", goal, tolerance=0.05)
-            figures[f"R4 {label}, length bias before the end"] = Figure(100 * abs(bias), "%", "lower", tolerance=1.0)
+            figures[f"R4 {label} / synchronous"] = Figure(ratio, "x", "higher", 1.3 if shown else None, tolerance=0.05)
+            figures[f"R4 {label}, length bias before the end"] = Figure(
+                100 * abs(bias), "%", "lower", 2.0 if shown else None, tolerance=1.0)
             details[label] = found
         run = dataclasses.replace(base, carry_over=0.5)
         for label, other in (("bound", bound(run, 0)), ("one-step-off", one_step_off(base, 0))):
