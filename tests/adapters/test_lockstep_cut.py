@@ -35,7 +35,7 @@ def rank_main(rank: int, folder: str, model: str) -> None:
         number = prompt.split("What is ")[1].split("?")[0]
         return (f"<reason>{'so it is ' * 30}{number}</reason>\n<answer>{number}</answer>")[len(begun):]
 
-    part = ScriptedEngine(chat, script, tokens_per_step=3)
+    part = ScriptedEngine(chat, script, tokens_per_step=12)
     part.on_step = lambda: time.sleep(0.004)       # the loop looks whether the step is over
     engine = LockstepEngine(part, neighbours(RANKS))
     rollouts = Rollouts(engine, chat, ScriptedTools(), background, RolloutConfig(), ToolsConfig(), 4096, seed=3)
