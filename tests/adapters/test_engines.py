@@ -144,6 +144,36 @@ def test_a_groups_rollouts_share_the_cache_of_their_prompt_by_image_content_unti
     restore(engine, model)
 
 
+def test_a_picture_is_processed_once_however_often_weights_change_or_the_engine_sleeps(engine, model, monkeypatch):
+    if type(engine).__name__ == "HfEngine":
+        pytest.skip("it keeps no pictures")
+    core, cache = engine._engine.engine_core.engine_core, engine._engine.renderer.mm_processor_cache
+
+    def processed(number):
+        """How many pictures were not found; and a completion from what was found is a whole one."""
+        ids = [START, VISION_START, IMAGE, VISION_END, 20, 21]
+        before = cache.make_stats()
+        completion = run(engine, {"a": GenerateRequest(ids, (picture(number),), 4, 1.0, 1, (f"kept{number}",))})["a"]
+        after = cache.make_stats()
+        assert len(completion.token_ids) >= 1
+        return (after.total - before.total) - (after.hits - before.hits)
+    restore(engine, model)
+    assert [processed(31), processed(31), processed(32)] == [1, 0, 1]
+    restore(engine, model, version=3)
+    assert [processed(31), processed(32)] == [0, 0]
+    monkeypatch.setattr(engine, "_cuda", True)       # all of a device's sleep but the device
+    monkeypatch.setattr(core.model_executor, "sleep", lambda level: None)
+    monkeypatch.setattr(core.model_executor, "wake_up", lambda tags: None)
+    engine.sleep()
+    assert core.is_sleeping()
+    engine.wake()
+    restore(engine, model, version=4)
+    assert not core.is_sleeping() and [processed(31), processed(32), processed(33)] == [0, 0, 1]
+    engine._engine.reset_mm_cache()
+    assert processed(31) == 1, "elsewhere vLLM forgets as it is told"
+    restore(engine, model)
+
+
 def test_checksums_agree_with_what_was_sent_and_name_what_was_not(engine, model):
     import torch
 

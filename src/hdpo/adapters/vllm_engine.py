@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hdpo.adapters.torchvision_shim import activate
-from hdpo.adapters.vllm_process import quiet, start_engine, undisturbed_process
+from hdpo.adapters.vllm_process import keeping_pictures, quiet, start_engine, undisturbed_process
 from hdpo.adapters.vllm_sampling import exact_log_probs, forbid, stop_at
 from hdpo.adapters.vllm_worker import compare_sums, forget_weights, reload
 from hdpo.agent.families import FAMILIES, Family
@@ -174,7 +174,8 @@ class VllmEngine:
     # --- weights ------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Replace all weights with (Hugging Face name, tensor) pairs; drops every cache made with the old ones.
+        """Replace all weights with (Hugging Face name, tensor) pairs; drops every cache made with the old ones,
+        which processed pictures are not.
 
         Tensors may vanish as soon as the iterator advances: each is copied, and held until its layer is complete. A
         tied lm_head is filled from the embedding whether or not the iterator names it: vLLM would keep a stale copy.
@@ -192,7 +193,6 @@ class VllmEngine:
             raise ModelError(f"weights for the engine: {len(missing)} missing, the first is {missing[0]}")
         self._forgotten = False
         self._engine.reset_encoder_cache()
-        self._engine.reset_mm_cache()
         self._wake_kv_cache()
         self._engine.reset_prefix_cache()
         self._version = version
@@ -212,7 +212,8 @@ class VllmEngine:
             if self._forgets:
                 self._engine.collective_rpc(forget_weights)
                 self._forgotten = True
-            self._engine.sleep(level=1)
+            with keeping_pictures(self._engine):
+                self._engine.sleep(level=1)
             self._kv_asleep = True
 
     def wake(self) -> None:

@@ -33,6 +33,20 @@ def start_engine(arguments: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
+def keeping_pictures(engine: Any) -> Iterator[None]:
+    """vLLM forgets processed pictures whenever it sleeps, though they depend on no weights. Its cache has two halves, which must
+    hold the same: neither is emptied here."""
+    halves = (engine.renderer, "clear_mm_cache"), (engine.engine_core.engine_core, "reset_mm_cache")
+    for owner, name in halves:
+        setattr(owner, name, lambda: None)
+    try:
+        yield
+    finally:
+        for owner, name in halves:
+            delattr(owner, name)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the noise of vLLM's start, C++ included, off the terminal; it is shown if the start fails.
 
