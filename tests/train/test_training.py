@@ -75,7 +75,7 @@ def test_rl_on_two_zero3_ranks_with_vllm_samples_what_the_trainer_computes_after
     for row in rows[:2]:   # the second step samples with weights that two optimizer steps have changed
         assert row["mismatch/ratio_max"] < 1 + 1e-3 and row["mismatch/k3"] < 1e-8
         assert row["end/infrastructure"] == row["end/aborted"] == 0.0
-    assert abs(rows[0]["hdpo/kl"]) < 1e-6 < rows[1]["hdpo/kl"]
+    assert rows[0]["hdpo/kl"] > 0 and rows[1]["hdpo/kl"] > 0, "each step has a mini-batch that follows an update"
 
 
 def test_rl_makes_real_tool_calls_and_dumps_every_rollout_with_its_images(rl: Path) -> None:
