@@ -50,7 +50,8 @@ class FrozenCopy:
 
     @torch.no_grad()
     def run(self, micro: MicroBatch, job: HeadJob) -> tuple[Tensor, ...]:
-        self._parking.unpark()
+        if self._parking.parked:      # waits for the device, so once a step and not once a micro-batch
+            self._parking.unpark()
         policy = self._policy
         return self.engine(job=job, **model_inputs(micro, policy.image_token_id, policy.device, policy.dtype))
 
