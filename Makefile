@@ -25,7 +25,7 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
 	@touch $@
 
-.PHONY: install demo test lint type check test-long test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo ablation sandbox tool-server judge doctor bench toy-base clean
+.PHONY: install demo test lint type check test-long test-gpu fuzz test-faults soak test-sandbox sft rl eval eval-demo curate curate-demo ablation sandbox image tool-server judge doctor bench toy-base clean
 install: $(STAMP) ## virtual environment in .venv with everything (EXTRA=gpu|cpu is chosen by the machine)
 
 demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine (10 to 14 minutes on 2 cores)
@@ -81,6 +81,9 @@ curate-demo: install ## the embedded world in five public layouts with planted f
 
 sandbox: install ## build the sandbox image (BASE=image to build on; without one a Debian base is bootstrapped)
 	PYTHON="$(abspath $(BIN))/python" sandbox/build.sh
+
+image: ## build the training image, hdpo:latest (launch/Dockerfile; BASE=image, EXTRA=gpu|cpu; gigabytes are fetched)
+	docker build -f launch/Dockerfile --build-arg EXTRA=$(EXTRA) $(if $(BASE),--build-arg BASE=$(BASE)) $(ARGS) -t hdpo:latest .
 
 test-sandbox: install ## container tests: conformance, attacks and faults against real containers
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m docker $(ARGS)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from launching import accelerate
+from safetensors.torch import load_file
 from tiny_models import MAX_PIXELS, MIN_PIXELS, save_tiny
 
-from hdpo.adapters.lora import choose_trainable, merged_parameters
+from hdpo.adapters.lora import adapter_parameters, choose_trainable, merged_parameters, write_adapter
 from hdpo.adapters.policy_model import load_policy_model, model_inputs
 from hdpo.agent.chat import load_chat_format
 from hdpo.compose.policy import build_packing
@@ -73,6 +74,26 @@ def test_merging_adds_the_scaled_product_in_float32_and_leaves_the_base_as_it_is
     assert torch.equal(model["a"].base_layer.weight, base) and merged["b.weight"] is not None
 
 
+def test_peft_loads_an_adapters_folder_to_the_same_logits(folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+    settings: Any = {"lora_rank": 4, "lora_alpha": 12, "freeze": ["*layers.1.mlp.*"]}
+    model = load_policy_model(ModelConfig(path=str(folder), dtype="float32", attention="sdpa", **settings), torch.float32).model
+    held = adapter_parameters(model)
+    with torch.no_grad():
+        for parameter in held.values():
+            parameter.normal_(std=0.2)
+    write_adapter(tmp_path / "adapter", model, {name: p.detach().clone() for name, p in held.items()}, str(folder))
+    ids = torch.arange(5, 17).unsqueeze(0)
+    base = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=ids).logits
+        own = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(loaded, own, atol=1e-5, rtol=0)
+    assert (loaded - plain).abs().max() > 0.01, "the adapter does something"
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_two_zero3_ranks_train_adapters_alone_send_and_export_them_merged_and_resume(folder: Path, tmp_path: Path) -> None:
@@ -98,6 +119,9 @@ def test_two_zero3_ranks_train_adapters_alone_send_and_export_them_merged_and_re
     assert torch.equal(sent["lm_head.weight"], sent["model.language_model.embed_tokens.weight"])
     assert result["parity"] < 1e-4
     check_export(tmp_path / "model", folder, sent, seen["log_probs"])
+    adapter = load_file(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
+    names = {name: f"base_model.model.{name.replace('.default.', '.')}" for name in raw if ".lora_" in name}
+    assert set(adapter) == set(names.values()) and all(torch.equal(adapter[peft], raw[name]) for name, peft in names.items())
 
     assert result["frozen_norm"] > 0
     free = [n for n in result["all"] if ".visual." not in n and "embed_tokens" not in n]

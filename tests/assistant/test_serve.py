@@ -1,12 +1,18 @@
 """`hdpo serve`, started as a process, and asked by the real `openai` client and by odd ones."""
 from __future__ import annotations
 
+import argparse
+import asyncio
 import base64
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +21,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import BASE
+from scripted import ScriptedEngine
 from tool_server import png
 
 from hdpo.assistant.requests import BadRequest, cut_at, read_request
+from hdpo.assistant.service import Service
+from hdpo.compose.asked import add_model_options, read_model
+from hdpo.compose.stage import Stage
+from hdpo.protocols import GenerateRequest
 
 KEY = "serve-secret"
 PICTURE = "data:image/png;base64," + base64.b64encode(png("white", (256, 256))).decode()
@@ -71,6 +82,52 @@ def test_a_stream_says_what_the_whole_reply_says(client: openai.OpenAI) -> None:
     assert "".join(getattr(d, "reasoning_content", "") or "" for d in deltas) == whole.choices[0].message.reasoning_content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage
+
+
+def writes(prompt: str, request: GenerateRequest) -> str:
+    """What stands for a trained policy: it computes with Python what it is asked, and says what the tool has shown."""
+    code, shown = ("print(image_1.size[0])", "256") if request.images else ("print(891*684)", "609444")
+    if shown in prompt:
+        return f"<reason>The tool shows it.</reason><answer>{shown}</answer>"
+    call = json.dumps({"name": "python", "arguments": {"code": code}})
+    return f"<reason>I compute it with Python.</reason><tool_call>{call}</tool_call>"
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[openai.OpenAI]:
+    """The service with a real tool server and real HTTP; only the tokens are written by `writes`."""
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    options = ["--model", str(BASE), "--config", "demo_rl"]
+    for setting in ("tools.sandbox=process", "tools.allowed=[python]", "data.max_prompt_tokens=1024"):
+        options += ["--set", setting]
+    asked = read_model(parser.parse_args(options), tmp_path)
+    monkeypatch.setattr("hdpo.compose.stage.open_engine", lambda config, chat, stage: ScriptedEngine(chat, writes))
+    ended, stop = asyncio.Event(), threading.Event()
+    with Stage(asked.config) as stage, socket.create_server(("127.0.0.1", 0)) as listener:
+        assistant = stage.assistant()
+        service = Service(assistant, "toy-base", asked.system, lambda request: asked.question(
+            request.messages, request.images, request.temperature, request.max_tokens, request.seed),
+            key="", host="127.0.0.1", allowed_hosts=[], most=4)
+        thread = threading.Thread(target=assistant.drive, args=(service.serve(listener, ended), stop, ended.set))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+        stop.set()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_tool_call_runs_on_our_side_and_its_result_reaches_the_client(agent: openai.OpenAI) -> None:
+    content = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "How wide is it?"}]
+    for question, shown in (("What is 891*684?", "609444"), (content, "256")):
+        message = ask(agent, question).choices[0].message
+        assert message.content == shown
+        assert "I compute it with Python." in message.reasoning_content and "[python]" in message.reasoning_content
+        assert "[result]" in message.reasoning_content and shown in message.reasoning_content.partition("[result]")[2]
+        deltas = [chunk.choices[0].delta for chunk in ask(agent, question, stream=True)]
+        assert "".join(delta.content or "" for delta in deltas) == message.content
+        assert "".join(getattr(d, "reasoning_content", "") or "" for d in deltas) == message.reasoning_content
 
 
 def test_errors_are_openai_s(client: openai.OpenAI, server: tuple[subprocess.Popen[str], str]) -> None:

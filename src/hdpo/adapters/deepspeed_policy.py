@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hdpo.adapters import zero_shards
-from hdpo.adapters.lora import Merged, merged_parameters
+from hdpo.adapters.lora import ADAPTER_FOLDER, Merged, adapter_parameters, merged_parameters, write_adapter
 from hdpo.adapters.policy_model import HeadJob, assert_rope_fp32, load_policy_model, model_inputs, resolve_dtype
 from hdpo.adapters.zero3 import Parking, optimizer_tensors, zero3_config
 from hdpo.agent.families import FAMILIES
@@ -80,6 +80,7 @@ class DeepSpeedPolicy:
                                       fused=optim.offload or not on_cpu)   # unfused it needs the weights' size again
         self.engine, _ = self.accelerator.prepare(module, optimizer)
         assert_rope_fp32(self.engine)
+        self._source = model.path
         self._around = self._read_around(Path(model.path))
         self.device = self.engine.device
         self._parking = Parking()
@@ -170,7 +171,20 @@ class DeepSpeedPolicy:
         writer = ShardWriter(folder, files, self.world.rank, self.world.size, shard_bytes)
         for name, value in self.iter_weights(_SAVE_GROUP_BYTES):
             writer.put(name, stored(name, value))
-        return lambda: writer.finish() + (self._write_around(folder, files) if self.world.is_main else [])
+        adapter = self._adapter()
+        if not self.world.is_main:
+            return writer.finish
+        return lambda: [*writer.finish(), *self._write_around(folder, files), *(
+            write_adapter(folder / ADAPTER_FOLDER, model, adapter, self._source) if adapter else [])]
+
+    def _adapter(self) -> dict[str, Tensor]:
+        """The low-rank adapters by peft's names, on the host of rank 0; empty where there are none. Collective."""
+        values = dict[str, Tensor]()
+        for name, parameter in adapter_parameters(self.engine.module.model).items():
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter]):
+                if self.world.is_main:
+                    values[name] = parameter.detach().cpu().clone()
+        return values
 
     def _read_around(self, source: Path) -> dict[str, bytes]:
         """What stands around the weights in every folder this run writes. Raises ModelError: no save could succeed."""

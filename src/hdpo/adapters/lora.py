@@ -1,14 +1,17 @@
 """What is trained: everything, everything but frozen parameters, or low-rank adapters beside a frozen model.
 
-Adapters never leave the trainer: engines and exported folders get `W + alpha / rank * B @ A` under W's own name
-(`merged_parameters`), so nothing outside this file knows that they exist.
+Engines and exported folders get `W + alpha / rank * B @ A` under W's own name (`merged_parameters`), so that nobody needs to
+know that adapters exist. A folder's adapter/ holds them apart as well, as peft does (`write_adapter`): beside the weights,
+transformers would add them a second time.
 """
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from hdpo.config import ModelConfig
 from hdpo.errors import ConfigError
 
 _ADAPTER = "default"
+ADAPTER_FOLDER = "adapter"
 
 
 def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
@@ -118,3 +122,25 @@ def merged_parameters(model: nn.Module) -> Iterator[Merged]:
                          module.scaling[_ADAPTER])
         else:
             yield Merged(plain, weight)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' own parameters by the names that peft gives them in a file; empty without adapters."""
+    return {f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": parameter
+            for name, parameter in model.named_parameters() if is_adapter(name)}
+
+
+def write_adapter(folder: Path, model: nn.Module, values: Mapping[str, Tensor], base: str) -> list[Path]:
+    """Write `values` (see `adapter_parameters`, on the host) as `PeftModel.from_pretrained` reads them; returns the files.
+
+    `base` is the folder of the model that they were trained beside.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+    found: Any = model.peft_config[_ADAPTER]     # type: ignore[index]
+    config = LoraConfig(r=found.r, lora_alpha=found.lora_alpha, target_modules=sorted(found.target_modules),
+                        base_model_name_or_path=base, inference_mode=True)
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(dict(values), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
