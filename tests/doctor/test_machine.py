@@ -1,14 +1,20 @@
 """`hdpo doctor`: each line says what to do, and the status is 1 where something that is needed is missing."""
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import BASE
 
 from hdpo.doctor import doctor, machine
 from hdpo.doctor.machine import Found, check_sandbox, interfaces, limits, shared_memory
-from hdpo.errors import UserError
+from hdpo.errors import ConfigError, UserError
+from hdpo.toolserver import providers
 
 
 def test_the_status_says_whether_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -40,6 +46,67 @@ def test_what_a_configuration_needs_is_checked_with_a_way_out(tmp_path: Path, ca
     monkeypatch.setattr(machine, "docker_engine", lambda: ("", "no client"))
     with pytest.raises(UserError, match="needs a Docker engine .no client.: install and start one, or set"):
         check_sandbox("docker-strict")
+
+
+def test_a_plan_that_cannot_fit_is_missing_and_the_other_lines_come_all_the_same(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = ["--config", "demo_rl", "--set", f"model.path={BASE}", "--set", f"run.folder={tmp_path}"]
+    assert doctor.main([*demo, "--gpus", "1", "--gpu-gib", "0.01", "--host-gib", "256"]) == 1
+    said = capsys.readouterr().out
+    assert "\nmemory         MISSING  " in f"\n{said}" and "\ndisk " in said and "\nopen files " in said
+    with pytest.raises(ConfigError):
+        doctor.main(["--config", "demo_rl", "--set", "optim.nothing=1"])
+
+
+def searches(monkeypatch: pytest.MonkeyPatch, status: int, body: str) -> Iterator[list[dict[str, Any]]]:
+    """A server that speaks Serper's protocol stands at the provider's address."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            text = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append({"path": self.path, "key": self.headers["X-API-KEY"], **json.loads(text)})
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    for name in ("SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SERPER_API_KEY", "secret-key")
+    real = providers.Serper
+    monkeypatch.setattr(providers, "Serper", lambda key, url, results: real(
+        key, f"http://127.0.0.1:{server.server_address[1]}/search", results))
+    yield asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("status", "body", "line", "code"), [
+    (200, '{"organic": [{"title": "Fuji", "link": "f", "snippet": "3776 m"}]}', "search         serper gave 1 results", 0),
+    (403, '{"message": "Unauthorized secret-key"}', "search         MISSING  serper: HTTP 403", 1),
+])
+def test_online_asks_the_search_provider_one_real_question(
+        status: int, body: str, line: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "NEEDED", ("torch",))
+    demo = ["--config", "demo_rl", "--set", f"model.path={BASE}", "--set", f"run.folder={tmp_path}",
+            "--set", "tools.allowed=[text_search]"]
+    for asked in searches(monkeypatch, status, body):
+        for arguments in ([], demo):
+            assert doctor.main(arguments) == 0, "nobody is asked without --online"
+            assert not asked and doctor.main([*arguments, "--online"]) == code
+            (query,) = asked
+            assert query["key"] == "secret-key" and query["q"] and query["path"] == "/search"
+            said = capsys.readouterr().out
+            assert f"\n{line}" in said and "secret-key" not in said
+            asked.clear()
 
 
 def test_another_machine_s_plan_asks_nothing_of_this_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

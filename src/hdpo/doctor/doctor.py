@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hdpo.config import Config
@@ -158,9 +158,9 @@ def main(argv: Sequence[str]) -> int:
     that is needed is missing."""
     parser = argparse.ArgumentParser(
         prog="hdpo doctor", description="What this machine has for training; with --config the memory an RL run "
-        "will need, by phase, and the disk space, refused with a way out when it can't fit, then tools, sandbox, own "
-        "code and judge (one question). Exit status 1 where something needed is missing; with "
-        "--gpu a check of its GPU in minutes.")
+        "will need, by phase, and the disk space, then tools, sandbox, own code and judge (one question). Exit status 1 "
+        "where something needed is missing or a plan can't fit, with the way out in its line; 2 for settings that can't be "
+        "read; with --gpu a check of its GPU in minutes.")
     add_config_options(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many devices instead of this machine's")
     parser.add_argument("--gpu-gib", type=float, metavar="GIB", help="plan for devices of this size, GiB")
@@ -180,30 +180,37 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{flag} {value}: must be above 0")
         if value is not None and not options.config:
             raise UserError(f"{flag} plans the memory of a run: name its --config too")
-    if options.config or options.overrides:
-        if not options.gpus:
-            check_torch_sees_devices()
-        config = load_config(options.config, options.overrides)
-        print(f"{'memory':14} " + check_memory(
-            config, options.gpus or 0, options.gpu_gib or 0.0, options.host_gib or 0.0, options.sft))
-        print(f"{'disk':14} " + check_disk(config, options.gpus or 0, options.gpu_gib or 0.0, options.sft))
-        if not options.sft:
-            print(f"{'open files':14} " + check_files(config, options.gpus or 0))
-        planned = options.gpus or options.gpu_gib or options.host_gib      # another machine
-        lines = [] if planned else [_line(name, check) for name, check in checks_of(config, options.sft, options.online)]
-        for found in lines:
-            print(found.line(), flush=True)
-        print(f"{'':14} `hdpo rl --dry-run` with the same settings checks model and data too")
-        return 1 if any(found.missing for found in lines) else 0
+    configured = bool(options.config or options.overrides)
     missing = False
-    for found in machine():
+    for found in _of_run(options) if configured else _of_machine(options.online):
         print(found.line(), flush=True)
         missing |= found.missing
-    if options.online:
-        found = _line("search", lambda: search_once(Config()))
-        print(found.line())
-        missing |= found.missing
+    if configured:
+        print(f"{'':14} `hdpo rl --dry-run` with the same settings checks model and data too")
     return int(missing)
+
+
+def _of_machine(online: bool) -> Iterator[Found]:
+    yield from machine()
+    if online:
+        yield _line("search", lambda: search_once(Config()))
+
+
+def _of_run(options: argparse.Namespace) -> Iterator[Found]:
+    """What a run with these settings needs, here or on the machine that the options plan for."""
+    gpus, gpu_gib, host_gib, sft = options.gpus or 0, options.gpu_gib or 0.0, options.host_gib or 0.0, options.sft
+    config = load_config(options.config, options.overrides)
+    if not gpus:
+        devices = _line("devices", describe_devices)
+        yield devices
+        if devices.missing:      # every plan would be that of another machine
+            return
+    yield _line("memory", lambda: check_memory(config, gpus, gpu_gib, host_gib, sft))
+    yield _line("disk", lambda: check_disk(config, gpus, gpu_gib, sft))
+    if not sft:
+        yield _line("open files", lambda: check_files(config, gpus))
+    if not (gpus or gpu_gib or host_gib):
+        yield from (_line(name, check) for name, check in checks_of(config, sft, options.online))
 
 
 def _line(name: str, check: Callable[[], str]) -> Found:
