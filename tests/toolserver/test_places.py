@@ -15,11 +15,6 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(work, 60))
 
 
-@pytest.fixture
-def never_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "PLACE_S", 1e6)
-
-
 async def cell(where: Places, order: list[str], name: str, taken_s: float = 0.0, end: asyncio.Event | None = None) -> None:
     async with where.take(taken_s):
         order.append(name)
@@ -32,9 +27,9 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def test_no_more_run_at_once_than_there_are_places_and_the_next_comes_when_one_ends(never_long: None) -> None:
+def test_no_more_run_at_once_than_there_are_places_and_the_next_comes_when_one_ends() -> None:
     async def work() -> None:
-        where, order, end = Places(2), list[str](), asyncio.Event()
+        where, order, end = Places(2, 1e6), list[str](), asyncio.Event()
         tasks = [asyncio.create_task(cell(where, order, str(k), end=end)) for k in range(4)]
         await settled()
         assert order == ["0", "1"]
@@ -45,11 +40,10 @@ def test_no_more_run_at_once_than_there_are_places_and_the_next_comes_when_one_e
 
 
 def test_endless_cells_hold_up_no_short_one_until_there_are_too_many_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "PLACE_S", 0.01)
-    monkeypatch.setattr(places, "LONG_CELLS", 3)
+    monkeypatch.setattr(places, "LONG", 3)
 
     async def work() -> None:
-        where, order, end = Places(1), list[str](), asyncio.Event()
+        where, order, end = Places(1, 0.01), list[str](), asyncio.Event()
         endless = [asyncio.create_task(cell(where, order, f"endless {k}", end=end)) for k in range(3)]
         await settled()
         await cell(where, order, "short")
@@ -65,9 +59,9 @@ def test_endless_cells_hold_up_no_short_one_until_there_are_too_many_of_them(mon
     run(work())
 
 
-def test_a_trajectory_whose_cells_have_taken_much_comes_after_those_that_arrive_soon_after_it(never_long: None) -> None:
+def test_a_trajectory_whose_cells_have_taken_much_comes_after_those_that_arrive_soon_after_it() -> None:
     async def work() -> None:
-        where, order, end = Places(1), list[str](), asyncio.Event()
+        where, order, end = Places(1, 1e6), list[str](), asyncio.Event()
         tasks = [asyncio.create_task(cell(where, order, *rest)) for rest in (
             ("running", 0.0, end), ("greedy", 3600.0), ("some", MOST_LATER_S / 2), ("modest", 0.0), ("modest too", 0.0))]
         await settled()
@@ -78,9 +72,9 @@ def test_a_trajectory_whose_cells_have_taken_much_comes_after_those_that_arrive_
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["while it waits", "as its turn comes"])
-def test_a_call_that_is_given_up_takes_no_place_with_it(never_long: None, given: bool) -> None:
+def test_a_call_that_is_given_up_takes_no_place_with_it(given: bool) -> None:
     async def work() -> None:
-        where, order, end = Places(1), list[str](), asyncio.Event()
+        where, order, end = Places(1, 1e6), list[str](), asyncio.Event()
         first = asyncio.create_task(cell(where, order, "first", end=end))
         gone = asyncio.create_task(cell(where, order, "gone"))
         await settled()

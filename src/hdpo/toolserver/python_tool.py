@@ -10,9 +10,22 @@ SESSION_FILES = 3
 """Files that a session keeps open in the server."""
 
 
+def wants_session(trajectory: Trajectory) -> bool:
+    """Whether its first cell is to come."""
+    return not (trajectory.session_open or trajectory.lost)
+
+
+async def open_session(sandbox: Sandbox, trajectory: Trajectory) -> None:
+    """Before the first cell. Raises SandboxError."""
+    if not descriptors.room(SESSION_FILES):
+        raise SandboxError(descriptors.too_many())
+    trajectory.session_open = True     # before the wait: `finish` in the meantime must close what comes of it
+    await sandbox.open(trajectory.session_id, trajectory.images)
+
+
 async def run_python(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float,
                      words: layout.Reference = layout.REFERENCE) -> Reply:
-    """Execute `code` in the trajectory's session, opened at the first call. Raises SandboxError when the sandbox fails.
+    """Execute `code` in the trajectory's session. Raises SandboxError when the sandbox fails.
 
     SessionLostError is for good: no later cell of the trajectory is executed without what the earlier ones had set.
     """
@@ -25,11 +38,6 @@ async def run_python(sandbox: Sandbox, trajectory: Trajectory, code: str, timeou
 
 
 async def _run_cell(sandbox: Sandbox, trajectory: Trajectory, code: str, timeout_s: float, words: layout.Reference) -> Reply:
-    if not trajectory.session_open:
-        if not descriptors.room(SESSION_FILES):
-            raise SandboxError(descriptors.too_many())
-        trajectory.session_open = True     # before the wait: `finish` in the meantime must close what comes of it
-        await sandbox.open(trajectory.session_id, trajectory.images)
     result = await sandbox.run(trajectory.session_id, code, timeout_s)
     notes = []
     if result.timed_out:

@@ -20,7 +20,7 @@ from hdpo.toolserver.lens import SerperLens, Showcase
 from hdpo.toolserver.picture_store import MissingPictures, PictureStore
 from hdpo.toolserver.places import Places
 from hdpo.toolserver.providers import TextProvider, hosted_provider
-from hdpo.toolserver.python_tool import run_python
+from hdpo.toolserver.python_tool import open_session, run_python, wants_session
 from hdpo.toolserver.search_cache import CachedSearch
 from hdpo.toolserver.sessions import Sandbox, Sessions, Trajectory
 from hdpo.toolserver.settings import TOOLS, Settings
@@ -40,12 +40,14 @@ class Toolbox:
     images: ImageProvider | None
     pictures: PictureStore
     sessions: Sessions = field(init=False)
-    places: Places = field(init=False)
+    openings: Places = field(init=False)
+    cells: Places = field(init=False)
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.sandbox, self.settings.idle_limit_s)
-        self.places = Places(self.settings.running_cells)
+        self.openings = Places(self.settings.running_cells)
+        self.cells = Places(self.settings.running_cells)
 
     @property
     def showcase(self) -> Showcase | None:
@@ -150,19 +152,24 @@ class Toolbox:
         if parsed.name not in self.tools:
             return Reply(layout.tool_not_offered(parsed.name, self.tools), valid=False)
         if parsed.name == "python":
-            assert self.sandbox is not None
-            async with self.places.take(trajectory.cells_s) as taken:
-                try:
-                    async with asyncio.timeout(self.settings.call_timeout_s):
-                        return await run_python(self.sandbox, trajectory, parsed.arguments["code"],
-                                                self.settings.python_timeout_s, self.words)
-                finally:
-                    trajectory.cells_s += taken()
+            return await self._python(trajectory, parsed.arguments["code"])
         async with asyncio.timeout(self.settings.call_timeout_s):
             if parsed.name == "text_search":
                 assert self.text is not None
                 return await run_text_search(self.text, parsed.arguments["query"], self.words)
             return await self._image_search(trajectory, parsed.arguments)
+
+    async def _python(self, trajectory: Trajectory, code: str) -> Reply:
+        assert self.sandbox is not None
+        if wants_session(trajectory):
+            async with self.openings.take(), asyncio.timeout(self.settings.call_timeout_s):
+                await open_session(self.sandbox, trajectory)
+        async with self.cells.take(trajectory.cells_s) as taken:
+            try:
+                async with asyncio.timeout(self.settings.call_timeout_s):
+                    return await run_python(self.sandbox, trajectory, code, self.settings.python_timeout_s, self.words)
+            finally:
+                trajectory.cells_s += taken()
 
     async def _image_search(self, trajectory: Trajectory, arguments: dict[str, Any]) -> Reply:
         assert self.images is not None
