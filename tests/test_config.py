@@ -21,6 +21,7 @@ model.path model.dtype model.attention model.gradient_checkpointing model.freeze
 model.lora_alpha model.lora_targets model.min_pixels model.max_pixels
 model.max_tool_pixels model.tell_sizes
 data.train data.val data.mix data.cache data.image_root data.insert_markers data.max_prompt_tokens data.bad_row data.shuffle
+data.group_by_length
 rollout.engine rollout.prompts_per_step rollout.group_size rollout.temperature rollout.dynamic_sampling
 rollout.carry_over rollout.carry_max_versions
 rollout.max_turns rollout.max_response_tokens
@@ -45,7 +46,7 @@ optim.offload optim.max_skipped optim.epochs optim.rows_per_step optim.mini_batc
 batch.tokens_per_micro_batch batch.patches_per_micro_batch batch.head_chunk_tokens batch.share_prompts
 sync.group_mib sync.checksum_every sync.canary_every sync.parity_tolerance checkpoint.every_steps checkpoint.keep
 checkpoint.weights_every_steps checkpoint.best
-eval.every_steps eval.rows eval.before eval.after eval.label_before eval.label_after
+eval.every_steps eval.tasks eval.rows eval.before eval.after eval.label_before eval.label_after
 log.tensorboard log.wandb log.rollouts_every log.rollouts_gib log.samples
 curation.sources curation.out curation.chunk_rows curation.concurrency curation.execution.mismatch
 curation.execution.search curation.execution.number_tolerance curation.execution.picture_tolerance
@@ -163,10 +164,21 @@ def test_what_cannot_be_meant_is_refused_where_it_was_said(edit: str) -> None:
     (["rollout.prompts_per_step=100"], "rollout.prompts_per_step (100) must be a multiple of optim.mini_batch_prompts (64)"),
     (["optim.steps=3", "model.min_pixels=9000", "model.max_pixels=8000"], "model.min_pixels (9000) must not exceed model.max"),
     (["eval.every_steps=5"], "eval.every_steps (5) needs data.val"),
+    (["eval.tasks=[val.parquet]"], "eval.tasks: nothing says when"),
+    (["data.mix=[1, 2]", "data.group_by_length=8"], "which data.group_by_length would undo"),
     (["hdpo.w_acc=0", "hdpo.w_tool=0"], "nothing would be trained")])
 def test_a_contradiction_is_blamed_on_what_was_said_last(overrides: list[str], problem: str) -> None:
     line = refused(*overrides)
     assert line.startswith(f"--set {overrides[-1]}: ") and problem in line
+
+
+@pytest.mark.parametrize("name", ["eval/sft_loss", "sft/loss", "actor/pg_loss/acc", "actor/ppo_kl", "eval/blind_call_rate",
+                                  "eval/unscored", "time/step", "mismatch/k3", "actor/grad_norm"])
+def test_the_best_checkpoint_has_the_highest_of_a_number_that_is_better_so_or_the_lowest_by_a_minus(name: str) -> None:
+    assert f"checkpoint.best: {name} is better the lower it is" in refused(f"checkpoint.best={name}")
+    assert load_config(None, [f"checkpoint.best=-{name}"], environment={}).checkpoint.best == f"-{name}"
+    for good in ("eval/accuracy", "eval/visual_loss_detail_questions/accuracy", "reward/score/mean"):
+        load_config(None, [f"checkpoint.best={good}"], environment={})
 
 
 def test_each_problem_names_who_said_it(tmp_path: Path) -> None:

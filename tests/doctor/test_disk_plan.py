@@ -94,7 +94,7 @@ def test_the_setting_that_the_warning_names_fits(tmp_path: Path, values: dict[st
 
 
 def test_where_no_setting_helps_the_disk_alone_is_named(tmp_path: Path) -> None:
-    config = configured(run__folder=tmp_path, checkpoint__keep=1, checkpoint__best="eval/sft_loss", optim__steps=400)
+    config = configured(run__folder=tmp_path, checkpoint__keep=1, checkpoint__best="-eval/sft_loss", optim__steps=400)
     _, warning = check(config, BILLION, 2, sft=True, free=2 * ONE)
     assert warning.endswith("it fits with run.folder on a larger disk")
 

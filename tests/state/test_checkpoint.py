@@ -98,6 +98,10 @@ def test_only_the_newest_are_kept_and_the_best_besides(tmp_path: Path) -> None:
     for step, accuracy in ((1, 0.3), (2, 0.9), (3, 0.5), (4, 0.5), (5, 0.6)):
         save(c, step, **{"eval/accuracy": accuracy})
     assert names(c) == ["step_000002", "step_000004", "step_000005"]
+    lowest = config(tmp_path / "lowest", checkpoint={"keep": 1, "best": "-eval/sft_loss"})
+    for step, loss in ((1, 0.9), (2, 0.3), (3, 0.5)):
+        save(lowest, step, **{"eval/sft_loss": loss})
+    assert names(lowest) == ["step_000002", "step_000003"]
     plain = config(tmp_path / "plain")
     for step in (1, 2, 3, 4):
         save(plain, step)

@@ -1,6 +1,7 @@
 """The held-out SFT loss is the loss computed directly, for any split over ranks and micro-batches, and trains nothing."""
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from launching import accelerate
 from local_policy import LocalPolicy
 from PIL import Image
 
@@ -34,9 +36,13 @@ def policy(tiny_folder: Path, chat: ChatFormat) -> LocalPolicy:
 
 
 @pytest.fixture(scope="module")
-def rows(chat: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> Sequence[Demonstration]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("held_out")
+
+
+@pytest.fixture(scope="module")
+def rows(chat: ChatFormat, folder: Path) -> Sequence[Demonstration]:
     """Of many lengths, every other one with a picture, one that is too long, and one more than is asked for."""
-    folder = tmp_path_factory.mktemp("held_out")
     table = []
     for number in range(ROWS + 2):
         seen = number % 2 == 0
@@ -126,6 +132,23 @@ def test_the_loss_is_the_one_computed_directly_for_any_split_over_ranks_and_micr
     assert found == [found[0]] * ranks and found[0] == pytest.approx(direct, rel=1e-5)
     assert len({part.runs for part in parts}) == 1 and (parts[0].runs > 1 or budget > 600 or ranks > 1)
     assert all(parameter.grad is None for parameter in policy.module.parameters())
+
+
+@pytest.mark.engine
+def test_two_zero3_ranks_get_the_loss_of_one_though_their_rows_have_unequal_numbers_of_tokens(
+        tiny_folder: Path, folder: Path, rows: Sequence[Demonstration], direct: float) -> None:
+    settings = [f"model.path={tiny_folder}", "model.min_pixels=1024", "model.max_pixels=4096", "model.dtype=float32",
+                f"data.val=[{folder}/val.parquet]", f"data.cache={folder}", f"eval.rows={ROWS}", "optim.rows_per_step=4",
+                "batch.tokens_per_micro_batch=600"]
+    found = {}
+    for ranks in (1, 2):
+        done = accelerate("tests/support/ranks/held_out_loss.py", settings, ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = next(line for line in done.stdout.splitlines() if "RESULT " in line)
+        found[ranks] = json.loads(line.split("RESULT ", 1)[1])
+        assert found[ranks]["rows"] == ROWS and found[ranks]["losses"] == [found[ranks]["losses"][0]] * ranks
+    assert found[2]["losses"][0] == pytest.approx(found[1]["losses"][0], rel=1e-6)
+    assert found[2]["losses"][0] == pytest.approx(direct, rel=1e-5)
 
 
 def test_it_is_logged_at_start_when_due_and_at_the_end_and_never_without_rows(

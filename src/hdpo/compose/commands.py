@@ -4,6 +4,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
+import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +14,9 @@ from hdpo.config import Config
 from hdpo.config.file import dump_config, parse_run
 from hdpo.errors import DataError, ModelError
 from hdpo.keys import withdraw
+
+UNSAFE = r"[^\w@%+=:,./\[\]-]"
+"""What a shell would not leave alone."""
 
 
 def sft(argv: Sequence[str]) -> int:
@@ -68,10 +73,9 @@ def _train_sft(config: Config, steal_lock: bool) -> None:
     from hdpo.compose.stage import Stage
     from hdpo.train import sft
     config = with_epochs(config)
-    if finished(config, "sft"):
-        return
-    with Stage(config, steal_lock) as stage:
-        sft.train(config, stage.sft())
+    if not finished(config, "sft"):
+        with Stage(config, steal_lock) as stage:
+            sft.train(config, stage.sft())
     say_what_next(config, "sft")
 
 
@@ -79,15 +83,14 @@ def _train_rl(config: Config, steal_lock: bool) -> None:
     from hdpo.compose.folder import finished
     from hdpo.compose.stage import Stage
     from hdpo.train import rl
-    if finished(config, "rl"):
-        return
-    with Stage(config, steal_lock) as stage:
-        rl.train(config, stage.rl())
+    if not finished(config, "rl"):
+        with Stage(config, steal_lock) as stage:
+            rl.train(config, stage.rl())
     say_what_next(config, "rl")
 
 
 def say_what_next(config: Config, command: str) -> None:
-    """Where a run that has ended left its model, how to evaluate it, and how to look at it. Rank 0 says it."""
+    """Where a run that has ended left its model, what comes next, how to evaluate it, and how to look at it. Rank 0 says it."""
     from hdpo.ranks.world import World
     from hdpo.report.page import write_report
     from hdpo.state.folders import newest_step
@@ -95,17 +98,29 @@ def say_what_next(config: Config, command: str) -> None:
     if not World().is_main or not is_finished(config):      # a run that was stopped has said so
         return
     checkpoint = f"{config.run.path}/checkpoints/step_{newest_step(config.run.path):06d}"
-    files = f"[{','.join(config.data.val) or 'VAL.parquet'}]"
-    lines = [("done", f"{config.optim.steps} steps; the model is {checkpoint}")]
+    held_out = config.eval.tasks if command == "sft" else config.data.val
+    evaluation = command_line("eval", f"{config.run.path}/config.yaml", [
+        f"model.path={checkpoint}", f"run.name={config.run.name}-eval", f"data.val=[{','.join(held_out) or 'VAL.parquet'}]"])
+    lines = [("done", f"{config.optim.steps} steps; the final folder is {checkpoint}")]
     if command == "sft":
-        lines.append(("next", f"hdpo rl --config metis_8b_rl --set model.path={checkpoint} --set data.train=[RL.parquet]"))
-    lines.append(("evaluate", f"hdpo eval --set model.path={checkpoint} --set data.val={files}"))
+        lines += [("next", command_line("rl", "metis_8b_rl", [f"model.path={checkpoint}", "data.train=[RL.parquet]"])),
+                  ("evaluate", evaluation)]
+    else:
+        lines += [("next", evaluation), ("serve", f"hdpo serve --model {checkpoint} --port 8000")]
     try:
         lines.append(("look", f"{write_report(config.run.path)}, tensorboard --logdir {config.run.path}/tensorboard"))
     except DataError as exc:      # a page that can't be written ends no run
         lines.append(("look", f"no report: {exc}"))
     for name, text in lines:
         print(f"{name:9} {text}", flush=True)
+
+
+def command_line(command: str, config: str, settings: Sequence[str], devices: bool = False) -> str:
+    """A command as it is typed; on all of a node's devices when this one runs on several, or `devices` says so."""
+    given = " ".join(f"--set {shlex.quote(setting) if re.search(UNSAFE, setting) else setting}" for setting in settings)
+    if devices or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return f'make {command} CONFIG={config} ARGS="{given}"'
+    return f"hdpo {command} --config {config} {given}"
 
 
 def _evaluate(config: Config, steal_lock: bool) -> None:

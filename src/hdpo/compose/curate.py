@@ -27,8 +27,8 @@ stage 4  rows whose picture or question stands in a benchmark are dropped or rep
   hdpo curate --source thyme=thyme.parquet --stages 1 --out runs/sft_data
   hdpo curate --config FILE --source deepeyes=sft_part_0.json --source openmm=wemath.parquet --stages 1,2,3,4 --out DIR
 
-The same command goes on from where it was stopped. `make sft ARGS="--set data.train=[DIR/kept.parquet]"` trains on the result,
-`make rl ARGS="--set data.train=[DIR/rl.parquet]"` on the prompts."""
+The same command goes on from where it was stopped. Its last lines are the commands that train on the result: `make sft` on
+DIR/kept.parquet, `make rl` on DIR/rl.parquet."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -152,7 +152,21 @@ def _report(manifest: dict[str, Any], config: Config) -> int:
     from hdpo.report.page import write_report
     page = write_report(config.curation.out)
     print(f"{page}; kept.parquet, dropped.parquet and manifest.json beside it")
+    for line in _what_next(manifest, config):
+        print(line)
     if waiting:
         print(f"hdpo curate: {waiting} rows wait for the tool server or the judge; the same command tries them again",
               file=sys.stderr)
     return 1 if waiting else 0
+
+
+def _what_next(manifest: dict[str, Any], config: Config) -> list[str]:
+    """The commands that train on what there is."""
+    from hdpo.compose.commands import command_line
+    about, model = manifest["about"], f"model.path={config.model.path or 'MODEL'}"
+    last = about["stages"][-1]
+    kept = sum(stages[last]["kept"] for source, stages in manifest.items() if source != "about")
+    ready = [("sft", "metis_8b_sft", "kept", kept), ("rl", "metis_8b_rl", "rl", about.get("rl", {}).get("prompts", 0))]
+    lines = [command_line(command, file, [model, f"data.train=[{config.curation.out}/{rows}.parquet]"], devices=True)
+             for command, file, rows, count in ready if count]
+    return [f"{'next':9} {line}" for line in lines]

@@ -39,9 +39,9 @@ def check_start(config: Config, command: str) -> None:
     Raises UserError."""
     if command != "eval" and (start := readable_start(config)) is not None:
         check_same_run(start, read_state(start), config, content_of(config))
-    if command != "sft":
+    if config.rolls_out(command):
         check_own(config)
-    if command != "sft" and not config.tools.url:
+    if config.rolls_out(command) and not config.tools.url:
         check_tools(config)
     check_model_folder(config.model.path)
     if command != "eval" and config.log.wandb:

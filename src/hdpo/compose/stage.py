@@ -31,18 +31,20 @@ from hdpo.doctor.own_code import check_own
 from hdpo.errors import ConfigError, DataError
 from hdpo.evaluation.evaluate import Evaluator
 from hdpo.evaluation.runner import bounded_sequences
+from hdpo.protocols import Engine
 from hdpo.ranks.nodes import choose_interface
 from hdpo.ranks.watchdog import Limits
 from hdpo.ranks.world import World
 from hdpo.reward.scoring import Scorer
 from hdpo.state.spool import Spool
 from hdpo.train.rl import RlParts
+from hdpo.train.sampled import Sampled
 from hdpo.train.samples import PixelPool
 from hdpo.train.sft import SftParts
 from hdpo.train.sync import WeightSync
 from hdpo.types import Task
 
-SFT_SHOWN = [("loss", "sft/loss"), ("held out", "eval/sft_loss"), ("grad", "actor/grad_norm")]
+SFT_SHOWN = [("loss", "sft/loss"), ("held out", "eval/sft_loss"), ("acc", "eval/accuracy"), ("grad", "actor/grad_norm")]
 RL_SHOWN = [("acc", "reward/accuracy/mean"), ("tools", "tool/rate"), ("needed", "tool/rate_needed"),
             ("blind", "tool/rate_not_needed"), ("|Q|", "hdpo/q_size_mean"), ("k3", "mismatch/k3"), ("s", "time/step")]
 
@@ -81,14 +83,27 @@ class Stage(contextlib.ExitStack):
         check_launcher()
         lock = begin_run(config, "sft", self._steal_lock, self)
         max_tokens = min(config.max_model_len, config.batch.tokens_per_micro_batch)
-        demonstrations = DemonstrationStream(config.data.train, chat, config.data, seed=config.run.seed, max_tokens=max_tokens)
+        demonstrations = DemonstrationStream(config.data.train, chat, config.data, seed=config.run.seed, max_tokens=max_tokens,
+                                             rows_per_step=config.optim.rows_per_step)
         self.callback(demonstrations.close)
         held_out = (read_demonstrations(config.data.val, chat, config.data, config.eval.rows, max_tokens)
-                    if config.eval.every_steps else [])
+                    if config.eval.every_steps and config.data.val else [])
+        tasks = self.held_out(config.eval.tasks)
+        if tasks:
+            config = self.config = with_mcp_tools(config)
+            check_tensor_parallel(config, self.world.size)
         plan_memory(config, sft=True)
         policy, checkpoints = open_policy(config, chat, self.world, lock, self)
+        if tasks:
+            policy.park()
+        sampling = self._sampling(policy.world) if tasks else None
         log = open_log(config, policy.world, SFT_SHOWN, checkpoints.start_step, self)
-        return SftParts(policy, chat, build_packing(config, chat), demonstrations, held_out, log, checkpoints)
+        spec, sampled = build_packing(config, chat), None
+        if sampling is not None:
+            engine, rollouts, scorer = sampling
+            sampled = Sampled(config, engine, rollouts, Evaluator(config, rollouts, scorer, tasks, policy.world),
+                              WeightSync(policy, engine, chat, spec, config, log))
+        return SftParts(policy, chat, spec, demonstrations, held_out, log, checkpoints, sampled)
 
     def rl(self) -> RlParts:
         config, chat = self.config, self.chat
@@ -97,19 +112,15 @@ class Stage(contextlib.ExitStack):
         config = self.config = with_mcp_tools(config)
         tasks = TaskStream(config.data.train, chat, config.data, seed=config.run.seed, max_images=config.rollout.max_images)
         self.callback(tasks.close)
-        held_out = self.held_out()
+        held_out = self.held_out(config.data.val)
         check_rl(config, chat)
         check_tensor_parallel(config, self.world.size)
         plan_memory(config)
         policy, checkpoints = open_policy(config, chat, self.world, lock, self)
         world = policy.world
-        background, backend = open_tools(config, world, self)
         policy.park()      # the engine measures what device memory is left
         reference = build_reference(config, policy)
-        engine = open_engine(config, chat, self)
-        rollouts = open_rollouts(config, chat, engine, backend, background, self)
-        rollouts.progress = world.progress
-        scorer = open_scorer(config, background, world, self)
+        engine, rollouts, scorer = self._sampling(world)
         log = open_log(config, world, RL_SHOWN, checkpoints.start_step, self)
         evaluator = Evaluator(config, rollouts, scorer, held_out, world)
         pixels = PixelPool(chat)
@@ -120,6 +131,15 @@ class Stage(contextlib.ExitStack):
         return RlParts(policy, engine, chat, rollouts, scorer, tasks, evaluator, spec, sync, pixels, log, checkpoints,
                        self.enter_context(Spool(config, world, checkpoints.content)), reference)
 
+    def _sampling(self, world: World) -> tuple[Engine, Rollouts, Scorer]:
+        """What rolls out beside a policy, which is parked, and says what is right."""
+        config = self.config
+        background, backend = open_tools(config, world, self)
+        engine = open_engine(config, self.chat, self)
+        rollouts = open_rollouts(config, self.chat, engine, backend, background, self)
+        rollouts.progress = world.progress
+        return engine, rollouts, open_scorer(config, background, world, self)
+
     def evaluation(self) -> Evaluator:
         """Engine, tools and scorer without a policy, for `hdpo eval`."""
         begin_run(self.config, "eval", self._steal_lock, self)
@@ -127,7 +147,7 @@ class Stage(contextlib.ExitStack):
         check_tensor_parallel(config, self.world.size)
         choose_interface()
         world = self.world.connect()
-        held_out = self.held_out()
+        held_out = self.held_out(config.data.val)
         if not held_out:
             raise ConfigError("data.val is empty: name files of held-out rows (VAL_DATA)")
         world.phase("evaluation", 0)
@@ -168,11 +188,9 @@ class Stage(contextlib.ExitStack):
         self.callback(assistant.close)
         return assistant
 
-    def held_out(self) -> Sequence[Task]:
+    def held_out(self, files: Sequence[str]) -> Sequence[Task]:
         config = self.config
-        if not config.data.val:
-            return []
-        return read_tasks(config.data.val, self.chat, config.data, config.eval.rows, config.rollout.max_images)
+        return read_tasks(files, self.chat, config.data, config.eval.rows, config.rollout.max_images) if files else []
 
 
 class BenchmarkParts:

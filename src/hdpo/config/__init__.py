@@ -87,6 +87,9 @@ class DataConfig(Section):
     bad_row: Literal["skip", "stop"] = Field(
         "skip", description="A row with a broken image or an over-long prompt: skip (named and counted) or stop.")
     shuffle: bool = Field(True, description="Shuffle rows each epoch, from run.seed.")
+    group_by_length: Number = Field(
+        0, description="Steps whose rows are sorted by length together, so that each has rows of like lengths, in seeded order "
+        "(SFT only); 0 is off.")
 
 
 class RolloutConfig(Section):
@@ -254,15 +257,19 @@ class CheckpointConfig(Section):
     keep: Number = Field(2, description="Newest checkpoints kept; 0 keeps all.")
     weights_every_steps: Number = Field(
         0, description="Steps between model folders in weights/, never removed and not to be resumed from; 0 is never.")
-    best: str = Field("", description="Logged number, for example eval/accuracy, whose highest checkpoint is kept besides.")
+    best: str = Field("", description="Logged number, for example eval/accuracy, whose highest checkpoint is kept besides; with "
+                      "a minus, as in -eval/sft_loss, its lowest.")
 
 
 class EvalConfig(Section):
-    every_steps: Number = Field(0, description="Steps between evaluations during RL, and in SFT between losses on "
-                                "data.val (messages as in data.train), which has one at start and end too; 0 is never.")
+    every_steps: Number = Field(0, description="Steps between evaluations; in SFT of the loss on data.val (messages as in "
+                                "data.train), which has one at start and end too, and of eval.tasks; 0 is never.")
+    tasks: list[str] = Field(
+        default_factory=list, description="Held-out rows as RL has them, which SFT answers with engine and tools when an "
+        "evaluation is due (SFT only); empty opens no engine.")
     rows: Number = Field(0, description="Held-out rows used, from the front; 0 is all.")
-    before: bool = Field(False, description="Evaluate before the first RL step too.")
-    after: bool = Field(False, description="Evaluate after the last RL step.")
+    before: bool = Field(False, description="Roll out held-out rows before the first step too.")
+    after: bool = Field(False, description="Roll out held-out rows after the last step.")
     label_before: Name = Field("sft", description="Name of the evaluation before RL in summary.json and eval/.")
     label_after: Name = Field("rl", description="Name of the evaluation after RL, and of `hdpo eval`.")
 
@@ -303,6 +310,10 @@ class Config(Section):
             if not holds:
                 raise ValueError(problem)
         return self
+
+    def rolls_out(self, command: str) -> bool:
+        """Whether the command needs engine, tools and judge."""
+        return command != "sft" or bool(self.eval.tasks)
 
     @property
     def max_model_len(self) -> int:

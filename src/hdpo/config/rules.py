@@ -1,6 +1,7 @@
 """What fields must be to each other, named in full: the message's reader looks for them."""
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from hdpo.config.tools import SHIPPED
@@ -8,6 +9,15 @@ from hdpo.config.types import LARGEST
 
 if TYPE_CHECKING:
     from hdpo.config import Config
+
+_LOWER_IS_BETTER = re.compile(
+    r"^(time|memory|perf|mismatch|data|end)/|(^|[/_])(loss|nll|perplexity|kl|blind|missed|unscored|malformed|failed|errors?|"
+    r"skipped|seconds|norm|clipfrac)([/_]|$)")
+
+
+def lower_is_better(name: str) -> bool:
+    """Of a logged number. In eval/SOURCE/NUMBER the middle is a user's word."""
+    return bool(_LOWER_IS_BETTER.search(name.rpartition("/")[2] if name.startswith("eval/") else name))
 
 
 def rules(c: Config) -> list[tuple[bool, str]]:
@@ -31,8 +41,15 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (c.model.min_pixels <= c.model.max_pixels,
          f"model.min_pixels ({c.model.min_pixels}) must not exceed model.max_pixels ({c.model.max_pixels})"),
         (c.max_model_len <= LARGEST, "data.max_prompt_tokens and rollout.max_response_tokens are too large together"),
-        (bool(c.data.val) or not c.eval.every_steps,
+        (bool(c.data.val or c.eval.tasks) or not c.eval.every_steps,
          f"eval.every_steps ({c.eval.every_steps}) needs data.val: name files of held-out rows there (VAL_DATA)"),
+        (not c.eval.tasks or bool(c.eval.every_steps) or c.eval.before or c.eval.after,
+         "eval.tasks: nothing says when they are answered; set eval.every_steps, eval.before or eval.after"),
+        (not (c.data.group_by_length and c.data.mix),
+         "data.mix gives every step its share of each source, which data.group_by_length would undo; leave one of them out"),
+        (not lower_is_better(c.checkpoint.best) or c.checkpoint.best.startswith("-"),
+         f"checkpoint.best: {c.checkpoint.best} is better the lower it is, and the checkpoint with the highest is kept; "
+         f"-{c.checkpoint.best} keeps the one with the lowest"),
         *((name in tools or bool(c.tools.mcp), f"reward.tool_cost: there is no tool {name}; there are {', '.join(sorted(tools))}")
           for name in c.reward.tool_cost),
         *((not tool.mcp or tool.mcp in c.tools.mcp, f"tools.own.{name}.mcp: {tool.mcp} is not in tools.mcp")

@@ -1,7 +1,8 @@
 """An endless, seeded, resumable sequence of rows that are read when they are asked for.
 
-The order is a function of the seed, the row counts and `data.mix` alone, so every rank computes the same one. `take` returns
-the step's rows unread: whoever asks for one reads it, and the pages of the next step's rows are fetched meanwhile.
+The order is a function of the seed, the row counts, `data.mix` and, where rows are grouped by it, their lengths, so every rank
+computes the same one. `take` returns the step's rows unread: whoever asks for one reads it, and the pages of the next step's
+rows are fetched meanwhile.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from hdpo import oddities
 from hdpo.config import DataConfig
+from hdpo.data.grouping import by_length
 from hdpo.data.index import RowIndex
 from hdpo.data.store import RowStore
 from hdpo.errors import DataError
@@ -66,10 +68,13 @@ def bad_rows(rows: RowStore, index: RowIndex, config: DataConfig) -> dict[str, s
 
 class RowStream(Generic[T]):
     """See the module's docstring. `make(index)` reads a row. Bad rows are left out, named and counted in `skipped` (name ->
-    reason), or end the run at once, as `config.bad_row` says. Raises DataError when no row is good."""
+    reason), or end the run at once, as `config.bad_row` says. Raises DataError when no row is good. `rows_per_step`: rows that
+    are taken at a time, for data.group_by_length; 0 leaves that setting out of account."""
 
-    def __init__(self, rows: RowStore, index: RowIndex, make: Callable[[int], T], config: DataConfig, seed: int) -> None:
+    def __init__(self, rows: RowStore, index: RowIndex, make: Callable[[int], T], config: DataConfig, seed: int,
+                 rows_per_step: int = 0) -> None:
         self.rows, self.index, self._make, self._config, self._seed = rows, index, make, config, seed
+        self._grouped = [rows_per_step, config.group_by_length] if rows_per_step and config.group_by_length else []
         self.epoch, self.position = 0, 0      # the next row is number `position` of this epoch's order
         self.skipped = bad_rows(rows, index, config)
         self._mix = _Mix(rows.source_sizes(), index, config.mix, seed, config.shuffle) if config.mix else None
@@ -84,18 +89,23 @@ class RowStream(Generic[T]):
     def _order_of(self, epoch: int) -> list[int]:
         if self._mix is not None:
             return self._mix.order(epoch)
-        order = list(range(len(self.rows)))
+        order = self.index.good() if self._grouped else list(range(len(self.rows)))
         if self._config.shuffle:
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        if self._grouped:
+            coin = random.Random(f"{self._seed}/{epoch}/steps") if self._config.shuffle else None
+            order = by_length(order, self.index.lengths, *self._grouped, start=epoch * len(order), coin=coin)
         return order
 
     def state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "rows": len(self.rows), "seed": self._seed,
-                **({"mix": self._config.mix} if self._config.mix else {})}
+                **({"mix": self._config.mix} if self._config.mix else {}),
+                **({"grouped": self._grouped} if self._grouped else {})}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken. Raises DataError if the data, the seed or the mix are not the same."""
-        for key, value in (("rows", len(self.rows)), ("seed", self._seed), ("mix", self._config.mix)):
+        """Continue exactly where `state` was taken. Raises DataError if the data, the seed, the mix or the groups (rows a step
+        and steps) are not the same."""
+        for key, value in (("rows", len(self.rows)), ("seed", self._seed), ("mix", self._config.mix), ("grouped", self._grouped)):
             if state.get(key, []) != value:
                 raise DataError(f"the checkpoint was made with {key} = {state.get(key, [])}, the data stream has {value}")
         self.epoch, self.position = state["epoch"], state["position"]

@@ -180,10 +180,11 @@ class DemonstrationStream(RowStream[Demonstration]):
     A row is bad if its messages have another shape, an image is broken, or it is longer than `max_tokens` (0: no limit).
     """
 
-    def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int, max_tokens: int = 0) -> None:
+    def __init__(self, files: Sequence[str], chat: ChatFormat, config: DataConfig, seed: int, max_tokens: int = 0,
+                 rows_per_step: int = 0) -> None:
         reader = _Demonstrations(files, chat, config, max_tokens)
         index = reader.indexed()
-        super().__init__(reader.rows, index, reader.make, config, seed)
+        super().__init__(reader.rows, index, reader.make, config, seed, rows_per_step)
 
     @property
     def sources(self) -> list[str]:

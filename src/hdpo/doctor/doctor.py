@@ -23,7 +23,9 @@ def dry_run(config: Config, command: str) -> int:
         checks.append(("training data", lambda: check_data(config, config.data.train, "data.train (TRAIN_DATA)", command)))
     if command == "eval" or config.data.val and (command != "sft" or config.eval.every_steps):
         checks.append(("held-out data", lambda: check_data(config, config.data.val, "data.val (VAL_DATA)", command)))
-    if command != "sft":
+    if command == "sft" and config.eval.tasks:
+        checks.append(("held-out tasks", lambda: check_data(config, config.eval.tasks, "eval.tasks", "rl")))
+    if config.rolls_out(command):
         checks += [("tools", lambda: check_tools(config)), ("open files", lambda: check_files(config)),
                    ("judge", lambda: check_judge(config))]
         if config.tools.own or config.tools.mcp or config.reward.function:
@@ -140,7 +142,7 @@ def search_once(config: Config) -> str:
 
 def checks_of(config: Config, sft: bool, online: bool) -> list[tuple[str, Callable[[], str]]]:
     """What a run with this configuration needs beside memory and disk."""
-    if sft:
+    if not config.rolls_out("sft" if sft else "rl"):
         return []
     found: list[tuple[str, Callable[[], str]]] = [("tools", lambda: check_tools(config))]
     if not config.tools.url and "python" in config.tools.allowed:
@@ -186,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
         print(found.line(), flush=True)
         missing |= found.missing
     if configured:
-        print(f"{'':14} `hdpo rl --dry-run` with the same settings checks model and data too")
+        print(f"{'':14} `hdpo {'sft' if options.sft else 'rl'} --dry-run` with the same settings checks model and data too")
     return int(missing)
 
 
@@ -207,7 +209,7 @@ def _of_run(options: argparse.Namespace) -> Iterator[Found]:
             return
     yield _line("memory", lambda: check_memory(config, gpus, gpu_gib, host_gib, sft))
     yield _line("disk", lambda: check_disk(config, gpus, gpu_gib, sft))
-    if not sft:
+    if config.rolls_out("sft" if sft else "rl"):
         yield _line("open files", lambda: check_files(config, gpus))
     if not (gpus or gpu_gib or host_gib):
         yield from (_line(name, check) for name, check in checks_of(config, sft, options.online))

@@ -26,6 +26,7 @@ CROPS = 2_000_000           # pixels of the pictures that tools return to one ro
 PIXEL_BYTES = 3 + 3 + 1     # decoded, as the patches of the trainer, and the file it came as
 TOKEN_BYTES = 64            # of a trajectory's lists
 LIVE_OF_SERVER, MOST_SERVERS = 256, 8      # live trajectories that one process of the tool server is given
+EVALUATED = 1000            # held-out rows of SFT, where eval.rows doesn't say
 GRAPHS = 3 * GIB // 2       # vLLM's pool for decode steps of up to 256 sequences
 
 Phases = dict[str, dict[str, int]]
@@ -49,13 +50,13 @@ def host_phases(config: Config, shapes: Shapes, ranks: int, of_node: int, size: 
         state = {"optimizer": master, "copy of the optimizer": 0}
     always = {"processes": PROCESS, "optimizer": state["optimizer"]}
     saved = {"checkpoint": math.ceil(shapes.parameters / ranks) * size + state["copy of the optimizer"]}
-    if sft:
+    if sft and not config.eval.tasks:
         return _of_node({"update": always, "save": always | saved}, of_node)
-    if copies_reference(config):
+    if copies_reference(config) and not sft:
         always["reference"] = math.ceil(shapes.parameters / ranks) * size
     always["engine's pictures"] = int(config.rollout.image_cache_gib * GIB)
-    rollouts = math.ceil(config.rollout.prompts_per_step * config.rollout.group_size / ranks)
-    prompts = math.ceil(config.rollout.prompts_per_step / ranks)
+    prompts = math.ceil((config.eval.rows or EVALUATED if sft else config.rollout.prompts_per_step) / ranks)
+    rollouts = prompts if sft else math.ceil(config.rollout.prompts_per_step * config.rollout.group_size / ranks)
     seen = {"pictures": (rollouts * CROPS + prompts * config.model.max_pixels) * PIXEL_BYTES} if shapes.vision_layers else {}
     rows = seen | {"trajectories": rollouts * config.max_model_len // 2 * TOKEN_BYTES}
     tools = {} if config.tools.url else {"tool server, sessions": math.ceil(_tool_server(config, ranks, of_node) / of_node)}

@@ -104,7 +104,7 @@ def plan(config: Config, shapes: Shapes, ranks: int, device: int | None, dtype_b
     if copies_reference(config) and not sft:
         training = {"reference": weights | reference_parts(config, shapes, ranks, dtype_bytes) | overhead} | training
     host = host_phases(config, shapes, ranks, of_node, dtype_bytes, sft) if device else {}
-    if sft:
+    if sft and not config.eval.tasks:
         return MemoryPlan({"update": update}, host, 0, 0, config.max_model_len, ranks, of_node, shapes.parameters, device, node)
     split = shapes.parameters - shapes.vision_parameters    # the vision tower is whole on every rank
     engine = {"engine weights": (math.ceil(split / config.rollout.tensor_parallel) + shapes.vision_parameters) * dtype_bytes,
@@ -180,7 +180,7 @@ def written(value: float | bool | str) -> str:
 
 def host_remedies(config: Config, sft: bool) -> list[Change]:
     """Settings that need less of a node's memory, the least costly first."""
-    if sft:
+    if sft and not config.eval.tasks:
         return [{"optim.offload": False}]
     drop: Change = {"rollout.sleep": "drop"} if config.rollout.sleep == "copy" else {}
     caches: list[Change] = [{"rollout.image_cache_gib": gib} for gib in (2.0, 1.0, 0.5) if gib < config.rollout.image_cache_gib]

@@ -97,9 +97,11 @@ class Checkpoints:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def note(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Remember the value that `checkpoint.best` chooses by, when it is among the numbers logged after `step` steps."""
-        if self.config.checkpoint.best in scalars:
-            self._metric = (step, float(scalars[self.config.checkpoint.best]))
+        """Remember the value that `checkpoint.best` chooses by, when it is among the numbers logged after `step` steps: the
+        highest is the best, and of a number with a minus before its name the lowest."""
+        name = self.config.checkpoint.best.removeprefix("-")
+        if name in scalars:
+            self._metric = (step, float(scalars[name]) * (1 if name == self.config.checkpoint.best else -1))
 
     def save(self, step: int, data: dict[str, Any]) -> Path:
         """Copy the state after `step` steps; it is written while training goes on. A save under way is awaited first.

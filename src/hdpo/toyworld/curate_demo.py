@@ -1,13 +1,15 @@
 """`hdpo curate-demo`: the embedded world recorded in five public layouts with planted faults, through all three stages.
 
-What was planted is known, so what each stage finds is counted as precision and recall. Stage 2 samples with a real engine and
-the model of `make demo` after SFT; stage 3 asks a scripted judge, a stand-in that is named as such: it finds absurd reasoning,
-and is wrong in a known way for every tenth row.
+What was planted is known, so what each stage finds is counted as precision and recall, and must be 1 in stages 1 and 2.
 
-Whether a question needs a tool is planted in the world, but whether the model can answer without one is a fact about the model:
-it misreads some of the large digits, at any temperature (a lower one makes lucky guesses constant, and precision falls). So
-stage 2 is held against what the model does in a reference pass of REFERENCE samples with another seed. Where that is clear
-(nearly all right, or few) eight samples must find the same; between, they may fall either way, and those rows are counted.
+Whether a question needs a tool is a fact about the model too: the world says which questions can't be answered without one, but
+the demo's model misreads some large digits that it could read. So before anything is recorded it is asked POOL times as many
+candidates, REFERENCE times each, with another seed and in the layout they would be recorded in. Planted are those alone on
+which world and model agree: no tool needed and nearly always right without one, or needed and hardly ever right. Stage 2 does
+not know of this: it has other samples, 8 a row, and must drop all of the first and none of the second.
+
+Stage 3 asks a scripted judge, a stand-in that is named as such: it finds absurd reasoning, and is wrong on purpose for one
+question in ten. What must be dropped then is known to the row, and with it the precision and recall that come out.
 """
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ import http.server
 import json
 import os
 import threading
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +31,22 @@ import pyarrow.parquet as pq
 from hdpo.compose.curate import main as curate
 from hdpo.errors import UserError
 from hdpo.state.checkpoint import step_folders
-from hdpo.toyworld.recordings import EXPECTED, SOURCES, Recording, write_recordings
+from hdpo.toyworld.families import Puzzle
+from hdpo.toyworld.recordings import EXPECTED, SOURCES, Recording, draw, faults_of, record
 from hdpo.toyworld.words import PLAIN_SYSTEM
 
 Key = tuple[str, int]
 """Source and row."""
 THRESHOLD, REFERENCE = 0.75, 32
+POOL = 2
 CLEAR = (0.25, 0.97)
-"""Shares of the reference samples up to and from which a row is clear: eight samples then err once in some 500 rows."""
+"""Shares of right reference samples up to and from which a question may be planted: eight samples then err once in some 500."""
+TOOLS = [source for source in SOURCES if source != "openmm"]
+"""Sources that record calls, of which alone stage 2 asks."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when stage 1 found what was planted, and stage 2 what the reference pass says. Raises HdpoError."""
+    """0 when each stage found exactly what it had to. Raises HdpoError."""
     parser = argparse.ArgumentParser(
         prog="hdpo curate-demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/curate_demo"), help="folder to write (%(default)s)")
@@ -47,37 +55,59 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", type=Path, help="model of stage 2 (default: runs/demo/sft's last checkpoint)")
     parser.add_argument("--stages", default="1,2,3", help="which stages (%(default)s)")
     options = parser.parse_args(argv)
-    recordings = [write_recordings(options.out / "recorded" / source, options.seed + number, options.rows, [source])[0]
-                  for number, source in enumerate(SOURCES)]
-    command = [*(x for r in recordings for x in ("--source", f"{r.source}={r.file}")), "--out", str(options.out / "curated"),
-               "--stages", options.stages, "--config", "demo_rl", *_settings(options)]
-    stages = options.stages.split(",")
-    with scripted_judge() as url:
-        status = curate([*command, "--set", f"judge.base_url={url}", "--set", "judge.model=scripted"])
-    solved: dict[Key, float] = {}
+    started, stages, settings = time.monotonic(), options.stages.split(","), _settings(options)
+    puzzles = {source: draw(options.seed + number, 8 * POOL * options.rows) for number, source in enumerate(SOURCES)}
+    solved: dict[str, dict[Puzzle, float]] = {}
     if "2" in stages:
-        print(f"\nreference for stage 2: {REFERENCE} samples a row with another seed")
-        reference = options.out / "reference"
-        curate([*command, "--stages", "2", "--out", str(reference), "--set", f"curation.necessity.samples={REFERENCE}",
-                "--set", f"run.seed={options.seed + 1000}"])
-        solved = shares(reference)
-    return max(status, compare(options.out / "curated", recordings, stages, solved))
+        print(f"what may be planted for stage 2: {REFERENCE} samples of each candidate, with another seed")
+        solved = reference(options, puzzles, settings)
+
+    def suits(source: str, puzzle: Puzzle, fault: str) -> bool:
+        return fault in EXPECTED or source not in solved or planted(puzzle, solved[source].get(puzzle)) is not None
+    recordings = [record(options.out / "recorded" / source, source, puzzles[source], faults_of(source, options.rows),
+                         partial(suits, source)) for source in SOURCES]
+    with scripted_judge() as url:
+        status = curate([*_sources(recordings), "--out", str(options.out / "curated"), "--stages", options.stages, *settings,
+                         "--set", f"judge.base_url={url}", "--set", "judge.model=scripted"])
+    print()
+    status = max(status, compare(options.out / "curated", recordings, stages, solved))
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    return status
 
 
-def shares(curated: Path) -> dict[Key, float]:
-    """Share of right samples of each row that was sampled."""
-    found = {}
+def planted(puzzle: Puzzle, share: float | None) -> bool | None:
+    """Whether the question is planted as one that needs no tool, or as one that needs it (False); None: as neither."""
+    if share is None or CLEAR[0] < share < CLEAR[1]:
+        return None
+    needless = share >= CLEAR[1]
+    return needless if puzzle.tool_needed is (not needless) else None
+
+
+def reference(options: argparse.Namespace, puzzles: Mapping[str, Sequence[Puzzle]],
+              settings: Sequence[str]) -> dict[str, dict[Puzzle, float]]:
+    """By source and puzzle, the share of right samples of the candidates."""
+    count = POOL * options.rows
+    candidates = [record(options.out / "candidates" / source, source, puzzles[source], [""] * count) for source in TOOLS]
+    out = options.out / "reference"
+    curate([*_sources(candidates), "--stages", "2", "--out", str(out), *settings, "--set",
+            f"curation.necessity.samples={REFERENCE}", "--set", f"run.seed={options.seed + 1000}"])
+    place = {recording.source: recording.puzzles for recording in candidates}
+    found: dict[str, dict[Puzzle, float]] = {source: {} for source in TOOLS}
     for name in ("kept", "dropped"):
-        for row in pq.read_table(curated / f"{name}.parquet", columns=["source", "source_row", "extra_info"]).to_pylist():
+        for row in pq.read_table(out / f"{name}.parquet", columns=["source", "source_row", "extra_info"]).to_pylist():
             extra = json.loads(row["extra_info"] or "{}")
             if extra.get("pass_samples"):
-                found[row["source"], row["source_row"]] = extra["pass8"] / extra["pass_samples"]
+                found[row["source"]][place[row["source"]][row["source_row"]]] = extra["pass8"] / extra["pass_samples"]
     return found
 
 
+def _sources(recordings: Sequence[Recording]) -> list[str]:
+    return [x for r in recordings for x in ("--source", f"{r.source}={r.file}")]
+
+
 def _settings(options: argparse.Namespace) -> list[str]:
-    settings = {"curation.judgement.send_images": "false", "curation.necessity.system": PLAIN_SYSTEM,
-                "curation.necessity.threshold": THRESHOLD, "data.cache": options.out / "cache"}
+    settings: dict[str, Any] = {"curation.judgement.send_images": "false", "curation.necessity.system": PLAIN_SYSTEM,
+                                "curation.necessity.threshold": THRESHOLD, "data.cache": options.out / "cache"}
     if "2" in options.stages:
         model = options.model
         if model is None:
@@ -86,12 +116,12 @@ def _settings(options: argparse.Namespace) -> list[str]:
                 raise UserError("stage 2 samples with the model of `make demo`: run it first, or give --model or --stages 1,3")
             model = found[-1]
         settings["model.path"] = model
-    return [x for key, value in settings.items() for x in ("--set", f"{key}={value}")]
+    return ["--config", "demo_rl", *(x for key, value in settings.items() for x in ("--set", f"{key}={value}"))]
 
 
-def wrong_on_purpose(text: str) -> bool:
-    """Whether the scripted judge errs on this trajectory."""
-    return zlib.crc32(text.encode()) % 10 == 0
+def wrong_on_purpose(question: str) -> bool:
+    """Whether the scripted judge errs on trajectories of this question."""
+    return zlib.crc32(question.encode()) % 10 == 0
 
 
 @contextmanager
@@ -101,7 +131,8 @@ def scripted_judge() -> Any:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             text = body["messages"][1]["content"]
-            low = ("ABSURD" in text) != wrong_on_purpose(text)
+            question = text.split("[user]\n", 1)[1].split("\n\n[assistant]\n", 1)[0]
+            low = ("ABSURD" in text) != wrong_on_purpose(question)
             scores = {"visual_relevance": 1 if low else 5, "reasoning_coherence": 2 if low else 4, "tool_rationale": 4}
             reply = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {
                 "role": "assistant", "content": json.dumps(scores)}}]}).encode()
@@ -123,41 +154,39 @@ def scripted_judge() -> Any:
         server.server_close()
 
 
-def compare(curated: Path, recordings: Sequence[Recording], stages: Sequence[str], solved: Mapping[Key, float]) -> int:
-    """Print precision and recall of each stage; 1 when stage 1 is not what was planted, or stage 2 not what the reference pass
-    (`solved`: share of its right samples) says where that is clear."""
-    found: dict[Key, tuple[str, str]] = {}
-    for row in pq.read_table(curated / "dropped.parquet", columns=["source", "source_row", "stage", "reason"]).to_pylist():
-        found[row["source"], row["source_row"]] = row["stage"], row["reason"]
-    planted: dict[str, set[Key]] = {"1": set(), "2": set(), "3": set()}
+def compare(curated: Path, recordings: Sequence[Recording], stages: Sequence[str],
+            solved: Mapping[str, Mapping[Puzzle, float]]) -> int:
+    """Print precision and recall of each stage; 1 when one of them has not dropped exactly what it had to."""
+    dropped: dict[str, set[Key]] = {"1": set(), "2": set(), "3": set()}
+    questions: dict[Key, str] = {}
+    for name in ("kept", "dropped"):
+        for row in pq.read_table(curated / f"{name}.parquet").to_pylist():
+            key = row["source"], row["source_row"]
+            questions[key] = next((m["content"] for m in row["messages"] or () if m["role"] == "user"), "")
+            if name == "dropped":
+                dropped["1" if row["stage"] == "read" else row["stage"]].add(key)
+    truth: dict[str, set[Key]] = {"1": set(), "2": set(), "3": set()}
     for r in recordings:
-        for row, fault in enumerate(r.faults):
-            key = (r.source, row)
+        for row, (puzzle, fault) in enumerate(zip(r.puzzles, r.faults, strict=True)):
             if fault in EXPECTED:
-                planted["1"].add(key)
-            elif "2" in stages and r.source != "openmm" and not r.tool_needed[row]:
-                planted["2"].add(key)
+                truth["1"].add((r.source, row))
+            elif r.source in solved and planted(puzzle, solved[r.source][puzzle]):
+                truth["2"].add((r.source, row))
             elif fault == "absurd":
-                planted["3"].add(key)
+                truth["3"].add((r.source, row))
     exact = True
     for stage in stages:
-        dropped = {key for key, (where, _) in found.items() if where == stage or (stage == "1" and where == "read")}
-        if stage == "2":
-            reached = {key for key in solved if key not in planted["1"]}
-            clear = {key for key in reached if not CLEAR[0] < solved[key] < CLEAR[1]}
-            truth = {key for key in clear if solved[key] >= CLEAR[1]}
-            exact &= dropped & clear == truth
-            _say("stage 2, by the reference pass", truth, dropped & clear,
-                 f"; {len(clear)} of {len(reached)} rows are clear, of the others {len(dropped - clear)} were dropped")
-            _say("stage 2, by the world's plan", planted["2"], dropped, "; the model does not solve all of these")
-            continue
-        _say(f"stage {stage}", planted[stage], dropped,
-             " (its judge errs for one row in ten, on purpose)" if stage == "3" else "")
-        exact &= stage == "3" or dropped == planted[stage]
+        wanted, more = truth[stage], ""
+        if stage == "3":
+            reached = questions.keys() - truth["1"] - truth["2"]
+            wanted = {key for key in reached if (key in truth["3"]) != wrong_on_purpose(questions[key])}
+            more = f"; with the errors of its judge, one question in ten, {_figures(truth[stage], wanted)} is right"
+        print(f"stage {stage}: {len(truth[stage])} planted, {len(dropped[stage])} dropped, "
+              f"{_figures(truth[stage], dropped[stage])}{more}")
+        exact &= dropped[stage] == wanted
     return 0 if exact else 1
 
 
-def _say(what: str, truth: set[Key], dropped: set[Key], more: str) -> None:
+def _figures(truth: set[Key], dropped: set[Key]) -> str:
     hits = len(dropped & truth)
-    print(f"{what}: {len(truth)} planted, {len(dropped)} dropped, precision {hits / max(1, len(dropped)):.3f}, recall "
-          f"{hits / max(1, len(truth)):.3f}{more}")
+    return f"precision {hits / max(1, len(dropped)):.3f} and recall {hits / max(1, len(truth)):.3f}"

@@ -34,12 +34,12 @@ EXPECTED = {"code_fails": {"execution_failed"}, "wrong_output": {"observation_mi
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One source's file and, by row, the fault planted there ("" for none) and whether the question needs its tool."""
+    """One source's file and, by row, the fault planted there ("" for none) and the puzzle."""
 
     source: str
     file: Path
     faults: tuple[str, ...]
-    tool_needed: tuple[bool | None, ...]
+    puzzles: tuple[Puzzle, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,26 +165,37 @@ def _suits(puzzle: Puzzle, fault: str) -> bool:
     return python and (bool(puzzle.images) or fault not in ("wrong_picture", "broken_image"))
 
 
-def write_recordings(folder: Path, seed: int, rows: int, sources: Sequence[str] = tuple(SOURCES)) -> list[Recording]:
-    """`rows` rows of each source, written into `folder`. In every third row a fault is planted, each kind in turn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    puzzles = draw_puzzles(seed, "demos", 8 * rows * len(sources))
+def faults_of(source: str, rows: int) -> list[str]:
+    """In every third row a fault, each kind in turn."""
+    kinds = [fault for fault in FAULTS if source != "openmm" or fault in NO_TOOL_FAULTS]
+    return [kinds[number // EVERY % len(kinds)] if number % EVERY == EVERY - 1 else "" for number in range(rows)]
+
+
+def draw(seed: int, count: int) -> list[Puzzle]:
+    """Puzzles of the families that call Python, some `count` of them, in seeded order."""
+    puzzles = [puzzle for puzzle in draw_puzzles(seed, "demos", count) if _suits(puzzle, "")]
     random.Random(f"recordings {seed}").shuffle(puzzles)
-    found = []
-    for source in sources:
-        writer, name = SOURCES[source]
-        kinds = [fault for fault in FAULTS if source != "openmm" or fault in NO_TOOL_FAULTS]
-        lines, faults, needed = [], [], []
-        for number in range(rows):
-            fault = kinds[number // EVERY % len(kinds)] if number % EVERY == EVERY - 1 else ""
-            place = next(place for place, puzzle in enumerate(puzzles) if _suits(puzzle, fault))
-            puzzle = puzzles.pop(place)
-            lines.append(writer(_tell(puzzle, fault), fault, folder, number))
-            faults.append(fault)
-            needed.append(puzzle.tool_needed)
-        _write(folder / name, lines)
-        found.append(Recording(source, folder / name, tuple(faults), tuple(needed)))
-    return found
+    return puzzles
+
+
+def record(folder: Path, source: str, puzzles: Sequence[Puzzle], faults: Sequence[str],
+           suits: Callable[[Puzzle, str], bool] = lambda puzzle, fault: True) -> Recording:
+    """A row for each of `faults`, written into `folder`: of the puzzles that are left the first that it can be planted in, and
+    that `suits`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer, name = SOURCES[source]
+    left, taken = list(puzzles), []
+    for fault in faults:
+        taken.append(left.pop(next(place for place, puzzle in enumerate(left) if _suits(puzzle, fault) and suits(puzzle, fault))))
+    _write(folder / name, [writer(_tell(puzzle, fault), fault, folder, number)
+                           for number, (puzzle, fault) in enumerate(zip(taken, faults, strict=True))])
+    return Recording(source, folder / name, tuple(faults), tuple(taken))
+
+
+def write_recordings(folder: Path, seed: int, rows: int, sources: Sequence[str] = tuple(SOURCES)) -> list[Recording]:
+    """`rows` rows of each source with their faults, written into `folder`."""
+    return [record(folder, source, draw(seed + number, 8 * rows), faults_of(source, rows))
+            for number, source in enumerate(sources)]
 
 
 def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:

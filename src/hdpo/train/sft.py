@@ -19,6 +19,7 @@ from hdpo.train.held_out import HeldOut
 from hdpo.train.lifecycle import StopSignal, go_on, learning_rate
 from hdpo.train.objectives import SftObjective
 from hdpo.train.runlog import RunLog
+from hdpo.train.sampled import Sampled
 from hdpo.train.update import StepGuard, update
 from hdpo.types import Sample
 
@@ -32,6 +33,7 @@ class SftParts:
     held_out: Sequence[Demonstration]      # may be none
     log: RunLog
     checkpoints: Checkpoints
+    sampled: Sampled | None = None         # eval.tasks
 
 
 def train(config: Config, parts: SftParts) -> bool:
@@ -41,13 +43,20 @@ def train(config: Config, parts: SftParts) -> bool:
     ahead: list[Future[Sample]] = []       # of this rank's rows of the next step, which are encoded while this one trains
 
     with StopSignal() as stop, ThreadPoolExecutor(min(8, os.cpu_count() or 1), "hdpo-encode") as threads:
-        start, position = checkpoints.resume()
+        sampled = parts.sampled
+        start, position = checkpoints.resume(sampled.engine.sleep if sampled is not None else lambda: None)
         go_on(demos, position, checkpoints.new_rows)
         objective = SftObjective(log, config.batch.head_chunk_tokens, demos.sources)
         guard = StepGuard(config.optim.max_skipped)
         held_out = HeldOut(config, policy, parts.held_out, partial(encode, parts.chat), parts.spec, threads)
+
+        def evaluate(step: int) -> dict[str, float]:
+            return held_out(step) | (sampled(step) if sampled is not None else {})
+
         world.phase("evaluation", start)
-        for sink in log.sinks if start == 0 and (at_start := held_out(0)) else []:
+        if sampled is not None:
+            sampled.open(start, stop.event)
+        for sink in log.sinks if start == 0 and (at_start := evaluate(0)) else []:
             sink.write(0, at_start)
 
         def begin(rows: Unread[Demonstration]) -> list[Future[Sample]]:
@@ -66,7 +75,7 @@ def train(config: Config, parts: SftParts) -> bool:
             with log.timed("update"):
                 guard.note(update(policy, batch.mini_batches[0], objective, lr))
             with log.timed("evaluation"):
-                held = held_out(step + 1)
+                held = evaluate(step + 1)
             checkpoints.note(step + 1, log.write(step + 1, {
                 **held, **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": demos.epoch,
                 "data/skipped": len(demos.skipped)}))
