@@ -20,7 +20,7 @@ from hdpo.toyworld.world import World
 from hdpo.train.jsonl import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-ROWS = 40
+ROWS = 24
 
 
 def shell(line: str, folder: Path) -> str:
@@ -51,7 +51,7 @@ def printed(toy_world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
     small = " ".join(["--config", "demo_sft", *settings(
         run__folder=folder, run__name="sft", data__cache=folder / "cache", optim__epochs=2, optim__rows_per_step=ROWS,
         optim__warmup_steps=0, checkpoint__every_steps=1, checkpoint__best="eval/accuracy", data__group_by_length=2,
-        eval__tasks=f"[{toy_world.val}]", eval__rows=6, eval__every_steps=1, eval__before="true",
+        eval__tasks=f"[{toy_world.val}]", eval__rows=6, eval__every_steps=1, eval__before="true", rollout__engine="hf",
         tools__text_index=toy_world.text_index, tools__image_index=toy_world.image_index)])
     return shell(line.replace('ARGS="', f'ARGS="{small} '), folder)
 
@@ -77,17 +77,22 @@ def test_questions_are_answered_with_the_weights_of_each_evaluated_step_and_deci
     shown.Reload()
     assert [point.step for point in shown.Scalars("eval/accuracy")] == [0, 1, 2]
     assert "parity before the first step" in printed and "parity after sync" in printed
-    assert any(row.get("sync/verified_share", 0) > 0.99 for row in rows)
+    assert rows[1]["mismatch/canary_failed"] == 0 and rows[2]["sync/gb"] > 0
     by_step = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
     for folder in step_folders(run):
         assert read_state(folder)["metric"] == {"name": "eval/accuracy", "value": by_step[int(folder.name[-6:])]}
 
     def answers(file: Path) -> list[tuple]:
         return sorted((row.task_id, row.token_ids, row.end, row.verdict) for row in read_rollouts(file))
+
+    def sureness(file: Path) -> list[float]:
+        return [sum(row.log_probs) for row in sorted(read_rollouts(file), key=lambda row: row.task_id)]
     alone = subprocess.run([sys.executable, "-m", "hdpo", "eval", "--config", f"{run}/config.yaml", *settings(
         model__path=final, run__name="sft-eval", data__val=f"[{toy_world.val}]")], cwd=ROOT, text=True, capture_output=True,
         env=os.environ | cpu_environment(1), timeout=300)
     assert alone.returncode == 0, alone.stderr[-3000:]
-    assert answers(run / "eval" / "step_000002.parquet") == answers(run.parent / "sft-eval" / "eval" / "rl.parquet")
-    assert answers(run / "eval" / "step_000001.parquet") != answers(run / "eval" / "step_000002.parquet")
+    here, there = run / "eval" / "step_000002.parquet", run.parent / "sft-eval" / "eval" / "rl.parquet"
+    assert answers(here) == answers(there) and sureness(here) == pytest.approx(sureness(there), abs=1e-3)
+    for step in (0, 1):
+        assert sureness(run / "eval" / f"step_{step:06d}.parquet") != pytest.approx(sureness(here), abs=1e-2)
     assert "step_000002" in json.loads((run / "summary.json").read_text())

@@ -1,14 +1,13 @@
 """Held-out questions answered during SFT, with RL's own engine, tools, rules and transfer of weights: what RL will start from."""
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hdpo.agent.rollout import Rollouts
 from hdpo.config import Config
-from hdpo.protocols import Engine
+from hdpo.protocols import Engine, Flag
 from hdpo.train.lifecycle import due
 from hdpo.train.sync import WeightSync
 
@@ -24,7 +23,7 @@ class Sampled:
     evaluator: Callable[[str, int], Any]   # evaluate.Evaluator
     sync: WeightSync
 
-    def open(self, start: int, stop: threading.Event) -> None:
+    def open(self, start: int, stop: Flag) -> None:
         """Refuse to train where engine and trainer disagree, as RL does; an evaluation under way ends when `stop` is set."""
         self.rollouts.stop = stop
         self.sync.open(start, fresh=start == 0)

@@ -55,7 +55,7 @@ def train(config: Config, parts: SftParts) -> bool:
 
         world.phase("evaluation", start)
         if sampled is not None:
-            sampled.open(start, stop.event)
+            sampled.open(start, stop)
         for sink in log.sinks if start == 0 and (at_start := evaluate(0)) else []:
             sink.write(0, at_start)
 
