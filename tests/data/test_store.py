@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hdpo.data.pages import WORTHWHILE, _large_values, fetch
+from hdpo.data.pages import WORTHWHILE, large_values
 from hdpo.data.pictures import encoded_images
 from hdpo.data.store import RowStore, open_rows
 from hdpo.errors import DataError
@@ -194,17 +194,51 @@ def test_a_store_crosses_processes_as_the_names_of_its_files(tmp_path: Path, cac
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
-def test_the_pages_of_a_row_are_asked_for_exactly(kind: pa.DataType) -> None:
+def test_the_places_of_a_rows_large_values_are_known_exactly(kind: pa.DataType) -> None:
     """Of a slice of nested rows the addresses are those of its own large values, and small ones are left alone."""
     pictures = [bytes([65 + k]) * (WORTHWHILE + k) for k in range(4)]
     table = pa.table({"images": pa.array([[{"bytes": pictures[0]}], [], [{"bytes": pictures[1]}, {"bytes": pictures[2]}],
                                           [{"bytes": pictures[3]}]], pa.list_(pa.struct([("bytes", kind)]))),
                       "text": ["a", "b", "c", "d"]})
     (chunk,) = table.slice(2, 1)["images"].chunks
-    ((first, last),) = _large_values(chunk)
+    ((first, last),) = large_values(chunk)
     assert ctypes.string_at(first, last - first) == pictures[1] + pictures[2]
-    assert not list(_large_values(table["text"].chunk(0))) and not list(_large_values(table.slice(1, 1)["images"].chunk(0)))
-    fetch(table)
+    assert not list(large_values(table["text"].chunk(0))) and not list(large_values(table.slice(1, 1)["images"].chunk(0)))
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_large_values_are_read_from_the_file_beside_small_and_missing_ones(
+        tmp_path: Path, cache: str, text: pa.DataType, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices of several batches, nested, null and empty; and the same out of the map where the file is another by then."""
+    rows, large = [], 3 * WORTHWHILE
+    for number in range(40):
+        sizes = (large + number, 7, 0)[:number % 4]
+        images = [{"bytes": bytes([number]) * size if size else None, "path": None} for size in sizes]
+        rows.append({"images": images if number % 5 else None, "story": "é" * (large if number % 3 == 0 else number),
+                     "one": {"inside": [b"x" * large] if number % 7 == 0 else []} if number % 2 else None})
+    table = pa.Table.from_pylist(rows, pa.schema([
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))), ("story", text),
+        ("one", pa.struct([("inside", pa.large_list(pa.large_binary()))]))]))
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, file, row_group_size=9)
+    else:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=9)
+    reads: list[int] = []
+    inner = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, size, place: (reads.append(size), inner(handle, size, place))[1])
+    store = open_rows([str(file)], cache=cache)
+    assert list(store) == table.to_pylist() and store.row(33, ["story"]) == {"story": rows[33]["story"]}
+    assert (sys.platform != "linux" or len(reads) > 20) and min(reads, default=WORTHWHILE) >= WORTHWHILE
+    assert store.touch(range(40)) > 0
+    (copy,) = Path(cache).glob("*/rows.arrow")
+    size = copy.stat().st_size
+    copy.unlink()
+    copy.write_bytes(bytes(size))
+    reads.clear()
+    assert list(RowStore(store._parts)) == table.to_pylist() and not reads
 
 
 def test_rows_of_a_dataset_are_read_by_name_from_an_offline_cache(tmp_path: Path) -> None:

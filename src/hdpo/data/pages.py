@@ -1,15 +1,13 @@
-"""What the kernel is told about a mapped copy: read the pages of the rows that are asked for, and no others.
+"""What the kernel is told about a mapped copy, and where in it large values lie.
 
 A page fault makes it read ahead as far as the disk's setting says, up to megabytes (8 on common cloud disks), on the guess
 that reading goes on. Of shuffled rows that is read for nothing: several times their own bytes. So the map is said to be read at
-random, and a row's own pages are asked for in one piece before they are copied. Advice alone: where it can't be given (no
-Linux) rows are the same.
+random; large values are read from the file (values.py). Advice alone: where it can't be given (no Linux) rows are the same.
 """
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -20,19 +18,14 @@ import pyarrow as pa
 import pyarrow.types as types
 
 WORTHWHILE = 64 << 10
-"""Smallest value that is asked for beforehand, bytes."""
-_RANDOM, _WILLNEED = 1, 3
-_TEXTS = (pa.binary(), pa.string(), pa.large_binary(), pa.large_string())
+"""Smallest value that is read by itself, bytes."""
+_RANDOM = 1
+TEXTS = (pa.binary(), pa.string(), pa.large_binary(), pa.large_string())
 
 
 @lru_cache(maxsize=1)
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
-
-
-def _advise(start: int, end: int, advice: int) -> None:
-    start -= start % mmap.PAGESIZE
-    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 def read_at_random(file: Path) -> None:
@@ -44,30 +37,21 @@ def read_at_random(file: Path) -> None:
         for line in Path("/proc/self/maps").read_text().splitlines():
             if line.endswith(path):
                 first, _, last = line.split(" ", 1)[0].partition("-")
-                _advise(int(first, 16), int(last, 16), _RANDOM)
+                start, end = int(first, 16), int(last, 16)
+                _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _RANDOM)
 
 
-def fetch(rows: pa.Table) -> None:
-    """Begin to read the pages of these mapped rows' large values; returns at once."""
-    if sys.platform != "linux":
-        return
-    for column in rows.columns:
-        for chunk in column.chunks:
-            for start, end in _large_values(chunk):
-                _advise(start, end, _WILLNEED)
-
-
-def _large_values(array: pa.Array) -> Iterator[tuple[int, int]]:
+def large_values(array: pa.Array) -> Iterator[tuple[int, int]]:
     """(address, address behind the end) of the bytes of text and binary values, those of neighbours together."""
     kind = array.type
     if not len(array):
         return
     if types.is_struct(kind):
         for child in array.flatten():
-            yield from _large_values(child)
+            yield from large_values(child)
     elif types.is_list(kind) or types.is_large_list(kind):
-        yield from _large_values(array.flatten())
-    elif kind in _TEXTS:
+        yield from large_values(array.flatten())
+    elif kind in TEXTS:
         _, offsets, data = array.buffers()
         if offsets is None or data is None:
             return

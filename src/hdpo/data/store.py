@@ -26,6 +26,7 @@ import datasets
 from hdpo.data import pages
 from hdpo.data.copies import cache_folder, copy_of
 from hdpo.data.sources import ROW_COLUMN, DatasetName, resolve
+from hdpo.data.values import MappedFile
 from hdpo.errors import DataError
 
 Row = dict[str, Any]
@@ -51,6 +52,10 @@ class RowStore(Sequence[Row]):
         self._parts, self._image_root = list(parts), image_root
         self._starts = [0, *accumulate(len(part.rows) for part in parts)]
         self._opened = {part.name: state for part in parts if (state := file_state(part.name))[1] >= 0}
+        self._files: dict[int, MappedFile] = {}      # by number of the part; of this process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -108,15 +113,12 @@ class RowStore(Sequence[Row]):
         if not part.as_text:
             wanted = None if columns is None else [name for name in columns if name in part.columns]
             table = part.rows[number] if wanted is None else part.rows[number].select(wanted)
-            pages.fetch(table)
             try:
-                return table.to_pylist()[0]
+                return self._file(index).row(table)
             except (UnicodeDecodeError, OverflowError) as exc:      # text that is no UTF-8, a date beyond Python's
                 raise DataError(f"a value can't be read ({exc})") from None
-        table = part.rows[number]
-        pages.fetch(table)
         try:
-            row = json.loads(table[ROW_COLUMN][0].as_py())
+            row = json.loads(self._file(index).row(part.rows[number])[ROW_COLUMN])
         except ValueError as exc:
             raise DataError(f"not valid JSON ({exc})") from None
         if not isinstance(row, dict):
@@ -135,11 +137,13 @@ class RowStore(Sequence[Row]):
 
     def touch(self, indices: Iterable[int]) -> int:
         """Read the rows' pages into memory without making anything of them, for whoever asks next; returns their bytes."""
-        total = 0
-        for part, number in map(self._place, indices):
-            pages.fetch(table := part.rows[number])
-            total += table.take([0]).nbytes
-        return total
+        return sum(self._file(index).touch(part.rows[number]) for index in indices for part, number in [self._place(index)])
+
+    def _file(self, index: int) -> MappedFile:
+        place = bisect_right(self._starts, index) - 1
+        if place not in self._files:
+            self._files[place] = MappedFile(self._parts[place].rows.data.table)
+        return self._files[place]
 
     def _place(self, index: int) -> tuple[_Part, int]:
         number = bisect_right(self._starts, index) - 1
