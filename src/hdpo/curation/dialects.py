@@ -10,12 +10,13 @@ A turn holds one call, at its end. Raises Unreadable, with a reason to be counte
 """
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hdpo.agent.chat import IMAGE_MARKER
-from hdpo.agent.parse import MalformedCall, ParsedCall, extract_answer, parse_tool_call
+from hdpo.agent.parse import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, MalformedCall, ParsedCall, extract_answer, parse_tool_call
 from hdpo.curation.record import Unreadable
 
 _BLOCK = re.compile(r"<code>.*?</code>|<tool_call>.*?</tool_call>", re.DOTALL)
@@ -24,6 +25,8 @@ _FENCE = re.compile(r"\A\s*```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)\r?\n?```\s*
 _OUTPUT = re.compile(r"\s*<sandbox_output>(.*?)</sandbox_output>", re.DOTALL)
 _RESPONSE = re.compile(r"\A\s*<tool_response>(.*?)</tool_response>\s*\Z", re.DOTALL)
 _THOUGHT = re.compile(r"</?(?:think|reason|reasoning)>")
+_ENDS = re.compile(r"(?:\s*<\|(?:im_end|endoftext)\|>)+\s*\Z")
+_JSON_FENCE = re.compile(r"\A\s*```[ \t]*(?:json)?[ \t]*\r?\n(.*?)\r?\n?```\s*\Z", re.DOTALL | re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>.*?</answer>", re.DOTALL)
 
 
@@ -39,6 +42,7 @@ class Turn:
 
 def read_turn(text: str) -> Turn:
     """One assistant message of a chat."""
+    text = _ENDS.sub("", text)
     blocks = list(_BLOCK.finditer(text))
     if not blocks:
         if _OPEN.search(text):
@@ -99,10 +103,23 @@ def read_call(block: str) -> ParsedCall:
         if "```" in code and not fence:
             raise Unreadable("odd_code_fence", "a <code> block with a fence that does not enclose it")
         return ParsedCall("python", {"code": code})
-    call = parse_tool_call(block)
+    call = parse_tool_call(_plain_call(block))
     if isinstance(call, MalformedCall):
         raise Unreadable("call_malformed", call.message)
     return call
+
+
+def _plain_call(block: str) -> str:
+    """The call as the policy writes it: without a fence around the JSON, and arguments that are JSON text as an object."""
+    inner = block.removeprefix(TOOL_CALL_OPEN).removesuffix(TOOL_CALL_CLOSE)
+    fence = _JSON_FENCE.match(inner)
+    inner = fence[1] if fence else inner
+    try:
+        call = json.loads(inner)
+        arguments = json.loads(call["arguments"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return f"{TOOL_CALL_OPEN}{inner}{TOOL_CALL_CLOSE}"
+    return TOOL_CALL_OPEN + json.dumps(call | {"arguments": arguments}) + TOOL_CALL_CLOSE
 
 
 def observation_text(text: str) -> tuple[str, int]:

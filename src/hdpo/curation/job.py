@@ -29,7 +29,7 @@ from hdpo.errors import ConfigError, DataError
 from hdpo.progress import progress
 
 POLL_S = 0.5
-VERSION = 2
+VERSION = 3
 """Of readers and stages: chunks of another version are not taken for finished."""
 
 

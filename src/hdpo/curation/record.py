@@ -7,6 +7,7 @@ from typing import Any
 
 from hdpo.agent.chat import IMAGE_MARKER
 from hdpo.agent.parse import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, ParsedCall
+from hdpo.text import valid
 from hdpo.types import Task
 
 
@@ -61,6 +62,7 @@ class Record:
         turns = [("system", self.system)] * bool(self.system) + [("user", self.question)]
         for step in self.steps:
             call = json.dumps({"name": step.call.name, "arguments": step.call.arguments}, ensure_ascii=False)
+            call = call.replace(TOOL_CALL_CLOSE, TOOL_CALL_CLOSE.replace("/", "\\/"))      # inside the code: JSON's own escape
             turns.append(("assistant", f"{_reason(step.reasoning)}{TOOL_CALL_OPEN}{call}{TOOL_CALL_CLOSE}"))
             turns.append(("user", step.observation.text + IMAGE_MARKER * len(step.observation.images)))
         turns.append(("assistant", f"{_reason(self.reasoning)}<answer>{self.answer}</answer>"))
@@ -77,6 +79,24 @@ class Record:
 
     def noted(self, **found: Any) -> Record:
         return replace(self, extra={**self.extra, **found})
+
+
+def trainable(record: Record) -> Record:
+    """The record, whose turns and markers are what training reads. Raises Unreadable."""
+    markers = 0
+    for message in record.messages():
+        if message["role"] != "assistant":
+            markers += message["content"].count(IMAGE_MARKER)
+        elif message["content"].removesuffix(TOOL_CALL_CLOSE).count(TOOL_CALL_CLOSE):
+            raise Unreadable("tag_in_text", f"{TOOL_CALL_CLOSE} stands inside an assistant's text")
+    if markers != len(record.all_images()):
+        raise Unreadable("images_do_not_fit_markers", f"{markers} image markers, {len(record.all_images())} images")
+    return record
+
+
+def row_text(value: str) -> str:
+    """A row's text: valid Unicode, with line ends as they are everywhere else."""
+    return valid(value, "row").replace("\r\n", "\n")
 
 
 def _reason(text: str) -> str:

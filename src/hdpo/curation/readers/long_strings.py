@@ -15,9 +15,9 @@ from hdpo.agent.parse import ParsedCall
 from hdpo.curation.dialects import Turn, observation_text, split_text
 from hdpo.curation.paths import rewrite
 from hdpo.curation.readers.pictures import pictures_of
-from hdpo.curation.record import Observation, Record, Step, Unreadable
+from hdpo.curation.readers.truths import truth_of
+from hdpo.curation.record import Observation, Record, Step, Unreadable, row_text, trainable
 from hdpo.data.store import Row
-from hdpo.text import valid
 
 _USER_PATH = re.compile(r"User Image Path:?\**:?\s*[\"'`]?([^\"'`\n]+?)[\"'`]?\s*$", re.MULTILINE)
 _USER_LINES = re.compile(r"^[#*\s]*User Image (?:Path|Size)\b.*$\n?", re.MULTILINE)
@@ -46,16 +46,15 @@ def v_interaction(row: Row, number: int, folders: Sequence[Path]) -> Record:
     edited = pictures_of(row.get("edited_image"), folders) if recorded else ()
     if recorded > len(edited):
         raise Unreadable("images_do_not_fit_markers", f"{recorded} pictures in outputs, {len(edited)} edited images in the row")
-    answer = row.get("answer")
     return _record("v_interaction", number, _marked(question, len(images)), images, edited, turns, [],
-                   valid(answer, "row") if isinstance(answer, str) else "")
+                   truth_of(row.get("answer")))
 
 
 def _text(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise Unreadable("column_missing", f"column {column} is missing or empty; there are {', '.join(row)}")
-    return valid(value, "row")
+    return row_text(value)
 
 
 def _marked(question: str, images: int) -> str:
@@ -78,5 +77,5 @@ def _record(source: str, number: int, question: str, images: tuple[bytes, ...], 
         steps.append(Step(turn.reasoning, call, Observation(text, shown)))
     final = turns[-1]
     assert final.answer is not None
-    record = Record(source, number, "", question, images, tuple(steps), final.reasoning, final.answer, truth)
+    record = trainable(Record(source, number, "", question, images, tuple(steps), final.reasoning, final.answer, truth))
     return replace(record, extra={"author_paths": list(paths)}) if paths else record
