@@ -150,6 +150,7 @@ def test_a_call_in_a_fence_or_with_arguments_as_text_is_that_call(call: str) -> 
 @pytest.mark.parametrize(("row", "reason"), [
     (edited(q=None), "messages_unreadable"), (edited(q=5), "messages_unreadable"), (edited(q=[]), "no_question"),
     (edited(q=[], output="nothing", images=[]), "no_question"), (edited(q=[{"type": "video", "video": "v.mp4"}]), "part_unknown"),
+    (edited(q=[{"type": ["text"], "text": "q"}]), "part_unknown"), (edited(q=[7]), "part_unknown"),
     (edited(end=[]), "no_answer"), (edited(end=[{"type": "image", "image": uri(RED)}]), "picture_in_a_turn"),
     (edited(messages=[]), "messages_unreadable"), (edited(messages={}), "messages_unreadable"),
     (edited(messages=None), "column_missing"),

@@ -94,7 +94,8 @@ class RowStream(Generic[T]):
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
         if self._grouped:
             coin = random.Random(f"{self._seed}/{epoch}/steps") if self._config.shuffle else None
-            order = by_length(order, self.index.lengths, *self._grouped, start=epoch * len(order), coin=coin)
+            rows, steps = self._grouped
+            order = by_length(order, self.index.lengths, rows, steps, epoch * len(order), coin)
         return order
 
     def state(self) -> dict[str, Any]:

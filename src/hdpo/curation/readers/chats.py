@@ -132,7 +132,7 @@ def _text(content: Any) -> tuple[str, dict[int, Any]]:
     """(text with markers, pictures by the number of their marker in it)."""
     if isinstance(content, str):
         parts = _parsed(content) if '"type"' in content else None
-        if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") in _KINDS for part in parts):
+        if not isinstance(parts, list) or not all(isinstance(part, dict) and _kind(part) for part in parts):
             return row_text(content), {}
         content = parts
     if isinstance(content, dict):
@@ -142,20 +142,25 @@ def _text(content: Any) -> tuple[str, dict[int, Any]]:
     text = ""
     pictures: dict[int, Any] = {}
     for part in content:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind is None and isinstance(part, dict) and isinstance(part.get("text"), str):
-            kind = "text"
-        if _KINDS.get(kind) == "text" and isinstance(part.get("text"), str):
+        part = {"text": part} if isinstance(part, str) else part
+        kind = _kind(part) if isinstance(part, dict) else ""
+        if kind == "text" and isinstance(part.get("text"), str):
             text += row_text(part["text"])
-        elif _KINDS.get(kind) == "image":
+        elif kind == "image":
             picture = next((part[name] for name in _PICTURES if part.get(name) is not None), None)
             if picture is not None:      # otherwise its place, and the picture is the row's
                 pictures[text.count(IMAGE_MARKER)] = picture
             text += IMAGE_MARKER
         else:
-            raise Unreadable("part_unknown", f"a content part of type {kind!r}")
+            shown = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise Unreadable("part_unknown", f"a content part of type {shown!r}")
     return text, pictures
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    """text or image; "" for any other part. One without a type is text."""
+    kind = part.get("type")
+    return "text" if kind is None else _KINDS.get(kind, "") if isinstance(kind, str) else ""
 
 
 def to_record(source: str, number: int, messages: Sequence[tuple[str, str]], images: Sequence[bytes], truth: str) -> Record:
