@@ -36,7 +36,6 @@ class MappedFile:
                     if os.fstat(handle).st_ino != int(inode):
                         os.close(handle)
                         return
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)      # nothing beyond what is asked for
                     self._handle, self._shift, self._places = handle, places.start - int(offset, 16), places
                     return
 
@@ -69,22 +68,20 @@ class MappedFile:
             counts = array.value_lengths().to_pylist()
             return [None if count is None else [next(inside) for _ in range(count)] for count in counts]
         if kind in TEXTS and any(True for _ in large_values(array)):
-            return [self._value(array, place) for place in range(len(array))]
+            return [self._value(array.slice(place, 1)) for place in range(len(array))]
         return array.to_pylist()
 
-    def _value(self, array: pa.Array, place: int) -> Any:
-        if not array[place].is_valid:
-            return None
-        start, end = next(large_values(array.slice(place, 1)), (0, 0))
-        if end - start < WORTHWHILE:
-            return array[place].as_py()
-        data = self._read(start, end)
-        if len(data) < end - start:      # not of this map, or a file that was cut since
-            return array[place].as_py()
-        return data.decode() if types.is_string(array.type) or types.is_large_string(array.type) else data
+    def _value(self, one: pa.Array) -> Any:
+        """Of an array of one text or binary value. A scalar of it would be a copy out of the map."""
+        start, end = next(large_values(one), (0, 0))
+        data = self._read(start, end) if end - start >= WORTHWHILE and not one.null_count else b""
+        if len(data) < max(1, end - start):      # small, null, not of this map, or a file that was cut since
+            return one.to_pylist()[0]
+        return data.decode() if types.is_string(one.type) or types.is_large_string(one.type) else data
 
     def _read(self, start: int, end: int) -> bytes:
         """What the map has at these addresses; b"" for others."""
         if start not in self._places or end - 1 not in self._places:
             return b""
+        os.posix_fadvise(self._handle, start - self._shift, end - start, os.POSIX_FADV_WILLNEED)
         return os.pread(self._handle, end - start, start - self._shift)
