@@ -38,17 +38,24 @@ def low_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
 
 
-def served(count: int, action: str, uploads: bool, pictures: bool = True) -> dict[str, float]:
+def held_by(processes: list[psutil.Process]) -> tuple[int, float]:
+    """(bytes, CPU seconds) of all of them."""
+    return sum(one.memory_info().rss for one in processes), sum(sum(one.cpu_times()[:2]) for one in processes)
+
+
+def served(count: int, action: str, uploads: bool, pictures: bool = True, processes: int = 1) -> dict[str, float]:
     """Figures of `count` live trajectories after a call of each; `uploads` False sends data URLs, as to a foreign server."""
     low_limit()
-    server, url = start_tool_server(["--tools", "python", "--trajectories", str(count), "--max-queue", "8192"])
+    server, url = start_tool_server(["--tools", "python", "--trajectories", str(count), "--max-queue", "8192",
+                                     "--processes", str(processes)])
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)    # ours, as a rank's
-    process = psutil.Process(server.pid)
+    front = psutil.Process(server.pid)
+    servers = [front, *(one for one in front.children() if "--behind" in one.cmdline())]
     groups = range(-(-count // GROUP))
     tasks = [Task(f"{n}", "bench", [], (picture(n),) if pictures else (), "") for n in groups]
-    before, cpu, own = process.memory_info().rss, sum(process.cpu_times()[:2]), time.process_time()
+    (before, cpu), own, start = held_by(servers), time.process_time(), time.monotonic()
 
-    async def go() -> tuple[int, int]:
+    async def go() -> tuple[int, int, float]:
         client = ToolClient(url, timeout=600, retries=0)
         client._takes_uploads = None if uploads else False
 
@@ -58,17 +65,18 @@ def served(count: int, action: str, uploads: bool, pictures: bool = True) -> dic
             except ToolServerError:
                 return 1
         failed = sum(await asyncio.gather(*map(one, range(count))))
-        held = process.memory_info().rss
+        held, seconds = held_by(servers)[0], time.monotonic() - start
         for number in range(count):
             await client.finish(f"t{number}")
         await client.close()
-        return failed, held
+        return failed, held, seconds
     try:
-        failed, held = asyncio.run(go())
-        spent = sum(process.cpu_times()[:2]) - cpu
+        failed, held, seconds = asyncio.run(go())
+        kept, spent = held_by(servers)
+        spent -= cpu
         return {"failed": failed, "mib": (held - before) / count / 2**20, "cpu_ms": 1e3 * spent / count,
                 "own_cpu_ms": 1e3 * (time.process_time() - own) / count,
-                "kept_mib": (process.memory_info().rss - before) / count / 2**20, "cores": os.cpu_count() or 1}
+                "kept_mib": (kept - before) / count / 2**20, "seconds": seconds, "count": count, "cores": os.cpu_count() or 1}
     finally:
         server.terminate()
         server.wait(60)
