@@ -73,7 +73,7 @@ def _matching(names: Sequence[str], patterns: Sequence[str], field: str) -> list
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model without its adapters. They are scaled by 0 rather than left out: ZeRO-3 fetches weights in the order in which
     modules ran before."""
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     scales = [layer.scaling[_ADAPTER] for layer in layers]
     try:
         for layer in layers:
