@@ -213,7 +213,8 @@ def remedies(config: Config, made: MemoryPlan, phase: str) -> list[Change]:
     update.append({"optim.offload": True})
     update += [{"optim.offload": True, "batch.tokens_per_micro_batch": t} for t in budgets]
     sync: list[Change] = [{"sync.group_mib": mib} for mib in (256, 128, 64)]
-    reference: list[Change] = [*({"batch.tokens_per_micro_batch": t} for t in budgets), {"hdpo.kl_coef": 0.0}]
+    reference: list[Change] = [{"batch.tokens_per_micro_batch": t} for t in budgets]
+    reference.append({"hdpo.kl_coef": 0.0})
     every = {"rollout": rollout, "sync": sync + rollout, "update": update, "reference": reference}
     both = [a | b for a in rollout for b in update] if phase == "rollout" else [a | b for b in rollout for a in update]
     return every[phase] + both
