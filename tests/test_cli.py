@@ -59,8 +59,6 @@ def test_an_unknown_key_names_the_nearest_one() -> None:
     ("rl --config nothing.yaml", "nothing.yaml: no such configuration file"),
     ("rl --set data.train=rows.parquet", "data.train: expected a list: data.train=[rows.parquet]"),
     ("rl --set run.seed=x", "run.seed: Input should be a valid integer"),
-    (f"doctor --config {RL}", "model.path is not set"),
-    (f"doctor --config {RL} --set model.path=/nowhere", "model.path: /nowhere is no model folder"),
     ("doctor --gpus 8", "--gpus plans the memory of a run: name its --config too"),
     (f"doctor --config {RL} --gpus -1", "--gpus -1: must be above 0"),
     ("judge --set judge.base_url=http://127.0.0.1:9/v1", "judge.base_url: http://127.0.0.1:9/v1/models: "),
@@ -92,6 +90,16 @@ def test_doctor_shows_what_there_is() -> None:
     done = hdpo("doctor")
     shown = {line.split()[0] for line in done.stdout.splitlines()}
     assert done.returncode == 0 and {"python", "hdpo", "torch", "vllm", "devices", "memory", "disk", "docker"} <= shown
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ([], "model.path is not set"), (["--set", "model.path=/nowhere"], "model.path: /nowhere is no model folder")])
+def test_doctor_goes_on_where_a_configuration_lacks_something_and_ends_with_1(settings: list[str], message: str) -> None:
+    done = hdpo("doctor", "--config", RL, *settings)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and not done.stderr
+    assert any(line.startswith("memory") and "MISSING" in line and message in line for line in lines)
+    assert {"tools", "judge"} <= {line.split()[0] for line in lines}
 
 
 def test_print_config_shows_the_reference_variables_and_no_secret() -> None:

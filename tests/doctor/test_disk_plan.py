@@ -132,7 +132,8 @@ def test_dry_run_and_doctor_say_it_and_do_not_judge_another_machines_disk(
     (tmp_path / "run.yaml").write_text("log: {wandb: false}\n")
     options = ["--config", str(tmp_path / "run.yaml")]
     options += [f"--set={key.replace('__', '.')}={value}" for key, value in settings.items()]
-    with pytest.raises(ConfigError, match="^disk: "):
-        doctor(options)
+    capsys.readouterr()
+    assert doctor(options) == 1
+    assert re.search(r"^disk +MISSING +disk: .*set run.folder", capsys.readouterr().out, re.MULTILINE)
     assert doctor([*options, "--gpus", "8", "--gpu-gib", "80"]) == 0
     assert "free" not in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("disk"))

@@ -282,7 +282,8 @@ def test_a_run_without_evaluation_shows_rollouts_of_its_last_step(tmp_path):
 
 def test_a_served_report_ends_at_ctrl_c_without_a_word(run):
     process = subprocess.Popen([sys.executable, "-m", "hdpo", "report", str(run), "--serve", "--port", "0"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's & ignores it
     assert process.stdout.readline().startswith("http://127.0.0.1:")
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "") and process.returncode == 0

@@ -73,24 +73,27 @@ def _train_sft(config: Config, steal_lock: bool) -> None:
     from hdpo.compose.stage import Stage
     from hdpo.train import sft
     config = with_epochs(config)
-    if not finished(config, "sft"):
+    done = finished(config, "sft")
+    if not done:
         with Stage(config, steal_lock) as stage:
             sft.train(config, stage.sft())
-    say_what_next(config, "sft")
+    say_what_next(config, "sft", report=not done)
 
 
 def _train_rl(config: Config, steal_lock: bool) -> None:
     from hdpo.compose.folder import finished
     from hdpo.compose.stage import Stage
     from hdpo.train import rl
-    if not finished(config, "rl"):
+    done = finished(config, "rl")
+    if not done:
         with Stage(config, steal_lock) as stage:
             rl.train(config, stage.rl())
-    say_what_next(config, "rl")
+    say_what_next(config, "rl", report=not done)
 
 
-def say_what_next(config: Config, command: str) -> None:
-    """Where a run that has ended left its model, what comes next, how to evaluate it, and how to look at it. Rank 0 says it."""
+def say_what_next(config: Config, command: str, report: bool) -> None:
+    """Where a run that has ended left its model, what comes next, how to evaluate it, and how to look at it. Rank 0 says it, and
+    with `report` writes the page."""
     from hdpo.ranks.world import World
     from hdpo.report.page import write_report
     from hdpo.state.folders import newest_step
@@ -108,7 +111,8 @@ def say_what_next(config: Config, command: str) -> None:
     else:
         lines += [("next", evaluation), ("serve", f"hdpo serve --model {checkpoint} --port 8000")]
     try:
-        lines.append(("look", f"{write_report(config.run.path)}, tensorboard --logdir {config.run.path}/tensorboard"))
+        page = write_report(config.run.path) if report else config.run.path / "report.html"
+        lines.append(("look", f"{page}, tensorboard --logdir {config.run.path}/tensorboard"))
     except DataError as exc:      # a page that can't be written ends no run
         lines.append(("look", f"no report: {exc}"))
     for name, text in lines:

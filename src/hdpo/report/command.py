@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     page_of(folders, served=True)      # what is wrong with a folder is said here, not in the browser
     with Server(Site([Shelf(folder) for folder in folders], lambda: page_of(folders, served=True)), options.host,
                 options.port) as server:
-        print(server.url, flush=True)
         with suppress(KeyboardInterrupt):
+            print(server.url, flush=True)
             server.serve_forever()
     return 0
 
