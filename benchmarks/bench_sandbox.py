@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import statistics
 import subprocess
@@ -22,12 +21,11 @@ from typing import Any
 
 import psutil
 from common import Figure, arguments, report
-from PIL import Image
+from large_pictures import sixteen_8k
 
 from hdpo.errors import ToolServerError
 from hdpo.toolserver.client import ToolClient
 from hdpo.toolserver.process import start_tool_server
-from hdpo.toolserver.sessions import SandboxError
 from hdpo.types import Task
 
 IMAGE = "hdpo-sandbox:latest"
@@ -273,33 +271,6 @@ async def measure(backend: str, short: bool) -> dict[str, Any]:
         await sandbox.shutdown()
 
 
-async def large_pictures() -> dict[str, float]:
-    """16 sessions at once with an 8K picture each, two ordinary cells, in containers of the default proportions (a quarter)."""
-    from hdpo.toolserver.backends.docker_sandbox import DockerSandbox
-    sandbox = DockerSandbox(memory_mib=2048, sessions_per_container=16)
-    await sandbox.start()
-    buffer = io.BytesIO()
-    Image.new("RGB", (7680, 4320)).save(buffer, "JPEG")
-    lost = 0
-
-    async def session(name: str) -> float:
-        nonlocal lost
-        started = time.perf_counter()
-        await sandbox.open(name, [buffer.getvalue()])
-        opened = time.perf_counter() - started
-        for code in ("a = np.asarray(image_1)", "b = image_1.crop((0, 0, 3000, 2000)).resize((1500, 1000)); (a.shape, b.size)"):
-            try:
-                lost += not (await sandbox.run(name, code, 300.0)).ok
-            except SandboxError:
-                lost += 1
-        return opened
-    try:
-        opened = await asyncio.gather(*(session(f"s{k}") for k in range(16)))
-        return {"lost": lost, "containers": len(sandbox._shards), "all_open_s": max(opened)}
-    finally:
-        await sandbox.shutdown()
-
-
 def served(backend: str, work: Callable[[str], Awaitable[dict[str, float]]]) -> dict[str, float]:
     server, url = start_tool_server(["--sandbox", backend, "--tools", "python"])
     try:
@@ -356,7 +327,7 @@ def main() -> int:
         "honest answers wrong or late": Figure(sum(part["wrong"] for part in quiet + loud), "", "lower", 0, 0),
     }
     if args.backend == "docker":
-        large = asyncio.run(large_pictures())
+        large = asyncio.run(sixteen_8k())
         figures["A7 cells lost, 16 sessions with 8K pictures"] = Figure(large["lost"], "", "lower", 0, 0)
         figures["A7 containers they start"] = Figure(large["containers"], "", "lower", 16, 0)
         figures["A7 time until the last of them is open"] = Figure(large["all_open_s"], "s", "lower", None, 0.5)

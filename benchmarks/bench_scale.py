@@ -6,10 +6,12 @@ Each figure stands beside that of the way before it, in the same run. Rollouts h
 megapixel each rollout, 16 to a prompt, with 2,000 tokens. Figures for a step are those of the paper's 2,048 rollouts, multiplied
 up. Growth is the figure at 2x and 4x of rows, trajectories and ranks over that at 1x: per row, per trajectory, and per node.
 
-What reading costs at full size is bench_data.py's, what sessions with large pictures cost bench_sandbox.py's.
+Sessions with 8K pictures (S7) want a Docker engine and are left out without one. What reading costs at full size is
+bench_data.py's.
 """
 from __future__ import annotations
 
+import asyncio
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ import scale_plan
 from bench_batching import qwen_format
 from common import Figure, arguments, paired, report
 from corpus import jpeg, photograph, write_rows
+from large_pictures import SESSIONS, sixteen_8k
 from PIL import Image
 from server_scale import CROP, NOTHING, served
 
@@ -31,6 +34,7 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.agent.images import decode_image, encode_png
 from hdpo.config import Config, DataConfig
 from hdpo.data.tasks import read_tasks
+from hdpo.errors import ConfigError
 from hdpo.pixels import expand
 from hdpo.ranks.world import World
 from hdpo.state.spool import Spool
@@ -161,12 +165,16 @@ def reading(folder: Path, chat: ChatFormat, short: bool) -> dict[str, Figure]:
         start = time.process_time()
         assert len(read_tasks([str(file)], chat, config, rows=50)) == 50
         held.append(time.process_time() - start)
+    start = time.process_time()
+    assert len(read_tasks([str(file)], chat, config)) == 4 * rows
+    all_s = time.process_time() - start
     ranks = [taken[-1], *(bench_data.ranks_of(n, reader="copy", count=64, **what) for n in (2, 4))]
     per_byte = [one["read"] / one["wanted"] for one in taken]
     figures = {"S2 bytes read a wanted byte": Figure(per_byte[-1], "x", "lower", 1.5),
                "S2 the same, row groups": Figure(before["read"] / before["wanted"], "x", "lower"),
                "S2 CPU, row groups / copy": Figure(before["cpu_s"] / taken[-1]["cpu_s"], "x", "higher", None, 0.7),
-               "S3 CPU for the first 50 held-out rows": Figure(held[-1], "s", "lower", None, 1.0)}
+               "S3 CPU for the first 50 held-out rows": Figure(held[-1], "s", "lower", None, 1.0),
+               "S3 CPU, all of them (before) / the first 50": Figure(all_s / held[-1], "x", "higher", None, 0.7)}
     for place, times in ((1, 2), (2, 4)):
         figures |= {
             f"growth, {times}x rows: bytes read by a step": Figure(taken[place]["read"] / taken[0]["read"], "x", "lower", 1.3),
@@ -194,9 +202,23 @@ def kept(made: list[RewardedGroup], enlarged: list[RewardedGroup]) -> tuple[dict
     with tempfile.TemporaryDirectory() as limited:
         size, _, lines = logged(made, Path(limited), limit / 2**30)
     figures["S5 dumps within a limit / the limit"] = Figure(size * 3 * len(made) * GROUP / limit, "x", "lower", 1.05)
-    other = max(line["time/other"] / line["time/step"] for line in lines)
-    figures["S8 share of a step that no phase accounts for"] = Figure(100 * other, "%", "lower", 2, 1.0)
+    for name, unlogged in (("", ("other",)), (", reading and writing in none (before)", ("other", "data", "log"))):
+        share = max(sum(line.get(f"time/{phase}", 0.0) for phase in unlogged) / line["time/step"] for line in lines)
+        figures[f"S8 share of a step that no phase accounts for{name}"] = Figure(
+            100 * share, "%", "lower", None if name else 2, 1.0)
     return figures, {"spool": spool, "dumps": dump, "beside": beside}
+
+
+def large_pictures() -> tuple[dict[str, Figure], Any]:
+    """Nothing where no engine is."""
+    try:
+        now, before = (asyncio.run(sixteen_8k(by_pixels)) for by_pixels in (True, False))
+    except ConfigError as exc:
+        print(f"S7 left out: {exc}", file=sys.stderr)
+        return {}, None
+    return {f"S7 cells lost, {SESSIONS} sessions with 8K pictures": Figure(now["lost"], "", "lower", 0, 0),
+            "S7 the same, placed by their number (before)": Figure(before["lost"], "", "lower", None, 1.0),
+            "S7 time until the last of them is open": Figure(now["all_open_s"], "s", "lower", None, 1.0)}, [now, before]
 
 
 def main() -> int:
@@ -210,11 +232,15 @@ def main() -> int:
         jpeg(2250 + index, 1500)      # made once, and no rollout's
     held = bench_data.own_memory()
     made = groups(chat, count)
-    figures |= scale_plan.rank(chat, made, held) | scale_plan.node()
+    figures |= scale_plan.rank(chat, made, held) | scale_plan.sessions(16 if args.short else 64) | scale_plan.node()
     found, files = kept(made, groups(chat, 1, enlarged=True))
     figures |= found
+    del made
     found, live = servers(args.short)
-    return not report("scale", figures | found, {"pixels": times, "kept": files, "servers": live}, args.json, args.short)
+    figures |= found
+    found, large = large_pictures()
+    details = {"pixels": times, "kept": files, "servers": live, "8K": large}
+    return not report("scale", figures | found, details, args.json, args.short)
 
 
 if __name__ == "__main__":

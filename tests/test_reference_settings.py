@@ -22,7 +22,8 @@ REFERENCE: dict[str, Any] = {
     "model.tell_sizes": False, "model.freeze": [], "model.lora_rank": 0, "model.gradient_checkpointing": True,
     "rollout.prompts_per_step": 128, "rollout.group_size": 16, "rollout.temperature": 1.0, "rollout.dynamic_sampling": 0,
     "rollout.max_turns": 10, "rollout.max_response_tokens": 16384, "rollout.max_turn_tokens": 16384,
-    "rollout.max_observation_tokens": 8192, "rollout.max_seconds": 1e9, "rollout.gpu_memory": 0.7, "rollout.max_num_seqs": 2048,
+    "rollout.max_observation_tokens": 8192, "rollout.max_images": 1000, "rollout.max_seconds": 1e9,
+    "rollout.gpu_memory": 0.7, "rollout.max_num_seqs": 2048,
     "rollout.max_batched_tokens": 131072, "rollout.enforce_eager": True, "rollout.tensor_parallel": 1,
     "data.max_prompt_tokens": 24576, "data.bad_row": "stop", "data.shuffle": True,
     "tools.layout": "reference", "tools.allowed": ["python", "text_search", "image_search"], "tools.call_timeout_s": 400.0,
@@ -39,10 +40,11 @@ REFERENCE: dict[str, Any] = {
     "optim.mini_batch_prompts": 64, "optim.ppo_epochs": 1,
     "batch.tokens_per_micro_batch": 40960, "checkpoint.every_steps": 50, "checkpoint.keep": 0,
     "eval.every_steps": 0, "eval.before": False, "eval.after": True}
-"""What the reference's launch script and its defaults say, in our settings. The script limits no trajectory's time: 1e9 s."""
+"""What the reference's launch script and its defaults say, in our settings. The script limits neither a trajectory's time
+(1e9 s) nor its pictures (1,000 are more than its context holds)."""
 
 DIFFERENT: dict[str, tuple[str, str]] = {
-    "rollout.max_seconds": ("1e9", "1800"), "rollout.max_num_seqs": ("2048", "256"),
+    "rollout.max_images": ("1000", "32"), "rollout.max_seconds": ("1e9", "1800"), "rollout.max_num_seqs": ("2048", "256"),
     "rollout.max_batched_tokens": ("131072", "16384"), "rollout.enforce_eager": ("true", "false"),
     "data.bad_row": ("stop", "skip"), "tools.retries": ("1", "2"), "reward.rules": ("judge", "auto"),
     "reward.cross_check": ("0", "0.02"), "reward.max_unscored": ("1", "0.1"), "hdpo.tool_norm": ("effective", "global"),

@@ -1,13 +1,18 @@
 """`hdpo ask` and `hdpo chat`: what is shown on the terminal, whoever wrote it."""
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +22,7 @@ from tool_server import png
 
 from hdpo.assistant.speech import Piece, Reply, Seen, Splitter, TurnEnded, outside_reasoning
 from hdpo.assistant.terminal import Terminal, inline
+from hdpo.config import Config
 from hdpo.errors import DataError
 from hdpo.types import EndReason, ToolCall
 
@@ -105,6 +111,42 @@ def test_terminals_that_can_show_pictures_are_sent_them() -> None:
     assert inline(b"png", {"TERM_PROGRAM": "iTerm.app"}).startswith("\x1b]1337;File=inline=1")
     assert inline(b"png", {"KITTY_WINDOW_ID": "1"}).endswith("\x1b\\")
     assert not inline(b"png", {"TERM": "xterm"})
+
+
+def asked_of(model: Path, *options: str) -> Any:
+    from hdpo.compose.asked import add_model_options, read_model
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    return read_model(parser.parse_args(["--model", str(model), *options]), model.parent)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_run_that_was_moved_is_asked_with_the_files_that_lie_with_it(
+        absolute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another run of the same name below the folder one stands in is not its."""
+    from hdpo.config.file import dump_config
+    before, now = tmp_path / "before/runs/mine", tmp_path / "now/elsewhere"
+    root = f"{tmp_path / 'before'}/" if absolute else ""
+    text = dump_config(Config.model_validate({
+        "run": {"name": "mine", "folder": f"{root}runs"}, "data": {"train": [f"{root}runs/mine/world/train.parquet"]},
+        "tools": {"text_index": f"{root}runs/mine/world/facts.sqlite", "image_index": f"{root}runs/mine/world/badges"}}))
+    for folder, system in ((before, "another run's"), (now, "as trained")):
+        (folder / "world").mkdir(parents=True)
+        (folder / "config.yaml").write_text(text)
+        (folder / "world/facts.sqlite").touch()
+        pq.write_table(pa.table({"prompt": [[{"role": "system", "content": system}]]}), folder / "world/train.parquet")
+    shutil.copytree(BASE, now / "checkpoints/step_000001")
+    if absolute:
+        shutil.rmtree(before)
+    else:
+        monkeypatch.chdir(tmp_path / "before")
+    asked = asked_of(now / "checkpoints/step_000001")
+    assert asked.config.tools.text_index == str(now / "world/facts.sqlite") and asked.config.tools.image_index == ""
+    assert asked.system == [{"role": "system", "content": "as trained"}]
+    said = capsys.readouterr().err
+    assert "tools.image_index: no such file or folder any more: " in said and "not offered: image_search" in said
+    mine = asked_of(now / "checkpoints/step_000001", "--set", "tools.text_index=runs/mine/world/facts.sqlite")
+    assert mine.config.tools.text_index == "runs/mine/world/facts.sqlite"
 
 
 def test_chat_goes_on_after_a_bad_picture_and_remembers_what_was_said() -> None:

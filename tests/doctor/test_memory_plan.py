@@ -125,7 +125,7 @@ def test_a_sleeping_engine_that_is_copied_takes_pinned_blocks_of_powers_of_two(s
 
 @pytest.mark.parametrize(("values", "gib"), [({"rollout__sleep": "copy"}, 300), ({}, 230), ({"rollout__sleep": "copy"}, 210)])
 def test_a_node_without_the_memory_is_refused_with_a_setting_that_fits(shapes: Shapes, values: Any, gib: int) -> None:
-    check(configured(**values), shapes, 8, H100, 2, node=400 * GIB)
+    check(configured(**values), shapes, 8, H100, 2, node=410 * GIB)
     with pytest.raises(ConfigError, match=f"host memory: the .* phase needs .* which has {gib} GiB; it fits with") as refused:
         check(configured(**values), shapes, 8, H100, 2, node=gib * GIB)
     named = dict(re.findall(r"([a-z_]+\.[a-z_]+)=([\w.]+)", str(refused.value).split("it fits with")[1]))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def read_model(options: argparse.Namespace, scratch: Path) -> Asked:
     ours = [f"model.path={options.model}", "rollout.tensor_parallel=1", f"run.folder={scratch}", "run.name=ask"]
     said = load_config(options.config, [*ours, *options.overrides])      # by who asks, not by the run
     config = _within_context(load_config([*own, *options.config], [*ours, *options.overrides]), said)
+    config = _beside_the_run(config, said, run) if run else config
     config = config if config.tools.url or "allowed" in said.tools.model_fields_set else _with_sources(config)
     config = with_mcp_tools(config)
     return Asked(config, _system(options, config, run), options.temperature)
@@ -62,6 +64,27 @@ def _run_of(model: Path) -> Path | None:
     """The folder of the run that wrote this checkpoint."""
     run = model.absolute().parent.parent
     return run if model.absolute().parent.name in ("checkpoints", "weights") and (run / "config.yaml").is_file() else None
+
+
+def _beside_the_run(config: Config, said: Config, run: Path) -> Config:
+    """The run names its files from the folder that it was started in; those that lie with it are found wherever it lies now.
+
+    An index that is nowhere any more is left out, and said.
+    """
+    told = load_config([str(run / "config.yaml")], []).run
+
+    def found(path: str) -> str:
+        beside = run / os.path.relpath(path, Path(told.folder) / told.name)
+        return path if Path(path).is_absolute() and Path(path).exists() or not beside.exists() else str(beside)
+    tools = {}
+    for field in {"text_index", "image_index", "image_cache"} - said.tools.model_fields_set:
+        if path := getattr(config.tools, field):
+            tools[field] = found(path) if Path(found(path)).exists() else ""
+            if not tools[field]:
+                print(f"hdpo: tools.{field}: no such file or folder any more: {path}", file=sys.stderr)
+    data = {} if "train" in said.data.model_fields_set else {"train": [found(path) for path in config.data.train]}
+    return config.model_copy(update={"tools": config.tools.model_copy(update=tools),
+                                     "data": config.data.model_copy(update=data)})
 
 
 def _within_context(config: Config, said: Config) -> Config:

@@ -13,17 +13,18 @@ import psutil
 
 from hdpo.agent.rollout import FIRST_SHARE, LIVE_PER_SEQUENCE
 from hdpo.config import Config
+from hdpo.train.samples import AHEAD_BYTES, BYTES_PER_PIXEL
 
 if TYPE_CHECKING:
     from hdpo.doctor.memory_plan import Shapes
 
 GIB, MIB = 2**30, 2**20
 PROCESS = 3 * GIB           # a rank's own: interpreter, torch, CUDA, vLLM, without the libraries that ranks share
-SESSION = 24 * MIB          # a Python session in its sandbox: 9 when it starts, 10 to 250 with pictures it works on
+SESSION = 24 * MIB          # a Python session: 5 when it starts, 20 with a crop of a picture of the mean size, 29 if enlarged
 SERVER = 150 * MIB          # a process of the tool server, or its front
 SERVED = MIB // 4           # what the tool server keeps of a live trajectory; pictures and replies are files
 CROPS = 2_000_000           # pixels of the pictures that tools return to one rollout
-PIXEL_BYTES = 3 + 3 + 1     # decoded, as the patches of the trainer, and the file it came as
+PIXEL_BYTES = 4 + 1         # decoded (Pillow pads a pixel to 4), and the file it came as; patches are counted apart
 TOKEN_BYTES = 64            # of a trajectory's lists
 LIVE_OF_SERVER, MOST_SERVERS = 256, 8      # live trajectories that one process of the tool server is given
 EVALUATED = 1000            # held-out rows of SFT, where eval.rows doesn't say
@@ -57,11 +58,13 @@ def host_phases(config: Config, shapes: Shapes, ranks: int, of_node: int, size: 
     always["engine's pictures"] = int(config.rollout.image_cache_gib * GIB)
     prompts = math.ceil((config.eval.rows or EVALUATED if sft else config.rollout.prompts_per_step) / ranks)
     rollouts = prompts if sft else math.ceil(config.rollout.prompts_per_step * config.rollout.group_size / ranks)
-    seen = {"pictures": (rollouts * CROPS + prompts * config.model.max_pixels) * PIXEL_BYTES} if shapes.vision_layers else {}
-    rows = seen | {"trajectories": rollouts * config.max_model_len // 2 * TOKEN_BYTES}
+    pixels = (rollouts * CROPS + prompts * config.model.max_pixels) if shapes.vision_layers else 0
+    rows = {"pictures": pixels * PIXEL_BYTES, "trajectories": rollouts * config.max_model_len // 2 * TOKEN_BYTES}
+    patches = pixels * BYTES_PER_PIXEL
     tools = {} if config.tools.url else {"tool server, sessions": math.ceil(_tool_server(config, ranks, of_node) / of_node)}
     sleeping = {"sleeping engine": asleep(config, shapes, size)}
-    return _of_node({"rollout": always | rows | tools | saved, "update": always | rows | sleeping,
+    return _of_node({"rollout": always | rows | {"patches": min(patches, AHEAD_BYTES)} | tools | saved,
+                     "update": always | rows | {"patches": patches} | sleeping,
                      "save": always | sleeping | saved}, of_node)
 
 

@@ -16,8 +16,9 @@ from hdpo.config import HdpoConfig
 from hdpo.packing.batching import is_computed
 from hdpo.types import EndReason, Reward, RewardedGroup, Sample, Trajectory, Vision, join
 
-AHEAD_BYTES = 4 << 30
-"""Pixels that may be computed before it is known whether their rows carry a gradient, bytes per rank."""
+AHEAD_BYTES = 3 << 29
+"""Pixels that may be computed before it is known whether their rows carry a gradient, bytes per rank: while rollouts go on, a
+node holds the most."""
 BYTES_PER_PIXEL = 3           # of a picture's patches, see hdpo.pixels
 TRUNCATED = (EndReason.MAX_TURNS, EndReason.MAX_TOKENS, EndReason.CONTEXT_FULL)
 
