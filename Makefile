@@ -34,7 +34,7 @@ demo: install ## SFT, then HDPO, then evaluation of a tiny model on this machine
 test: install ## all tests that this machine can run, without the longest (test-long)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not gpu and not long" $(ARGS)
 
-test-long: install ## the proofs that take longest: two nodes, two demos in a folder, tensor parallel RL, exports read elsewhere (10 minutes)
+test-long: install ## the proofs that take longest: two nodes, two demos in a folder, families, growth, exports read elsewhere (15 minutes)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "long and not gpu" $(ARGS)
 
 test-gpu: install ## tests that need a CUDA device

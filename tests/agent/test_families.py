@@ -185,7 +185,7 @@ def test_the_transformers_engine_samples_with_the_log_probs_of_the_model(
 
 
 @pytest.mark.engine
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_family_trains_under_zero3_on_two_ranks_and_vllm_samples_with_the_weights_it_is_sent(
         folders: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

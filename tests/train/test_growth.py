@@ -25,7 +25,7 @@ def growth(sizes: list[int]) -> float:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
+@pytest.mark.long
 def test_host_memory_does_not_grow_over_200_steps(tmp_path: Path) -> None:
     """One copy of the weights kept every tenth step would be 18 MiB."""
     assert growth(memory(tmp_path, "hf")["host"]) < 8 * MIB
