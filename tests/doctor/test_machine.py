@@ -43,6 +43,16 @@ def test_a_system_library_that_vllms_cpu_build_lacks_is_named_with_its_package_b
         vllm_process.start_engine({})
 
 
+def test_without_a_device_a_compiler_and_its_headers_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "nvidia_smi", lambda: (0, ""))
+    assert next(found for found in machine.machine() if found.name == "compiler").missing is False
+    monkeypatch.setenv("CXX", "nowhere-c++")
+    found = next(found for found in machine.machine() if found.name == "compiler")
+    assert found.missing and "a C++ compiler: " in found.text and "apt-get install g++ python3-dev" in found.text
+    monkeypatch.setattr(machine, "nvidia_smi", lambda: (8, "550.54"))
+    assert "compiler" not in [found.name for found in machine.machine()]
+
+
 def test_what_a_configuration_needs_is_checked_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SERPER_API_KEY", "SERPAPI_API_KEY", "BRIGHTDATA_API_TOKEN"):

@@ -20,9 +20,12 @@ import ninja
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
+from hdpo.errors import ConfigError
+
 
 def load_communication_extension() -> None:
-    """Compile or load it now; DeepSpeed then finds it loaded. Nothing to do for devices that have none."""
+    """Compile or load it now; DeepSpeed then finds it loaded. Nothing to do for devices that have none. Raises ConfigError where
+    it cannot be compiled."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
         return
@@ -33,7 +36,13 @@ def load_communication_extension() -> None:
     with (folder / "hdpo.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
+        try:
+            builder.load(verbose=False)
+        except RuntimeError as exc:
+            lines = str(exc).splitlines()
+            said = next((line for line in lines if "error:" in line or line.endswith("not found")), lines[0])
+            raise ConfigError("DeepSpeed compiles its communication between CPUs at the first start, which wants a C++ compiler "
+                              f"and Python's headers (apt-get install g++ python3-dev): {said.strip()}") from None
 
 
 def use_own_ninja() -> None:

