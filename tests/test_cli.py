@@ -45,6 +45,21 @@ def test_every_command_has_help(command: str) -> None:
     assert done.returncode == 0 and "usage" in done.stdout.lower()
 
 
+@pytest.mark.parametrize("command", ["--help", "settings"])
+def test_where_nobody_reads_the_output_any_more_nothing_is_said(command: str) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "hdpo", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 141)
+
+
+def test_a_terminal_of_another_encoding_is_shown_what_it_can_show(tmp_path: Path) -> None:
+    run = tmp_path / "läuft→"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "actor/grad_norm": 1.0}\n')
+    done = hdpo("report", str(run), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.endswith("/l?uft?/report.html\n"), done.stderr
+
+
 def test_an_unknown_command_names_the_known_ones() -> None:
     assert "unknown command train; commands are demo" in one_line(hdpo("train"))
 

@@ -6,6 +6,8 @@ that `hdpo --help` and `hdpo tool-server` load neither torch nor an engine.
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -51,8 +53,32 @@ On several devices: accelerate launch --config_file launch/accelerate/zero3.yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done or stopped and saved, 2 bad input, 3 the world failed, 130 Ctrl-C."""
+    """Run a command; returns the exit status: 0 done or stopped and saved, 2 bad input, 3 the world failed, 130 Ctrl-C, 141 where
+    nobody reads what is printed any more (`hdpo ... | head`)."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 141
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is standard output that broke; then nothing more is written to it, not by Python's end either."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")      # a terminal that lacks a character shows another
     name = arguments[0] if arguments else "--help"
     try:
         if name in ("--help", "-h"):

@@ -32,8 +32,8 @@ TOY = ["--model", str(BASE), "--config", "demo_rl", "--set", "rollout.engine=hf"
 
 
 def hdpo(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "hdpo", *arguments], input=typed, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    return subprocess.run([sys.executable, "-m", "hdpo", *arguments], input=typed, capture_output=True, timeout=300,
+                          encoding="utf-8", errors="surrogateescape", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
 
 
 def test_ask_shows_what_is_said_and_a_summary_line(tmp_path: Path) -> None:
@@ -150,9 +150,10 @@ def test_a_run_that_was_moved_is_asked_with_the_files_that_lie_with_it(
 
 
 def test_chat_goes_on_after_a_bad_picture_and_remembers_what_was_said() -> None:
-    done = hdpo("chat", *TOY, typed="/image nowhere.png\nWhat is 1+1?\n/new\n/quit\n")
+    done = hdpo("chat", *TOY, typed="/image nowhere.png\n/image\n/imgae a.png\nWhat is 1+1, in \udcff\udcfe?\n/new\n/quit\n")
     assert done.returncode == 0, done.stderr
-    assert "nowhere.png: No such file or directory" in done.stderr and "tokens read" in done.stdout
+    assert "nowhere.png: No such file or directory" in done.stderr and "/imgae is no command" in done.stderr
+    assert done.stdout.count("tokens read") == 1
 
 
 def test_a_picture_that_is_none_is_a_data_error() -> None:

@@ -204,6 +204,15 @@ def test_the_timeline_of_a_step_shows_every_rank_and_what_the_rollout_waited_for
     assert tab.js("document.querySelector('a.button').getAttribute('href')") == "#rollouts?dump=0%2Fstep_000002"
 
 
+def test_a_link_to_a_step_that_is_not_there_says_so_and_leads_on(tab, address):
+    tab.open(address + "#rollouts?dump=0%2Fstep_000099&row=3")
+    assert "step 99 is not in" in tab.until("document.querySelector('.rows .empty')?.innerText")
+    assert tab.js("document.querySelectorAll('.rows .row').length") == 0
+    tab.choose("dump", "0/step_000001")
+    tab.until("document.querySelectorAll('.rows .row').length > 0 && !document.querySelector('.rows .empty')")
+    assert tab.errors() == []
+
+
 def test_keys_alone_move_through_rows_and_steps(tab, address):
     tab.open(address + STEP)
     rows_once(tab, list(range(12)))
@@ -326,7 +335,7 @@ def test_a_curations_rows_are_browsed_by_stage_and_reason(chromium, tmp_path):
     from hdpo.curation.result import DROPPED_SCHEMA
 
     task = make_task(0, True)
-    messages = [{"role": "user", "content": "<image>" + task.question},
+    messages = [{"role": "system", "content": "Use tools."}, {"role": "user", "content": "<image>" + task.question},
                 {"role": "assistant", "content": "<reason>a</reason><tool_call>{}</tool_call>"},
                 {"role": "user", "content": "seen<image>"}, {"role": "assistant", "content": "<answer>3</answer>"}]
     rows = [{"source": "thyme", "source_file": "a.json", "source_row": n, "stage": "1" if n < 3 else "2",
@@ -339,6 +348,7 @@ def test_a_curations_rows_are_browsed_by_stage_and_reason(chromium, tmp_path):
         for address in (write_report(tmp_path).as_uri(), url):
             page = chromium.page().open(address + "#rollouts")
             rows_once(page, list(range(5)))
+            assert page.js("document.querySelectorAll('.rows .thumb img').length") == 5
             page.choose("stage", "stage 1")
             page.choose("reason", "reason 1")
             rows_once(page, [1])

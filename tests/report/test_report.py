@@ -230,12 +230,59 @@ def test_a_run_with_one_stage_and_unknown_need_has_a_report(tmp_path):
 
 
 def test_an_empty_folder_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="no metrics.jsonl and no summary.json"):
+    with pytest.raises(DataError, match="no metrics.jsonl, no summary.json and no rollouts"):
         write_report(tmp_path)
 
 
 def _numbers(path: str) -> list[float]:
     return [float(number) for number in re.findall(r"-?\d+\.?\d*", path)]
+
+
+def test_one_level_too_high_the_folder_below_is_named(tmp_path):
+    write_run(tmp_path / "outer" / "inner")
+    with pytest.raises(DataError, match="outer/inner has some"):
+        write_report(tmp_path / "outer")
+
+
+@pytest.mark.parametrize(("file", "content", "named"), [
+    ("metrics.jsonl", b"\xff\xfe\x00", False), ("metrics.jsonl", b'{"step": 1}\n\0\0\0\n{"step": 2}\n', True),
+    ("metrics.jsonl", b'[]\n{"step": 3, "actor/grad_norm": "no", "time/rollout": [1], "actor/lr": Infinity}\n', True),
+    ("summary.json", b"", True), ("summary.json", b"\xff\x00", True), ("summary.json", b"[]", True),
+    ("summary.json", b'{"rl": 3, "sft": {"rows": 1}}', True), ("config.yaml", b"\xff\xfe\x00", False),
+    ("timeline.jsonl", b"\xff\xfe\x00", False), ("timeline.jsonl", b'{"step": 1, "seconds": "x", "ranks": [1]}\n[]\n', False),
+    ("audit/step_000001_rank0.jsonl", b'\xff\n[]\n{"judge_verdict": "x"}\n{"a"', False), ("eval/rl.parquet", b"", True),
+    ("rollouts/step_000001.parquet", b"PAR1", True), ("rollouts/step_000001.rankX.parquet", b"", False),
+    ("rollouts/step_²²²²²².parquet", b"", False)])
+def test_a_file_that_is_torn_or_holds_something_else_costs_its_own_part_alone(tmp_path, file, content, named):
+    folder = write_run(tmp_path / "run")
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(content)
+    text = Page(write_report(folder).read_text()).text
+    assert ("Left out, because" in text) == named and (str(folder / file) in text) == named
+    other = "Configuration" if file != "config.yaml" else "held-out tasks"
+    assert other in text
+
+
+def test_a_dump_of_something_else_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    folder = write_run(tmp_path / "run")
+    (folder / "rollouts").mkdir(exist_ok=True)
+    pq.write_table(pa.table({"a": [1, 2]}), folder / "rollouts" / "step_000001.parquet")
+    assert "step_000001.parquet: no dump of hdpo's, it has no column" in Page(write_report(folder).read_text()).text
+
+
+def test_a_run_that_ended_before_its_first_line_of_metrics_shows_its_rollouts(tmp_path):
+    task = make_task(0, needed=True)
+    group = score(tuple(make_trajectory(task, n, call=True, right=n == 0) for n in range(2)), 0)
+    write_rollouts(tmp_path / "run" / "rollouts" / "step_000001.parquet", [group], step=1, advantages=[(1.0, 0.0), (-1.0, 0.0)])
+    assert "Rollouts of step 1" in Page(write_report(tmp_path / "run").read_text()).text
+
+
+def test_a_report_that_can_not_be_written_says_what_shows_it_without(tmp_path):
+    (write_run(tmp_path / "run") / "report.html").mkdir()
+    with pytest.raises(DataError, match="can't be written: .*--serve"):
+        write_report(tmp_path / "run")
 
 
 def test_a_curve_is_drawn_where_its_values_are():

@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from hdpo.compose.asked import Asked, add_model_options, read_model
 from hdpo.errors import DataError, UserError
 from hdpo.keys import withdraw
+from hdpo.text import valid
 
 if TYPE_CHECKING:
     from hdpo.assistant.session import Assistant, Question
@@ -31,7 +32,7 @@ def ask(argv: Sequence[str]) -> int:
     parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture (repeatable)")
     _add_options(parser)
     options = parser.parse_args(argv)
-    text = sys.stdin.read() if options.question == "-" else options.question
+    text = valid(_input().read() if options.question == "-" else options.question, "question")
     if not text.strip():
         raise UserError("there is no question")
     images = [read_image(path) for path in options.image]
@@ -52,13 +53,20 @@ def chat(argv: Sequence[str]) -> int:
     with _opened(options) as (asked, assistant, terminal):
         if sys.stdin.isatty():
             print(CHAT)
-        conversation = _Conversation(asked, assistant, terminal)
+        conversation, prompt = _Conversation(asked, assistant, terminal), "\n> " if _input().isatty() else ""
         try:
-            while conversation.go_on(input("\n> " if sys.stdin.isatty() else "")):
+            while conversation.go_on(valid(input(prompt), "question")):
                 pass
         except (EOFError, KeyboardInterrupt):
             print()
     return 0
+
+
+def _input() -> TextIO:
+    """Standard input, whose bytes may be in another encoding."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin
 
 
 class _Conversation:
@@ -77,10 +85,14 @@ class _Conversation:
         if word in ("/quit", "/exit"):
             return False
         try:
+            if word == "/image" and not rest.strip():
+                raise DataError("/image FILE adds a picture to the next question")
             if word == "/image":
                 self._next.append(read_image(Path(rest.strip()).expanduser()))
             elif word == "/new":
                 self._begin()
+            elif word.startswith("/") and word[1:].isalpha():
+                raise DataError(f"{word} is no command: /image FILE, /new and /quit are")
             elif word:
                 self._answer(line.strip())
         except DataError as exc:

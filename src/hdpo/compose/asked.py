@@ -117,7 +117,7 @@ def _system(options: argparse.Namespace, config: Config, run: Path | None) -> li
     if options.system is not None:
         if not options.system.is_file():
             raise UserError(f"--system {options.system}: no such file")
-        text = options.system.read_text(encoding="utf-8").strip()
+        text = options.system.read_text(encoding="utf-8", errors="replace").strip()
         return [{"role": "system", "content": text}] if text else []
     trained = _first_system(config.data.train) if run else ""
     if trained:

@@ -57,7 +57,7 @@ def _settings(one: Run, other: Run) -> str:
 
 def _config(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError):
         return None
 

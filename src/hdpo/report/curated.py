@@ -11,6 +11,7 @@ from hdpo.agent.parse import extract_answer
 
 SHEET = ("source", "source_file", "source_row", "stage", "reason", "detail", "messages")
 DETAIL = (*SHEET, "extra_info", "reward_model")
+OPTIONAL = {"stage", "reason", "detail", "reward_model"}
 SEARCH = ("source", "source_file", "reason", "detail", "messages", "extra_info")
 
 FACETS = {"stage": "stage", "reason": "reason", "source": "source", "tools": "tool use"}

@@ -11,10 +11,13 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from hdpo.errors import DataError
 
 SCRIPTS = ("dom.js", "source.js", "filters.js", "conversation.js", "tokens.js", "browser.js", "pairs.js", "timeline.js", "app.js")
 STYLES = ("report.css", "funnel.css", "browser.css")
@@ -59,13 +62,16 @@ def _finite(value: Any) -> Any:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Whole or not at all."""
+    """Whole or not at all. Raises DataError where it can't be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")
         os.replace(temporary, path)
+    except OSError as exc:
+        raise DataError(f"{path} can't be written: {exc.strerror}; `hdpo report RUN --serve` writes nothing") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 

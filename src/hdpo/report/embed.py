@@ -27,18 +27,26 @@ _MOST_TOKENS, _MOST_TEXT = 6000, 20_000     # a longer row comes without its tok
 Choice = tuple[Dump, int]
 
 
-def embed(shelves: list[Shelf], tasks: list[str], budget: int = BUDGET) -> dict[str, Any]:
-    """What the page's script reads where no server is: {"dumps", "sheets", "rows", "tokens", "pictures"}; `tasks` come first."""
+def embed(shelves: list[Shelf], tasks: list[str], left_out: list[str], budget: int = BUDGET) -> dict[str, Any]:
+    """What the page's script reads where no server is: {"dumps", "sheets", "rows", "tokens", "pictures"}; `tasks` come first.
+
+    A dump that can't be read is named in `left_out`.
+    """
     dumps: list[dict[str, Any]] = []
     out: dict[str, Any] = {"dumps": dumps, "sheets": {}, "rows": {}, "tokens": {}, "pictures": {}}
     for run, shelf in enumerate(shelves):
         held, used = _Held(shelf, run, out), 0
         chosen: dict[str, dict[int, None]] = defaultdict(dict)
-        found = shelf.dumps()
-        for dump, row in _choices(shelf, found, tasks):
+        found, torn = shelf.dumps(), dict[str, str]()
+        for dump, row in _choices(shelf, found, tasks, torn):
             if row in chosen[dump.id]:
                 continue
-            used += held.add(dump, row)
+            try:
+                used += held.add(dump, row)
+            except DataError as exc:
+                held.drop(dump, row)
+                torn[dump.id] = str(exc)
+                continue
             if used > budget // len(shelves):
                 held.drop(dump, row)
                 break
@@ -47,18 +55,30 @@ def embed(shelves: list[Shelf], tasks: list[str], budget: int = BUDGET) -> dict[
             if rows := sorted(chosen[dump.id]):
                 dumps.append(dump.public(run))
                 out["sheets"][f"{run}/{dump.id}"] = _part(shelf.sheet(dump.id), rows)
+        left_out += torn.values()
     return out
 
 
-def _choices(shelf: Shelf, dumps: list[Dump], tasks: list[str]) -> Iterator[Choice]:
-    evaluations = [dump for dump in dumps if dump.kind == "eval"]
+def _readable(shelf: Shelf, dumps: list[Dump], torn: dict[str, str]) -> list[Dump]:
+    found = []
+    for dump in dumps:
+        try:
+            shelf.sheet(dump.id)
+            found.append(dump)
+        except DataError as exc:
+            torn[dump.id] = str(exc)
+    return found
+
+
+def _choices(shelf: Shelf, dumps: list[Dump], tasks: list[str], torn: dict[str, str]) -> Iterator[Choice]:
+    evaluations = _readable(shelf, [dump for dump in dumps if dump.kind == "eval"], torn)
     places = {dump.id: {task: row for row, task in reversed(list(enumerate(shelf.sheet(dump.id)["columns"]["task"])))}
               for dump in evaluations}
     for task in tasks:
         yield from ((dump, places[dump.id][task]) for dump in evaluations if task in places[dump.id])
     steps = [dump for dump in dumps if dump.kind == "step"]
     count = min(STEPS, len(steps))
-    spread = [steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count)]
+    spread = _readable(shelf, [steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count)], torn)
     groups = {dump.id: _groups(shelf.sheet(dump.id)) for dump in spread}
     for rank in range(GROUPS):
         for dump in reversed(spread):
@@ -66,9 +86,8 @@ def _choices(shelf: Shelf, dumps: list[Dump], tasks: list[str]) -> Iterator[Choi
     more = list(dict.fromkeys(task for dump in evaluations[::-1] for task in _contrast(shelf.sheet(dump.id))))[:TASKS]
     for task in more:
         yield from ((dump, places[dump.id][task]) for dump in evaluations if task in places[dump.id])
-    for dump in dumps:
-        if dump.kind == "curation":
-            yield from ((dump, row) for row in _few_of_each(shelf.sheet(dump.id)))
+    for dump in _readable(shelf, [dump for dump in dumps if dump.kind == "curation"], torn):
+        yield from ((dump, row) for row in _few_of_each(shelf.sheet(dump.id)))
 
 
 def _groups(sheet: Sheet) -> list[list[int]]:

@@ -24,12 +24,13 @@ from hdpo.report.run import Run, read_run
 from hdpo.report.shelf import Shelf
 from hdpo.reward.audit import disagreements, read_audit
 from hdpo.state.dump import DumpedRollout, read_rollouts, rollout_parts
+from hdpo.text import one_line
 from hdpo.train.timeline import read_timeline
 
 NAMES = {"sft": "after SFT", "rl": "after RL", "tools": "with tools", "no_tools": "without tools"}
 """How the stages of summary.json are called in the page; others keep their own names."""
 
-_MAX_DISAGREEMENTS = 50
+_MAX_DISAGREEMENTS, _MAX_PROBLEMS = 50, 12
 MOST_TIMELINES = 200         # steps whose timeline a report.html holds; a served page asks for all
 
 
@@ -49,7 +50,7 @@ def page_of(folders: Sequence[Path], *, served: bool = False) -> str:
 
     `served`: rows are had from the server that sends the page, instead of some of them being in it. Raises DataError.
     """
-    shelves = [Shelf(folder) for folder in folders]
+    shelves, left_out = [Shelf(folder) for folder in folders], list[str]()
     curation = [(folder / "manifest.json").is_file() for folder in folders]
     tasks: list[str] = []
     if any(curation):
@@ -57,28 +58,58 @@ def page_of(folders: Sequence[Path], *, served: bool = False) -> str:
             raise DataError("results of a curation can't be compared with --compare")
         overview, views = funnel(folders[0]), [("rollouts", "Rows")]
     elif len(folders) > 1:
-        overview = comparison([read_run(folder) for folder in folders])
+        runs = [_run(shelf) for shelf in shelves]
+        left_out += [problem for run in runs for problem in run.left_out]
+        overview = comparison(runs)
         views = [("pairs", "Task by task"), ("rollouts", "Rollouts"), ("timeline", "Time")]
     else:
-        run = read_run(folders[0])
+        run = _run(shelves[0])
         overview, tasks = _overview(run)
+        left_out += run.left_out
         views = [("rollouts", "Rollouts"), ("pairs", "Before and after"), ("timeline", "Time")]
     settings = "".join(_configuration(folder / "config.yaml") for folder in folders)
     data: dict[str, Any] = {"runs": [shelf.name for shelf in shelves], "served": served}
     if served:
         data["dumps"] = [dump.public(run) for run, shelf in enumerate(shelves) for dump in shelf.dumps()]
     else:
-        data |= embed(shelves, tasks)
+        data |= embed(shelves, tasks, left_out)
         data["timelines"] = [read_timeline(folder / "timeline.jsonl")[-MOST_TIMELINES:] for folder in folders]
     return document(" and ".join(data["runs"]), [
-        ("overview", "Overview", overview), *((name, label, "") for name, label in views),
+        ("overview", "Overview", _problems(left_out) + overview), *((name, label, "") for name, label in views),
         *([("settings", "Configuration", settings)] if settings else [])], data, served=served)
+
+
+def _run(shelf: Shelf) -> Run:
+    run = read_run(shelf.folder)
+    if not run.metrics and not run.summaries and not shelf.dumps():
+        raise DataError(run.left_out[0] if run.left_out else
+                        f"{shelf.folder}: no metrics.jsonl, no summary.json and no rollouts to report on{_near(shelf.folder)}")
+    return run
+
+
+def _near(folder: Path) -> str:
+    """A folder inside of it that has something, where one looked a level too high."""
+    names = ("metrics.jsonl", "summary.json", "manifest.json")
+    found = sorted(path.parent.name for name in names for path in folder.glob(f"*/{name}"))
+    return f"; {folder / found[0]} has some" if found else ""
+
+
+def _problems(left_out: Sequence[str]) -> str:
+    if not left_out:
+        return ""
+    lines = "".join(f"<li>{escape(one_line(problem))}</li>" for problem in left_out[:_MAX_PROBLEMS])
+    more = f"<li>and {len(left_out) - _MAX_PROBLEMS} more</li>" if len(left_out) > _MAX_PROBLEMS else ""
+    return f'<section class="problems" role="note"><h2>Left out, because it can\'t be read</h2><ul>{lines}{more}</ul></section>'
 
 
 def _overview(run: Run) -> tuple[str, list[str]]:
     """(HTML, the held-out tasks that it shows)."""
-    cards, tasks = _trajectories(run.folder, list(run.summaries))
-    steps = {int(path.name[5:11]) for path in (run.folder / "rollouts").glob("step_*.parquet") if path.name[5:11].isdigit()}
+    try:
+        cards, tasks = _trajectories(run.folder, list(run.summaries))
+    except DataError as exc:
+        cards, tasks = "", []
+        run.left_out.append(str(exc))
+    steps = {int(path.name[5:11]) for path in (run.folder / "rollouts").glob("step_*.parquet") if path.name[5:11].isdecimal()}
     links = {step: f"#rollouts?dump=0%2Fstep_{step:06d}" for step in steps}
     return "".join([_header(run), _tiles(run.summaries), _table(run.summaries), curves([run], links), cards,
                     _disagreements(run.folder / "audit")]), tasks
@@ -106,13 +137,13 @@ def _tiles(summaries: dict[str, Summary]) -> str:
     tiles = []
     for title, name in (("Accuracy", "accuracy"), ("Tool rate where needed", "tool_rate_needed"),
                         ("Tool rate where not needed", "tool_rate_not_needed"), ("Calls a task", "calls_mean")):
-        if last[name] is None:
+        if last.get(name) is None:
             continue
-        full = max(1.0, first[name] or 0.0, last[name])
+        full = max(1.0, first.get(name) or 0.0, last[name])
         shown = [("before", first), ("after", last)] if first is not last else [("after", last)]
-        bars = "".join(f'<i class="{kind}" style="width:{100 * (part[name] or 0.0) / full:.1f}%"></i>'
+        bars = "".join(f'<i class="{kind}" style="width:{100 * (part.get(name) or 0.0) / full:.1f}%"></i>'
                        for kind, part in shown)
-        before = f'<small>{escape(_name(stages[0]))} {format_value(name, first[name])}</small>' if first is not last else ""
+        before = f'<small>{escape(_name(stages[0]))} {format_value(name, first.get(name))}</small>' if first is not last else ""
         tiles.append(f'<div class="tile"><h2>{title}</h2><p>{format_value(name, last[name])}{before}</p>'
                      f'<div class="bars">{bars}</div></div>')
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -168,7 +199,7 @@ def _trajectories(folder: Path, stages: list[str]) -> tuple[str, list[str]]:
 
 def _training_rollouts(folder: Path) -> str:
     """Of a run without evaluation: the first log.samples tasks of its last step, two rollouts of each group."""
-    steps = sorted({path.name.split(".")[0] for path in (folder / "rollouts").glob("step_*.parquet")})
+    steps = [dump.id for dump in Shelf(folder).dumps() if dump.kind == "step"]
     if not steps:
         return ""
     dump = folder / "rollouts" / f"{steps[-1]}.parquet"
@@ -214,7 +245,8 @@ def _disagreements(folder: Path) -> str:
 
 
 def _configuration(path: Path) -> str:
-    if not path.exists():
+    try:
+        text = escape(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
         return ""
-    text = escape(path.read_text())
     return f'<section><h2>{escape(path.resolve().parent.name)}</h2><pre class="text settings">{text}</pre></section>'

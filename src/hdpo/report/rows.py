@@ -21,6 +21,7 @@ SHEET = ("task_id", "data_source", "tool_needed", "sample_index", "question", "c
 DETAIL = (*SHEET, "prompt", "turns", "observations", "detail", "error", "prompt_length", "weight_version")
 SEARCH = ("task_id", "data_source", "question", "turns", "observations", "answer", "ground_truth", "detail", "error", "calls")
 TOKENS = ("step", "index", "sample_index", "token_ids", "mask", "log_probs", "advantages", "prompt_length")
+OPTIONAL = {"index", "weight_version"}      # dumps of earlier runs may lack them
 HISTORY = ("task_id", "verdict", "num_tool_calls")
 
 FACETS = {"source": "source", "need": "need", "verdict": "verdict", "by": "decided by", "tools": "tool use", "end": "end",
@@ -114,7 +115,7 @@ def detail(row: dict[str, Any]) -> dict[str, Any]:
         "qualifies": bool(row["scored"] and row["correct"]), "scored": row["scored"], "advantages": row["advantages"] or [],
         "sampled": sum(row["mask"]), "length": len(row["mask"]), "prompt_length": row["prompt_length"],
         "seconds": row["seconds"], "tool_seconds": sum(call["seconds"] for call in calls),
-        "weight_version": row["weight_version"], "blocks": blocks}
+        "weight_version": row.get("weight_version"), "blocks": blocks}
 
 
 def tokens(row: dict[str, Any], trained: tuple[list[float], list[float]] | None) -> dict[str, Any]:

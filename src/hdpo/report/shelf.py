@@ -29,7 +29,7 @@ STAGES = {"sft": (0, "after SFT"), "rl": (2, "after RL"), "no_tools": (0, "witho
 
 _SHEETS, _PICTURES, _GROUPS, _TRAINED = 12, 6, 4, 2
 """Kept in memory: lists of rows, pictures and other columns of so many row groups, the trainer's log-probs of so many steps."""
-_STEP = re.compile(r"step_\d+")
+_STEP = re.compile(r"step_[0-9]+")
 Value = TypeVar("Value")
 
 
@@ -64,7 +64,8 @@ class Shelf:
     def dumps(self) -> list[Dump]:
         """Evaluations in the order of training, steps by number, then what a curation has kept and dropped."""
         steps = sorted({path.name.split(".")[0] for path in (self.folder / "rollouts").glob("step_*.parquet")})
-        return [*self._evaluations(), *(self._step(name) for name in steps if _STEP.fullmatch(name)), *self._curated()]
+        found = [*self._evaluations(), *(self._step(name) for name in steps if _STEP.fullmatch(name)), *self._curated()]
+        return [dump for dump in found if dump.parts]
 
     def _evaluations(self) -> Iterator[Dump]:
         stages = {path.name.removesuffix(".parquet").split(".rank")[0] for path in (self.folder / "eval").glob("*.parquet")}
@@ -157,8 +158,10 @@ class Shelf:
         changed = part.stat().st_mtime
         held = self._tasks.get(part)
         if held is None or held[0] != changed:
-            with _reading(part):
+            try:
                 held = changed, pq.read_table(part, columns=list(rows.HISTORY), use_threads=False).to_pydict()
+            except (pa.ArrowException, OSError):      # who opens that dump is told so
+                held = changed, {name: [] for name in rows.HISTORY}
             self._tasks[part] = held
         return held[1]
 
@@ -167,7 +170,7 @@ class Shelf:
         for part in dump.parts:
             with _reading(part):
                 with pq.ParquetFile(part) as file:
-                    tables.append(file.read(columns=[name for name in columns if name in file.schema_arrow.names]))
+                    tables.append(file.read(columns=_present(dump, part, file, columns)))
         return pa.concat_tables(tables, promote_options="default")
 
     def _one(self, dump: Dump, number: int, columns: tuple[str, ...]) -> dict[str, Any]:
@@ -175,8 +178,7 @@ class Shelf:
 
         def read() -> pa.Table:
             with _reading(part), pq.ParquetFile(part) as file:
-                names = [name for name in columns if name in file.schema_arrow.names]
-                return file.read_row_group(group, columns=names)
+                return file.read_row_group(group, columns=_present(dump, part, file, columns))
         return self._groups.get((part, part.stat().st_mtime_ns, group, columns), read).slice(local, 1).to_pylist()[0]
 
 
@@ -223,7 +225,15 @@ def _find(dump: Dump, number: int) -> tuple[Path, int, int]:
 
 
 def _reading(part: Path) -> AbstractContextManager[None]:
-    return boundary(DataError, f"{part}: not a readable dump", pa.ArrowException, OSError)
+    return boundary(DataError, f"{part}: not a readable dump", pa.ArrowException, OSError, UnicodeError)
+
+
+def _present(dump: Dump, part: Path, file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
+    """Those that the file has. Raises DataError where it lacks one that every dump has."""
+    there = set(file.schema_arrow.names)
+    if lacking := [name for name in columns if name not in there | _make(dump).OPTIONAL]:
+        raise DataError(f"{part}: no dump of hdpo's, it has no column {lacking[0]}")
+    return [name for name in columns if name in there]
 
 
 def _texts(values: Iterable[Any]) -> Iterator[str]:

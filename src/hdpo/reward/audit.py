@@ -52,13 +52,22 @@ class AuditLog:
 
 
 def read_audit(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All records of a run in the order of steps and ranks, each with its "step". An absent folder has none."""
+    """All records of a run in the order of steps and ranks, each with its "step". An absent folder has none; a line that a
+    crash has torn is left out."""
     records = []
     for path in sorted(Path(folder).glob("step_*_rank*.jsonl")):
-        step = int(path.stem.split("_")[1])
-        with path.open(encoding="utf-8") as file:
-            records += [{"step": step, **json.loads(line)} for line in file]
+        if (step := path.stem.split("_")[1]).isdecimal() and path.is_file():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                records += [{"step": int(step), **record} for record in map(_record, file) if record]
     return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "verdict" in found else None
 
 
 def disagreements(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

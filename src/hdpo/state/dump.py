@@ -7,6 +7,7 @@ stored once per row group by dictionary encoding. A file appears whole or not at
 from __future__ import annotations
 
 import dataclasses
+import glob
 import io
 import json
 import os
@@ -209,6 +210,8 @@ def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None
         with boundary(DataError, f"{part}: not a readable rollout dump", pa.ArrowException, OSError):
             table = pq.read_table(part, columns=None if columns is None else list(columns),
                                   filters=None if task_ids is None else [("task_id", "in", list(task_ids))])
+        if "task_id" not in table.column_names:
+            raise DataError(f"{part}: no rollout dump, it has no column task_id")
         rows += [_from_columns(row) for row in table.to_pylist()]
     return rows
 
@@ -285,12 +288,13 @@ def rollout_parts(path: Path) -> list[Path]:
     """The files that make up the dump `path`, in rank order; none if it was never written."""
     if path.exists():
         return [path]
-    return sorted(path.parent.glob(f"{path.stem}.rank*.parquet"), key=_part_order)
+    parts = path.parent.glob(f"{glob.escape(path.stem)}.rank*.parquet")
+    return sorted((part for part in parts if part.stem.rpartition(".rank")[2].isdecimal()), key=_part_order)
 
 
 def _part_order(path: Path) -> tuple[str, int]:
     stem, _, rank = path.stem.partition(".rank")
-    return stem, int(rank or 0)
+    return stem, int(rank) if rank.isdecimal() else 0
 
 
 def _remove_other_layout(path: Path, rank: int, world: int) -> None:

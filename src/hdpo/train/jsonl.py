@@ -43,17 +43,28 @@ class JsonlSink:
         self._file.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl in file order, each with an integer "step"; a torn last line is left out. Missing file: []."""
+def read_metrics(path: str | os.PathLike[str], left_out: list[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl in file order, each with an integer "step"; a torn last line is left out. Missing file: [].
+
+    Any other line that is no such row raises DataError, or is named in `left_out` where that is given.
+    """
     rows = []
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    except OSError as exc:
+        raise DataError(f"{path}: {exc.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise DataError(f"{path}: line {number} is not JSON") from None
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError
+            rows.append(row)
+        except ValueError:
+            problem = f"{path}: line {number} is not JSON with a step"
+            if number < len(lines) and left_out is None:
+                raise DataError(problem) from None
+            if number < len(lines) and left_out is not None:
+                left_out.append(problem)
     return rows

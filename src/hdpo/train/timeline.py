@@ -58,13 +58,24 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
     """The lines in the order of the steps; one that a crash has torn is left out. A missing file has none."""
     found: dict[int, dict[str, Any]] = {}
     try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return []
     for line in lines:
         try:
             record = json.loads(line)
+            _check(record)
             found[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return [found[step] for step in sorted(found)]
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raises what arithmetic on a record of another shape does."""
+    float(record["seconds"])
+    for rank in record["ranks"]:
+        for _, start, seconds in rank["spans"]:
+            float(start + seconds)
+        for parts in rank["parts"].values():
+            float(sum(parts.values()))

@@ -34,12 +34,28 @@ const browser = (() => {
       el("button", {onclick: step(1), "aria-label": "the next one", title: "the next one  ( ] )", id: "after"}, "›"))];
   }
 
+  /** A link may lead to a step that is not in the file, or was never dumped. */
+  function absent(query) {
+    const name = query.dump.replace(/^\d+\//, "").replace(/^step_0*(?=\d)/, "step ");
+    drawn = "";
+    fill(parts.dumps, chooser({}));
+    fill(parts.bar);
+    fill(parts.list);
+    fill(parts.count);
+    parts.more.hidden = true;
+    parts.dumps.querySelector("select").prepend(el("option", {value: query.dump, selected: true}, name));
+    document.body.classList.remove("row-open");
+    fill(parts.list, el("li.empty", null, DATA.served ? `${name} is not in the run's folder.` : `${name} is not in this file; hdpo report RUN --serve shows every step.`));
+    fill(parts.detail, el("p.empty", null, "Choose another one on the left."));
+  }
+
   const current = (query) => source.find(query.dump) || source.dumps[0];
 
   async function show(root, query) {
     if (!source.dumps.length) { fill(root, el("p.empty", null, "No rollouts were dumped (log.rollouts_every).")); return; }
     if (!parts.list || !root.contains(parts.list)) frame(root);
     const dump = current(query), mine = ++request;
+    if (query.dump && dump.id !== query.dump) { absent(query); return; }
     if (document.activeElement !== parts.search) parts.search.value = query.text || "";
     fill(parts.dumps, chooser(query));
     const key = JSON.stringify({...query, row: "", tab: "", view: ""});
@@ -66,7 +82,7 @@ const browser = (() => {
   function drawList(query) {
     fill(parts.list);
     const part = sheet.all > sheet.n ? ` in this file (${sheet.all.toLocaleString("en")} in the run: hdpo report RUN --serve)` : "";
-    fill(parts.count, shown.length === items.length ? plural(items.length, "row") : `${shown.length.toLocaleString("en")} of ${plural(items.length, "row")}`, part,
+    fill(parts.count, (shown.length === items.length ? plural(items.length, "row") : `${shown.length.toLocaleString("en")} of ${plural(items.length, "row")}`) + part,
       Object.keys(query).some((name) => sheet.facets.some(([facet]) => facet === name) || name === "text") && el("button.clear", {onclick: () => state.go("rollouts", {dump: query.dump, sort: query.sort})}, "show all"));
     parts.more.hidden = false;
     grow();

@@ -54,7 +54,7 @@ const source = (() => {
     timeline: async (run) => (DATA.timelines || [])[run] || [],
     picture: (dump, row, place) => {
       const detail = (DATA.rows[dump] || {})[row];
-      const key = typeof place === "string" ? place : detail && (detail.blocks[0].pictures || [])[place];
+      const key = typeof place === "string" ? place : detail && detail.blocks.flatMap((block) => block.pictures || [])[place];
       return key && DATA.pictures[key] || "";
     },
   };
