@@ -73,6 +73,8 @@ def test_an_unknown_key_names_the_nearest_one() -> None:
     ("rl --config launch", "launch is not a readable YAML file (Is a directory)"),
     ("rl --config nothing.yaml", "nothing.yaml: no such configuration file"),
     ("rl --set data.train=rows.parquet", "data.train: expected a list: data.train=[rows.parquet]"),
+    ("rl --set reward.tool_cost.python=2", "reward.tool_cost is set as a whole: reward.tool_cost={python: ...}"),
+    ("rl --set tools.own.x.function=a:b", "tools.own is set as a whole: tools.own={x: ...}"),
     ("rl --set run.seed=x", "run.seed: Input should be a valid integer"),
     ("doctor --gpus 8", "--gpus plans the memory of a run: name its --config too"),
     (f"doctor --config {RL} --gpus -1", "--gpus -1: must be above 0"),

@@ -149,6 +149,11 @@ def test_a_run_that_was_moved_is_asked_with_the_files_that_lie_with_it(
     assert mine.config.tools.text_index == "runs/mine/world/facts.sqlite"
 
 
+def test_the_log_that_an_error_names_is_there(tmp_path: Path) -> None:
+    done = hdpo("ask", *TOY, "--set", "tools.mcp={gone: {command: [/bin/false]}}", "q")
+    assert done.returncode == 3 and Path(done.stderr.strip().rpartition("see ")[2]).is_file(), done.stderr
+
+
 def test_chat_goes_on_after_a_bad_picture_and_remembers_what_was_said() -> None:
     done = hdpo("chat", *TOY, typed="/image nowhere.png\n/image\n/imgae a.png\nWhat is 1+1, in \udcff\udcfe?\n/new\n/quit\n")
     assert done.returncode == 0, done.stderr

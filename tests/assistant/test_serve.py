@@ -64,6 +64,13 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["toy-base"]
 
 
+def test_one_model_is_looked_up_by_its_name(client: openai.OpenAI) -> None:
+    name = client.models.list().data[0].id
+    assert client.models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError, match="there is no model 'a/b'"):
+        client.models.with_raw_response.retrieve("a/b")
+
+
 def test_text_and_images_are_answered_and_counted(client: openai.OpenAI) -> None:
     plain = ask(client, "What is 1+1?")
     shown = ask(client, [{"type": "text", "text": "Which digit?"}, {"type": "image_url", "image_url": {"url": PICTURE}}])

@@ -88,9 +88,20 @@ def _png(image: Image.Image) -> bytes:
     return encode_image(image)
 
 
+def test_a_run_that_was_moved_begins_with_the_model_that_lies_with_it(run: Path) -> None:
+    (run / "sft" / "model").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(CONFIG.model_copy(update={
+        "run": CONFIG.run.model_copy(update={"folder": "elsewhere", "name": "was"}),
+        "model": CONFIG.model.model_copy(update={"path": "elsewhere/was/sft/model"})})))
+    assert replay_config(run, 1, []).model.path == str(run / "sft" / "model")
+    assert replay_config(run, 1, ["model.path=mine"]).model.path == "mine"
+
+
 def test_weights_that_are_gone_and_folders_that_are_no_run_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CheckpointError, match="begins with the state after step 2, .*; steps that can be trained again: none"):
         replay_config(run, 3, [])
+    with pytest.raises(UserError, match="steps are counted from 1"):
+        replay_config(run, 0, [])
     with pytest.raises(UserError, match="did you mean hdpo.w_tool"):
         replay_config(run, 1, ["hdpo.tool_weight=0"])
     config = replay_config(run, 1, ["hdpo.w_tool=0"])

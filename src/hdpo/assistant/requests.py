@@ -44,7 +44,7 @@ def read_request(body: Any, model: str, system: Sequence[Mapping[str, str]]) -> 
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     if body.get("model") != model:
-        raise BadRequest(f"there is no model {body.get('model')!r}; the model here is {model!r}", "model", "model_not_found", 404)
+        raise unknown_model(body.get("model"), model)
     for name, allowed in _NEUTRAL.items():
         if body.get(name) is not None and body[name] not in allowed:
             raise BadRequest(f"{name} can't be set here" + (": tools run on this side" if name in ("tools", "functions") else ""),
@@ -60,6 +60,10 @@ def read_request(body: Any, model: str, system: Sequence[Mapping[str, str]]) -> 
         messages, tuple(images), _number(body, "temperature", 0, 2), int(_number(body, name, 1, MAX_TOKENS, whole=True) or 0),
         _whole(_number(body, "seed", -(1 << 63), 1 << 63, whole=True)), tuple(stop), _flag(body, "stream"),
         isinstance(options, dict) and _flag(options, "include_usage"))
+
+
+def unknown_model(asked: Any, model: str) -> BadRequest:
+    return BadRequest(f"there is no model {asked!r}; the model here is {model!r}", "model", "model_not_found", 404)
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

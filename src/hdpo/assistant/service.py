@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from hdpo.assistant.requests import BadRequest, ChatRequest, cut_at, read_request
+from hdpo.assistant.requests import BadRequest, ChatRequest, cut_at, read_request, unknown_model
 from hdpo.assistant.session import Assistant, Opened, Question
 from hdpo.assistant.speech import Event, Piece, Reply, Seen
 from hdpo.errors import DataError
@@ -46,6 +46,7 @@ class Service:
         app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guarded])
         app.router.add_post("/v1/chat/completions", self.chat)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/v1/models/{name:.+}", self.model)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
         await runner.setup()
         try:
@@ -67,8 +68,15 @@ class Service:
             return _error(exc.status, f"{request.method} {one_line(request.path)}: {exc.reason}")
 
     async def models(self, request: web.Request) -> web.Response:
-        one = {"id": self._model, "object": "model", "created": self._started, "owned_by": "hdpo"}
-        return web.json_response({"object": "list", "data": [one]})
+        return web.json_response({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        if request.match_info["name"] != self._model:
+            raise unknown_model(request.match_info["name"], self._model)
+        return web.json_response(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self._model, "object": "model", "created": self._started, "owned_by": "hdpo"}
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         try:

@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from hdpo.compose.asked import Asked, add_model_options, read_model
+from hdpo.compose.asked import Asked, add_model_options, read_model, scratch_folder
 from hdpo.errors import DataError, UserError
 from hdpo.keys import withdraw
 from hdpo.text import valid
@@ -129,8 +128,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[tuple[Asked, Assistant, Terminal]]:
     """Settings, model and tools are open; what happens is shown on standard output."""
-    with tempfile.TemporaryDirectory(prefix="hdpo-ask-") as scratch:
-        asked = read_model(options, Path(scratch))
+    with scratch_folder("hdpo-ask-") as scratch:
+        asked = read_model(options, scratch)
         withdraw(asked.config.tools.key_names)
         from hdpo.assistant.terminal import Terminal
         from hdpo.compose.stage import Stage

@@ -5,8 +5,11 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING
 from hdpo.compose.own_tools import with_mcp_tools
 from hdpo.config import Config
 from hdpo.config.file import add_config_options, load_config
-from hdpo.errors import ModelError, UserError
+from hdpo.errors import InfrastructureError, ModelError, UserError
 
 if TYPE_CHECKING:
     from hdpo.assistant.session import Question
@@ -33,6 +36,20 @@ class Asked:
         from hdpo.assistant.session import Question
         return Question(messages, tuple(images), self.temperature if temperature is None else temperature, max_tokens,
                         random.getrandbits(31) if seed is None else seed)
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """For the logs of what is started. They go at the end, but for an error of the world, which names one of them."""
+    folder, kept = Path(tempfile.mkdtemp(prefix=prefix)), False
+    try:
+        yield folder
+    except InfrastructureError:
+        kept = True
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -71,20 +88,22 @@ def _beside_the_run(config: Config, said: Config, run: Path) -> Config:
 
     An index that is nowhere any more is left out, and said.
     """
-    told = load_config([str(run / "config.yaml")], []).run
-
-    def found(path: str) -> str:
-        beside = run / os.path.relpath(path, Path(told.folder) / told.name)
-        return path if Path(path).is_absolute() and Path(path).exists() or not beside.exists() else str(beside)
     tools = {}
     for field in {"text_index", "image_index", "image_cache"} - said.tools.model_fields_set:
         if path := getattr(config.tools, field):
-            tools[field] = found(path) if Path(found(path)).exists() else ""
+            tools[field] = found if Path(found := beside(run, path)).exists() else ""
             if not tools[field]:
                 print(f"hdpo: tools.{field}: no such file or folder any more: {path}", file=sys.stderr)
-    data = {} if "train" in said.data.model_fields_set else {"train": [found(path) for path in config.data.train]}
+    data = {} if "train" in said.data.model_fields_set else {"train": [beside(run, path) for path in config.data.train]}
     return config.model_copy(update={"tools": config.tools.model_copy(update=tools),
                                      "data": config.data.model_copy(update=data)})
+
+
+def beside(run: Path, path: str) -> str:
+    """A file or folder of a run's settings, where it lies with the run now; `path` as it is where it does not."""
+    told = load_config([str(run / "config.yaml")], []).run
+    moved = run / os.path.relpath(path, Path(told.folder) / told.name)
+    return path if Path(path).is_absolute() and Path(path).exists() or not moved.exists() else str(moved)
 
 
 def _within_context(config: Config, said: Config) -> Config:

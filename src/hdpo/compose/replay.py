@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from hdpo.compose.asked import beside
 from hdpo.config import Config
 from hdpo.config.file import load_config
 from hdpo.errors import CheckpointError, UserError
@@ -40,10 +41,14 @@ def main(argv: Sequence[str]) -> int:
 def replay_config(run: Path, step: int, overrides: Sequence[str]) -> Config:
     """The run's settings, changed ones allowed, with a folder of their own. Raises CheckpointError where the weights that sampled
     the step are gone."""
+    if step < 1:
+        raise UserError(f"--step {step}: steps are counted from 1")
     changed = [item.partition("=")[0] for item in overrides]
     ours = [f"run.folder={(run / 'replay').absolute()}", f"run.name=step_{step:06d}", "run.resume=true", "run.resume_from=",
             "log.tensorboard=false", "log.wandb=false", "log.rollouts_every=0", "eval.every_steps=0"]
     before = load_config([run / "config.yaml"], [*overrides, *ours])
+    if "model.path" not in changed and not Path(before.model.path).exists():
+        ours.append(f"model.path={beside(run, before.model.path)}")
     if step > 1:
         start = run / "checkpoints" / f"step_{step - 1:06d}"
         if not start.is_dir() or not has_state(start):

@@ -4,12 +4,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import socket
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hdpo.compose.asked import Asked, add_model_options, read_model
+from hdpo.compose.asked import Asked, add_model_options, read_model, scratch_folder
 from hdpo.errors import UserError
 from hdpo.keys import key, withdraw
 
@@ -30,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="further name in Host (repeatable)")
     add_model_options(parser)
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="hdpo-serve-") as scratch:
-        asked = read_model(options, Path(scratch))
+    with scratch_folder("hdpo-serve-") as scratch:
+        asked = read_model(options, scratch)
         withdraw(asked.config.tools.key_names)
         if not key(VARIABLE) and options.host not in ("127.0.0.1", "::1", "localhost"):
             raise UserError(f"--host {options.host} serves other machines: set {VARIABLE} to the key that clients must send")

@@ -41,7 +41,14 @@ def kinds(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]
 
 
 def unknown(key: str) -> str:
+    whole = next((field for field, kind in kinds().items() if key.startswith(f"{field}.") and _is_mapping(kind)), None)
+    if whole is not None:
+        return f"{whole} is set as a whole: {whole}={{{key.removeprefix(whole + '.').split('.')[0]}: ...}}"
     return f"unknown key {key}{hint(key, field_paths(), list(Config.model_fields))}"
+
+
+def _is_mapping(kind: Any) -> bool:
+    return get_origin(kind) is dict or any(get_origin(one) is dict for one in get_args(kind))
 
 
 class Document:
