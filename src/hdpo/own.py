@@ -87,7 +87,7 @@ def load_function(name: str, setting: str) -> Callable[..., Any]:
         raise ConfigError(f"{setting}: {name} is not of the form module:name or file.py:name")
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else _from_path(place)
-    except Exception as exc:  # noqa: BLE001 - a user's module raises what it likes
+    except (Exception, SystemExit) as exc:  # noqa: BLE001 - a user's module raises what it likes
         raise ConfigError(f"{setting}: {place} can't be imported: {type(exc).__name__}: {one_line(exc)}") from exc
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -136,7 +136,7 @@ class OwnCode:
         """What the function returns. Raises what it raises, and TimeoutError after `timeout_s` seconds of its own."""
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             self._loop = self._loop or BackgroundLoop("hdpo-own-code")
-            return await asyncio.wait_for(asyncio.wrap_future(self._loop.submit(function(*arguments))), timeout_s)
+            return await asyncio.wait_for(asyncio.wrap_future(self._loop.submit(_contained(function, arguments))), timeout_s)
         self._places = self._places or asyncio.Semaphore(self._threads)
         async with self._places:
             return await asyncio.wait_for(asyncio.wrap_future(_started(function, arguments)), timeout_s)
@@ -145,6 +145,19 @@ class OwnCode:
         if self._loop is not None:
             self._loop.abandon()
             self._loop = None
+
+
+async def _contained(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What would end the loop, or look as if the call were given up, is an error like any other."""
+    try:
+        return await function(*arguments)
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as exc:
+        raise RuntimeError(f"{type(exc).__name__} in an own function") from exc
+    except asyncio.CancelledError as exc:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("CancelledError in an own function") from exc
 
 
 def _started(function: Callable[..., Any], arguments: tuple[Any, ...]) -> concurrent.futures.Future[Any]:

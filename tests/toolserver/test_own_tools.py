@@ -159,6 +159,30 @@ def test_a_failing_tool_is_ours_and_a_bad_call_the_policy_s() -> None:
         assert outcome.call.infrastructure and outcome.error.startswith("population: ")
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_code_of_the_user_s_that_exits_fails_its_own_call_alone(kind: type[BaseException]) -> None:
+    async def leaving(arguments: dict[str, Any], context: ToolContext) -> str:
+        if arguments["city"] == "Oslo":
+            raise kind
+        return "here"
+
+    def leaving_plain(arguments: dict[str, Any], context: ToolContext) -> str:
+        if arguments["city"] == "Oslo":
+            raise kind
+        return "here"
+    for function in (leaving, leaving_plain):
+        gone, after = with_function(function, call("population", city="Oslo"), call("population", city="Rome"), timeout_s=20)
+        assert gone.call.infrastructure and kind.__name__ in gone.error
+        assert after.call.ok and after.call.observation == "here"
+
+
+def test_a_module_that_exits_when_it_is_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('no arguments')\n")
+    with pytest.raises(ConfigError, match="leaves.py can't be imported: SystemExit: no arguments"):
+        load_function(f"{tmp_path / 'leaves.py'}:f", "reward.function")
+
+
 def test_a_function_gets_the_task_without_its_truth_and_may_answer_with_pictures_or_data() -> None:
     seen = list[ToolContext]()
 
