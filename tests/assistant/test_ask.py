@@ -149,6 +149,14 @@ def test_a_run_that_was_moved_is_asked_with_the_files_that_lie_with_it(
     assert mine.config.tools.text_index == "runs/mine/world/facts.sqlite"
 
 
+def test_where_nobody_reads_the_answer_any_more_nothing_is_said() -> None:
+    process = subprocess.Popen([sys.executable, "-m", "hdpo", "ask", *TOY, "What is 1+1?"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 141 and "Traceback" not in said, said
+
+
 def test_the_log_that_an_error_names_is_there(tmp_path: Path) -> None:
     done = hdpo("ask", *TOY, "--set", "tools.mcp={gone: {command: [/bin/false]}}", "q")
     assert done.returncode == 3 and Path(done.stderr.strip().rpartition("see ")[2]).is_file(), done.stderr

@@ -6,6 +6,7 @@ calling thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 import uuid
@@ -142,11 +143,15 @@ class Assistant:
             return Completion([], [], StopReason.LENGTH, 0)
         spoken, due = Spoken(self._chat.decode, hear), 0.0
 
+        def tell(token_ids: list[int]) -> None:
+            with contextlib.suppress(OSError):        # nobody listens any more: the last telling says so to who waits
+                spoken.so_far(token_ids)
+
         def watch(token_ids: list[int]) -> None:      # on the engine's thread
             nonlocal due
             if time.monotonic() >= due:
                 due = time.monotonic() + PERIOD_S
-                loop.call_soon_threadsafe(spoken.so_far, list(token_ids))
+                loop.call_soon_threadsafe(tell, list(token_ids))
 
         completion = await self._pump.generate(live.key, GenerateRequest(
             token_ids=list(live.builder.compact_ids), images=tuple(live.builder.images), max_tokens=max_tokens,
