@@ -20,7 +20,7 @@ time.sleep({before})
 with StopSignal() as stop:
     print("training", flush=True)
     until = time.monotonic() + {training}
-    while not stop.requested and time.monotonic() < until:
+    while not stop.is_set() and time.monotonic() < until:
         time.sleep(0.01)
     print("saving", flush=True)
     time.sleep({saving})

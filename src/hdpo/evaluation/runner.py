@@ -105,9 +105,9 @@ class Runner:
         bar = progress("answers", "", total=total, shown=self.world.is_main and total > 0)
         with StopSignal() as stop, bar:
             for arm in self.plan.arms:
-                if todo[arm] and not self.world.any(stop.requested):
+                if todo[arm] and not self.world.any(stop.is_set()):
                     self._arm(Questions(todo[arm], arm, self.plan.prompt_of(arm, self.config), self.plan.bare), known, bar, stop)
-            return not self.world.any(stop.requested)
+            return not self.world.any(stop.is_set())
 
     def _questions(self, benchmarks: Sequence[Benchmark], items: Mapping[str, Mapping[str, Item]], data: Path) -> list[Question]:
         found = []

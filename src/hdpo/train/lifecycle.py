@@ -44,17 +44,13 @@ class StopSignal:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, self._after if self.requested else handler)
+            signal.signal(number, self._after if self._asked else handler)
 
     def _after(self, number: int, frame: FrameType | None) -> None:
         """After a stop the work is saved: a further signal ends what is left of the process, and has no news."""
         if time.monotonic() - self._first > self.SAME_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-
-    @property
-    def requested(self) -> bool:
-        return self._asked
 
     def is_set(self) -> bool:
         """As an Event says it (protocols.Flag)."""

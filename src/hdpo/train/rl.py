@@ -105,7 +105,7 @@ def train(config: Config, parts: RlParts) -> bool:
                 run_evaluation(config, parts, f"step_{step + 1:06d}", step + 1)
             with log.timed("save"):
                 checkpoints.save_due(step + 1, collect.position(), log.finish)
-            if world.any(stop.requested) and step + 1 < steps:
+            if world.any(stop.is_set()) and step + 1 < steps:
                 return leave(config, parts, step + 1, collect.position())
         checkpoints.finish()
         if config.eval.after and not run_evaluation(config, parts, config.eval.label_after, steps):

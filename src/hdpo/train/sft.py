@@ -80,7 +80,7 @@ def train(config: Config, parts: SftParts) -> bool:
                 **held, **guard.scalars(), "actor/lr": lr, "training/global_step": step + 1, "training/epoch": demos.epoch,
                 "data/skipped": len(demos.skipped)}))
             guard.check(partial(checkpoints.save_last, step + 1, demos.state()))
-            stopping = world.any(stop.requested)
+            stopping = world.any(stop.is_set())
             with log.timed("save"):
                 checkpoints.save_due(step + 1, demos.state())
             if stopping and step + 1 < steps:
