@@ -223,6 +223,7 @@ def large_pictures() -> tuple[dict[str, Figure], Any]:
 
 def main() -> int:
     args = arguments(__doc__).parse_args()
+    served_figures, live = servers(args.short)      # first, while the machine's memory is free
     with tempfile.TemporaryDirectory() as folder:
         chat = qwen_format(Path(folder))
         figures, times = pixels(chat)
@@ -235,9 +236,7 @@ def main() -> int:
     figures |= scale_plan.rank(chat, made, held) | scale_plan.sessions(16 if args.short else 64) | scale_plan.node()
     found, files = kept(made, groups(chat, 1, enlarged=True))
     figures |= found
-    del made
-    found, live = servers(args.short)
-    figures |= found
+    figures |= served_figures
     found, large = large_pictures()
     details = {"pixels": times, "kept": files, "servers": live, "8K": large}
     return not report("scale", figures | found, details, args.json, args.short)
