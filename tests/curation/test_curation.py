@@ -20,6 +20,7 @@ from hdpo.agent.chat import ChatFormat
 from hdpo.agent.demonstration import encode_demonstration
 from hdpo.agent.images import decode_image
 from hdpo.cli import main
+from hdpo.config import Config
 from hdpo.toyworld.recordings import EXPECTED, SOURCES, Recording, write_recordings
 
 ROWS = 21       # every planted fault once a source
@@ -190,3 +191,12 @@ def test_the_judge_drops_low_scores_and_an_unreadable_reply_lets_the_row_wait_un
     absurd = {row for row, fault in enumerate(recording.faults) if fault == "absurd"}
     assert {row for row, found in dropped.items() if found["reason"] == "visual_relevance_low"} == absurd
     assert all(json.loads(row["extra_info"])["scores"]["visual_relevance"] == 5 for row in kept.values())
+
+
+def test_curation_as_part_of_another_command_names_no_command_that_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hdpo.compose.commands import PART_OF
+    from hdpo.compose.curate import _what_next
+    manifest = {"about": {"stages": ["1"]}, "mine": {"1": {"kept": 3}}}
+    assert [line.split()[:3] for line in _what_next(manifest, Config())] == [["next", "make", "sft"]]
+    monkeypatch.setenv(PART_OF, "make demo")
+    assert _what_next(manifest, Config()) == []

@@ -15,6 +15,8 @@ from hdpo.config.file import dump_config, parse_run
 from hdpo.errors import DataError, ModelError
 from hdpo.keys import withdraw
 
+PART_OF = "HDPO_PART_OF"
+"""In the environment of a stage that another command runs one after the other, such as `hdpo demo`."""
 UNSAFE = r"[^\w@%+=:,./\[\]-]"
 """What a shell would not leave alone."""
 
@@ -105,7 +107,9 @@ def say_what_next(config: Config, command: str, report: bool) -> None:
     evaluation = command_line("eval", f"{config.run.path}/config.yaml", [
         f"model.path={checkpoint}", f"run.name={config.run.name}-eval", f"data.val=[{','.join(held_out) or 'VAL.parquet'}]"])
     lines = [("done", f"{config.optim.steps} steps; the final folder is {checkpoint}")]
-    if command == "sft":
+    if command == "sft" and PART_OF in os.environ:      # what comes next comes by itself
+        pass
+    elif command == "sft":
         lines += [("next", command_line("rl", "metis_8b_rl", [f"model.path={checkpoint}", "data.train=[RL.parquet]"])),
                   ("evaluate", evaluation)]
     else:

@@ -162,7 +162,9 @@ def _report(manifest: dict[str, Any], config: Config) -> int:
 
 def _what_next(manifest: dict[str, Any], config: Config) -> list[str]:
     """The commands that train on what there is."""
-    from hdpo.compose.commands import command_line
+    from hdpo.compose.commands import PART_OF, command_line
+    if PART_OF in os.environ:
+        return []
     about, model = manifest["about"], f"model.path={config.model.path or 'MODEL'}"
     last = about["stages"][-1]
     kept = sum(stages[last]["kept"] for source, stages in manifest.items() if source != "about")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from hdpo.compose.commands import PART_OF
 from hdpo.config.shipped import launch_folder
 from hdpo.errors import HdpoError, UserError, boundary
 from hdpo.evaluation.evaluate import format_table
@@ -138,7 +139,7 @@ def launch(command: str, config: str, ranks: int, overrides: Sequence[str], flag
         str(root / "configs" / config), *flags]
     for item in overrides:
         arguments += ["--set", item]
-    process = subprocess.Popen(arguments, env=os.environ | cpu_environment(ranks))
+    process = subprocess.Popen(arguments, env=os.environ | cpu_environment(ranks) | {PART_OF: again})
     status = _wait(process)
     if status == 130:
         raise KeyboardInterrupt
