@@ -151,7 +151,7 @@ async def _contained(function: Callable[..., Any], arguments: tuple[Any, ...]) -
     """What would end the loop, or look as if the call were given up, is an error like any other."""
     try:
         return await function(*arguments)
-    except (SystemExit, KeyboardInterrupt, GeneratorExit) as exc:
+    except (SystemExit, KeyboardInterrupt) as exc:
         raise RuntimeError(f"{type(exc).__name__} in an own function") from exc
     except asyncio.CancelledError as exc:
         task = asyncio.current_task()

@@ -159,8 +159,9 @@ def test_a_failing_tool_is_ours_and_a_bad_call_the_policy_s() -> None:
         assert outcome.call.infrastructure and outcome.error.startswith("population: ")
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning",
+                            "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_code_of_the_user_s_that_exits_fails_its_own_call_alone(kind: type[BaseException]) -> None:
     async def leaving(arguments: dict[str, Any], context: ToolContext) -> str:
         if arguments["city"] == "Oslo":
