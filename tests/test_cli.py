@@ -140,6 +140,15 @@ def test_a_parquet_without_a_needed_column_is_named(tiny_folder: Path, tmp_path:
     assert any("rows.parquet" in line and "prompt" in line for line in done.stdout.splitlines() if line.startswith("MISSING"))
 
 
+def test_a_dry_run_says_that_copies_of_the_data_can_be_kept_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hdpo.cli import main
+    (tmp_path / "file").touch()
+    assert main(["rl", "--config", RL, "--dry-run", "--set", f"data.train=[{tmp_path / 'rows.parquet'}]", "--set",
+                 f"data.cache={tmp_path / 'file'}"]) == 2
+    said = f"MISSING  training data: {tmp_path / 'file'}: copies of data files can't be kept there (File exists); set data.cache\n"
+    assert said in capsys.readouterr().out
+
+
 def test_an_unreachable_tool_server_is_named() -> None:
     done = hdpo("rl", "--config", RL, "--dry-run", REMOTE_TOOL_SERVER_URL="http://127.0.0.1:9")
     assert any(line.startswith("MISSING  tools: http://127.0.0.1:9") for line in done.stdout.splitlines())

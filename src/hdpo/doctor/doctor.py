@@ -70,7 +70,9 @@ def check_disk(config: Config, ranks: int = 0, device_gib: float = 0.0, sft: boo
 def check_data(config: Config, files: Sequence[str], field: str, command: str) -> str:
     if not files:
         raise UserError(f"{field} names no file")
+    from hdpo.data.copies import cache_folder
     from hdpo.data.tasks import check_columns
+    cache_folder(config.data.cache)
     rows = check_columns(files, config.data, demonstrations=command == "sft")
     return f"{rows} rows in {len(files)} source{'s' if len(files) > 1 else ''}"
 
