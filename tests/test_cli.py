@@ -145,7 +145,7 @@ def test_a_dry_run_says_that_copies_of_the_data_can_be_kept_nowhere(tmp_path: Pa
     (tmp_path / "file").touch()
     assert main(["rl", "--config", RL, "--dry-run", "--set", f"data.train=[{tmp_path / 'rows.parquet'}]", "--set",
                  f"data.cache={tmp_path / 'file'}"]) == 2
-    said = f"MISSING  training data: {tmp_path / 'file'}: copies of data files can't be kept there (File exists); set data.cache\n"
+    said = f"MISSING  training data: {tmp_path / 'file'}: copies of data files can't be kept there (File exists); set data.cache"
     assert said in capsys.readouterr().out
 
 
