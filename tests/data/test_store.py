@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import errno
+import fcntl
 import gzip
 import json
 import multiprocessing
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hdpo.data.index import Checked, index_rows
 from hdpo.data.pages import WORTHWHILE, large_values
 from hdpo.data.pictures import encoded_images
 from hdpo.data.store import RowStore, open_rows
@@ -143,6 +146,88 @@ def test_a_torn_copy_is_made_again(tmp_path: Path, cache: str) -> None:
     (torn,) = Path(cache).rglob("rows.arrow")
     os.truncate(torn, 100)
     assert len(list(open_rows([str(tmp_path / "x.parquet")], cache=cache))) == 4
+
+
+def test_a_damaged_copy_is_made_again(tmp_path: Path, cache: str) -> None:
+    write(tmp_path / "x.parquet", rows(0, 4))
+    for damage in (lambda copy: (copy / "rows.arrow").write_bytes(bytes((copy / "rows.arrow").stat().st_size)),
+                   lambda copy: (copy / "copy.json").write_text("[]"),
+                   lambda copy: (copy / "copy.json").write_text(
+                       json.dumps({"bytes": (copy / "rows.arrow").stat().st_size}))):
+        open_rows([str(tmp_path / "x.parquet")], cache=cache)
+        damage(next(Path(cache).glob("*/rows.arrow")).parent)
+        assert [row["question"] for row in open_rows([str(tmp_path / "x.parquet")], cache=cache)] == ["q0", "q1", "q2", "q3"]
+
+
+def _open_without_locks(file: str, cache: str, start: float) -> list[str]:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    fcntl.flock = no_locks      # of this process alone
+    return _open(file, cache, start)
+
+
+def test_processes_without_locks_between_them_all_get_their_rows_and_leave_one_copy(tmp_path: Path, cache: str) -> None:
+    write(tmp_path / "x.parquet", rows(0, 50))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        start = time.time() + 2.0
+        seen = pool.starmap(_open_without_locks, [(str(tmp_path / "x.parquet"), cache, start)] * 2)
+    assert seen == [[f"q{i}" for i in range(50)]] * 2
+    assert [file.name for file in Path(cache).rglob("rows.arrow*")] == ["rows.arrow"]
+
+
+def test_a_full_cache_is_one_line_that_names_the_setting_whatever_could_not_be_written(
+        tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    write(tmp_path / "x.parquet", rows(0, 4))
+    store = open_rows([str(tmp_path / "x.parquet")], cache=cache)
+    for wanted, act in (("write_text", lambda: open_rows([str(tmp_path / "x.parquet")], cache=cache + "2")),
+                        ("write_text", lambda: index_rows(store, lambda row: Checked(1), {}, cache=cache)),
+                        ("open", lambda: index_rows(store, lambda row: Checked(1), {}, cache=cache))):
+        with monkeypatch.context() as patched, pytest.raises(DataError, match=r"No space left.*data\.cache"):
+            patched.setattr(Path, wanted, full)
+            act()
+
+
+def test_what_a_killed_copy_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path, cache: str) -> None:
+    left, going = (Path(cache) / name / "rows.arrow.node.7.tmp" for name in ("a" * 32, "b" * 32))
+    for file in (left, going):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    write(tmp_path / "x.parquet", rows(0, 4))
+    open_rows([str(tmp_path / "x.parquet")], cache=cache)
+    assert (left.exists(), going.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("column", [
+    pa.RunEndEncodedArray.from_arrays(pa.array([3, 4], pa.int32()), pa.array(["a", "b"])),
+    pa.ExtensionArray.from_storage(pa.json_(), pa.array(["a", "a", "a", "b"])),
+    pa.array(["a", "a", "a", "b"]).dictionary_encode(),
+], ids=["run ends", "extension", "dictionary"])
+def test_columns_of_encoded_types_are_read_as_what_they_hold(tmp_path: Path, cache: str, column: pa.Array) -> None:
+    table = pa.table({"x": column})
+    with pa.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert [row["x"] for row in open_rows([str(tmp_path / "x.arrow")], cache=cache)] == ["a", "a", "a", "b"]
+
+
+def test_columns_that_cannot_be_mapped_are_named_with_their_file(tmp_path: Path, cache: str) -> None:
+    tables = {"two columns named a": pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]),
+              "column a has a type that can't be read": pa.table({"a": pa.array([(1, 2, 3)], pa.month_day_nano_interval())})}
+    for problem, table in tables.items():
+        with pa.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        with pytest.raises(DataError, match=f"x.arrow: .*{problem}"):
+            open_rows([str(tmp_path / "x.arrow")], cache=cache)
+
+
+def test_a_folder_of_saved_splits_asks_for_one_of_them(tmp_path: Path, cache: str) -> None:
+    split = datasets.Dataset.from_dict({"a": [1]})
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(DataError, match=r"several splits \(test, train\); name one, as in .*both/test"):
+        open_rows([str(tmp_path / "both")], cache=cache)
+    assert len(open_rows([str(tmp_path / "both" / "train")], cache=cache)) == 1
 
 
 def test_a_source_that_cannot_be_read_is_one_line_that_names_it(tmp_path: Path, cache: str) -> None:

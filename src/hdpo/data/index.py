@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hdpo.data.copies import cache_folder, once
+from hdpo.data.copies import cache_folder, keep, once, unwritable
 from hdpo.data.store import RowStore, file_state
 from hdpo.errors import DataError
 from hdpo.progress import progress
@@ -70,8 +70,10 @@ def index_rows(rows: RowStore, check: Callable[[int], Checked], settings: Any, *
             if known is None or not known.holds(folders):
                 known = _check(rows, check, wanted)
                 known.folders = folders
-                path.with_suffix(".tmp").write_text(json.dumps(asdict(known)))
-                os.replace(path.with_suffix(".tmp"), path)
+                try:
+                    keep(path, json.dumps(asdict(known)))
+                except OSError as exc:
+                    raise unwritable(path, "what is known of the data", exc) from exc
     return known
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hdpo.errors import DataError
@@ -73,6 +74,8 @@ def _files_of_folder(folder: Path) -> list[Path]:
         return [folder / part["filename"] for part in json.loads(state.read_text())["_data_files"]]
     files = sorted(file for file in folder.iterdir() if file.is_file() and kind_of(file, sniff=False)
                    and not file.name.startswith((".", "dataset_info", "dataset_dict")))
+    if splits := sorted(part.parent.name for part in folder.glob("*/state.json")):
+        raise DataError(f"{folder}: holds several splits ({', '.join(splits)}); name one, as in {folder}/{splits[0]}")
     if not files:
         raise DataError(f"{folder}: no data files in this folder ({', '.join(_SUFFIXES)}); name the files, or a folder of them")
     splits = sorted({found[1] for file in files if (found := _SPLIT.fullmatch(file.name.split(".")[0]))})
@@ -221,7 +224,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.large_string()
     if pa.types.is_binary_view(kind):
         return pa.large_binary()
-    if pa.types.is_dictionary(kind):
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return plain_type(kind.value_type)
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
@@ -231,6 +234,12 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.list_(plain_type(kind.value_type))
     if pa.types.is_map(kind):
         return pa.list_(pa.struct([("key", plain_type(kind.key_type)), ("value", plain_type(kind.item_type))]))
-    if isinstance(kind, pa.ExtensionType):
+    if isinstance(kind, pa.BaseExtensionType):
         return plain_type(kind.storage_type)
     return kind
+
+
+def plain(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch in its plain types. Raises what pyarrow raises for values that do not fit them."""
+    columns = [pc.run_end_decode(column) if pa.types.is_run_end_encoded(column.type) else column for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names).cast(schema)

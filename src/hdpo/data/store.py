@@ -24,7 +24,7 @@ from typing import Any
 import datasets
 
 from hdpo.data import pages
-from hdpo.data.copies import cache_folder, copy_of
+from hdpo.data.copies import cache_folder, mapped
 from hdpo.data.sources import ROW_COLUMN, DatasetName, resolve
 from hdpo.data.values import MappedFile
 from hdpo.errors import DataError
@@ -180,8 +180,7 @@ def open_rows(sources: Sequence[str], *, cache: str = "", image_root: str = "") 
             continue
         folder = cache_folder(cache)
         for file in found:
-            copy = copy_of(file, folder)
-            rows = datasets.Dataset.from_file(str(copy.arrow)).with_format("arrow")
+            copy, rows = mapped(file, folder)
             pages.read_at_random(copy.arrow)
             parts.append(_Part(number, str(file), file.parent, rows, copy.columns, copy.as_text, copy.fingerprint))
     if not parts:
