@@ -22,7 +22,10 @@ def raise_limit() -> int:
     """Raise the soft limit of this process and its children to the hard one; how many files it may have open then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):      # a hard limit above what the kernel takes (fs.nr_open, macOS): the soft one stays
+            hard = soft
     return hard if hard != resource.RLIM_INFINITY else 1 << 30
 
 

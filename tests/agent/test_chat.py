@@ -130,6 +130,15 @@ def test_images_are_kept_whole_and_those_that_do_not_fit_are_named(chat: ChatFor
     assert len(long.images) == 1 and len(wrapped(chat, long.expanded_ids)) == 40
 
 
+def test_an_image_is_dropped_where_no_size_lies_between_its_least_and_the_room(tiny_folder: Path) -> None:
+    few = 211       # tokens at the least; a prime number of them is one row, and no picture is so long
+    chat = load_chat_format(str(tiny_folder), 1024, 16384)
+    chat.min_pixels, chat.max_tool_pixels = few * chat.factor**2, 1024 * chat.factor**2
+    block = len(chat._image_block) - 1
+    assert chat.observation("", [picture(640, 640)], few + block).images == ()
+    assert len(chat.observation("", [picture(640, 640)], 225 + block).images) == 1
+
+
 @given(st.lists(st.tuples(st.lists(st.integers(0, 250), min_size=1, max_size=5), HOSTILE, st.booleans()), max_size=5))
 def test_each_prompt_begins_with_the_prompt_before_and_all_streams_stay_aligned(
         chat: ChatFormat, turns: list[tuple[list[int], str, bool]]) -> None:

@@ -11,7 +11,7 @@ from tiny_models import save_tiny_qwen3_vl
 from hdpo.config import Config, ModelConfig
 from hdpo.config.file import load_config
 from hdpo.doctor.doctor import main as doctor
-from hdpo.doctor.host_plan import pinned
+from hdpo.doctor.host_plan import machine_memory, pinned
 from hdpo.doctor.memory_plan import GIB, check, plan
 from hdpo.doctor.shapes import Shapes, read_shapes, shapes_of
 from hdpo.errors import ConfigError
@@ -186,3 +186,18 @@ def test_doctor_prints_the_plan_of_a_configuration_for_devices_elsewhere(
     assert re.search("^memory +MISSING +memory: the", capsys.readouterr().out, re.MULTILINE)
     assert doctor(["--set", f"model.path={tmp_path / 'nothing'}"]) == 1
     assert re.search("^memory +MISSING .*config.json", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("own", "file"), [
+    ("0::/slurm/job_7/step_0/task_1", "slurm/job_7/memory.max"), ("0::/", "memory.max"),
+    ("3:cpu:/x\n4:memory:/slurm/uid_0/job_7\n0::/", "memory/slurm/uid_0/memory.limit_in_bytes"),
+    ("4:memory:/docker/not_seen_from_inside", "memory/memory.limit_in_bytes")])
+def test_the_memory_of_a_node_is_what_the_groups_around_this_process_allow(tmp_path: Path, own: str, file: str) -> None:
+    (tmp_path / "own").write_text(own + "\n")
+    limit, inside = tmp_path / "root" / file, tmp_path / "root/slurm/job_7/step_0/memory.max"
+    for path, said in ((limit, f"{3 << 20}\n"), (inside, "max\n")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(said)
+    assert machine_memory(str(tmp_path / "root"), str(tmp_path / "own")) == 3 << 20
+    limit.unlink()
+    assert machine_memory(str(tmp_path / "root"), str(tmp_path / "own")) > 3 << 20

@@ -124,7 +124,7 @@ def test_beyond_its_size_the_spool_keeps_what_it_has_until_a_checkpoint_lets_go(
         for step in range(6):
             spool.begin(step)
             spool.add(trajectory(1, 0))
-    assert caplog.text.count("until the next checkpoint") == 3
+    assert caplog.text.count("until the next checkpoint") == 1      # and not at each of the steps after it
     kept = sorted(path.parent.name for path in c.run.path.rglob("*.spool") if path.stat().st_size > one / 2)
     assert kept == ["step_000000", "step_000001", "step_000002"]
     with Spool(c, World()) as spool:
@@ -133,6 +133,10 @@ def test_beyond_its_size_the_spool_keeps_what_it_has_until_a_checkpoint_lets_go(
     killed_in_step(c, 6, trajectory(1, 0))
     with Spool(c, World()) as spool:
         assert list(spool.begin(6)) == [(1, 0)]
+        for step in range(6, 10):
+            spool.begin(step)
+            spool.add(trajectory(1, 1))
+    assert caplog.text.count("until the next checkpoint") == 2      # full anew
 
 
 def test_a_full_disk_costs_the_spool_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

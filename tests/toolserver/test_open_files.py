@@ -57,6 +57,14 @@ def test_a_low_soft_limit_is_raised_and_no_call_fails(soft: None) -> None:
         server.close()
 
 
+def test_a_hard_limit_that_the_kernel_does_not_take_leaves_the_soft_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (LOW, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refused)
+    assert descriptors.raise_limit() == LOW
+
+
 def test_where_files_run_out_calls_fail_as_ours_with_the_cause_and_others_go_on(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = (f"import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({LOW}, {LOW}));"

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import gzip
 import hashlib
 import json
@@ -104,6 +105,23 @@ def test_many_trajectories_share_a_store_that_keeps_nothing_and_all_get_their_pi
     assert all(f"({50 + number % 6}, 40) (30, {20 + number % 6})" in text for number, text in enumerate(said))
 
 
+def test_a_call_that_is_cancelled_before_its_pictures_are_named_ends_no_other_of_its_task(server: ToolServer) -> None:
+    async def go() -> str:
+        client, busy, shared = ToolClient(server.url, timeout=120), threading.Event(), task(png() + bytes(1 << 17))
+        assert await client._server_takes_uploads()
+        client._pool.submit(busy.wait)
+        first, second = (asyncio.create_task(client.call(f"cancelled {number}", python("1 + 1"), shared)) for number in (1, 2))
+        await asyncio.sleep(0)        # both have begun, and wait for the names
+        assert len(client._live) == 2
+        first.cancel()
+        await asyncio.wait((first,))
+        busy.set()
+        said = (await second).text
+        await client.close()
+        return said
+    assert "2" in asyncio.run(go())
+
+
 def test_a_server_of_the_references_kind_is_sent_data_urls_once_a_trajectory() -> None:
     bodies: list[dict[str, Any]] = []
 
@@ -190,6 +208,22 @@ def test_servers_that_share_a_folder_hold_what_another_lets_go(tmp_path: Path, m
     one.put(key_of(b"y"), b"y")
     one.put(key_of(b"z"), b"z")
     assert list(theirs) == [b"x" * 99]
+
+
+def test_a_disk_that_fails_while_pictures_are_held_leaves_none_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = PictureStore(tmp_path, 0), os.link
+    keys = [key_of(data) for data in (b"a", b"b")]
+    for key, data in zip(keys, (b"a", b"b")):
+        store.put(key, data)
+
+    def link(source: Path, target: Path) -> None:
+        if source.name == keys[1]:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        real(source, target)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="quota"):
+        patched.setattr(os, "link", link)
+        store.hold(keys)
+    assert not files(store._held) and list(store.hold(keys)) == [b"a", b"b"]
 
 
 def test_a_replys_picture_is_out_of_memory_until_it_is_asked_for_and_goes_with_it(tmp_path: Path) -> None:

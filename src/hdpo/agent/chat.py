@@ -5,6 +5,7 @@ itself and wrapped as a user turn. Text that comes from tools or data cannot tur
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -277,8 +278,11 @@ class ChatFormat:
         """A tool's image of `size` as the model sees it, scaled to `room` tokens if they hold an image at all."""
         whole = bounded_size(*size, self.factor, self.min_pixels, self.max_tool_pixels)
         most = room * self.factor**2
-        return whole if whole[0] * whole[1] <= most or most < self.min_pixels else bounded_size(
-            *size, self.factor, self.min_pixels, most)
+        if whole[0] * whole[1] <= most or most < self.min_pixels:
+            return whole
+        with contextlib.suppress(ValueError):      # no grid between such close bounds
+            return bounded_size(*size, self.factor, self.min_pixels, most)
+        return whole
 
 
 def _tensor(image: Image) -> torch.Tensor:

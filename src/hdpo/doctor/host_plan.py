@@ -5,6 +5,7 @@ below. All sizes are bytes of one node. Page cache (weights and data read from f
 """
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,12 +105,17 @@ def _of_node(phases: Phases, ranks: int) -> Phases:
     return {phase: {part: ranks * bytes for part, bytes in parts.items() if bytes} for phase, parts in phases.items()}
 
 
-def machine_memory() -> int:
-    """Bytes that this machine's processes may hold: its memory, or less where a control group says so."""
+def machine_memory(groups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """Bytes that this process and those beside it may hold: the machine's memory, or less where a control group that it is in
+    (a container's, a batch job's, or one around them) says so."""
     limits = [psutil.virtual_memory().total]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):     # no such group, or "max"
-            continue
+    with contextlib.suppress(OSError):
+        for line in Path(own).read_text().splitlines():
+            _, kinds, name = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            top, file = (Path(groups, "memory"), "memory.limit_in_bytes") if kinds else (Path(groups), "memory.max")
+            for group in [top / name.strip("/"), *(top / part for part in Path(name.strip("/")).parents)]:
+                with contextlib.suppress(OSError, ValueError):     # no such group, or "max"
+                    limits.append(int((group / file).read_text()))
     return min(limits)

@@ -50,7 +50,7 @@ class Spool:
         self._content = content_of(config) if content is None else content
         self._active = not config.run.deterministic
         self._known = Records((), {})
-        self._sampled = False
+        self._sampled = self._full = False
         self._writer: _Writer | None = None
         if world.is_main and not (self._active and config.run.resume):
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -68,6 +68,7 @@ class Spool:
             return self._known
         if self._writer is not None:
             self._writer.close()
+            self._full = self._writer.full
         invalid = self._world.any(self._sampled)
         if self._world.is_main:
             covered = newest_step(self._config.run.path)
@@ -80,7 +81,8 @@ class Spool:
         self._sampled = False
         self._world.barrier()       # every rank has listed the files before the first new one appears
         here = _step_folder(self._config.run.path, step)
-        self._writer = _Writer(_free_name(here, self._world.rank), _header(self._config, step, self._content), self._room())
+        self._writer = _Writer(_free_name(here, self._world.rank), _header(self._config, step, self._content), self._room(),
+                               self._full)
         return self._known
 
     def _room(self) -> float:
@@ -137,11 +139,11 @@ _Item = Trajectory | Carried | dict[str, int]      # a dict: the mark of a step 
 class _Writer:
     """Appends to one file in a thread. Losing the spool costs sampling again, never the run: errors are one warning."""
 
-    def __init__(self, path: Path, header: dict[str, Any], room: float) -> None:
-        """`room`: bytes that may be written."""
+    def __init__(self, path: Path, header: dict[str, Any], room: float, full: bool = False) -> None:
+        """`room`: bytes that may be written. `full`: there was none for the step before, as has been said."""
         self._path, self._header, self._room = path, header, room
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._full = False
+        self.full = full and room <= 0
         self._thread = threading.Thread(target=self._run, name="hdpo-spool", daemon=True)
         self._thread.start()
 
@@ -172,8 +174,8 @@ class _Writer:
             while item is not None:
                 if file.tell() < self._room:
                     records.mark("cut", **item) if isinstance(item, dict) else records.put(item)
-                elif not self._full:
-                    self._full = True
+                elif not self.full:
+                    self.full = True
                     log.warning("rollouts are not kept for a resume until the next checkpoint: run.spool_gib is used up")
                 if self._queue.empty():
                     file.flush()

@@ -52,7 +52,7 @@ class _Live:
     """What is known of a live trajectory."""
 
     task: Task
-    keys: asyncio.Future[tuple[str, ...]]      # of its pictures
+    keys: asyncio.Future[tuple[str, ...]]      # of its pictures; shared, so that no call may cancel it
     session: bool = False                      # the server holds a Python session for it
     python_calls: int = 0                      # executed there, as far as their answers have come
     sent: bool = False                         # a server that takes data URLs has its pictures
@@ -91,7 +91,7 @@ class ToolClient:
         try:
             async with asyncio.timeout(self.timeout):
                 if await self._server_takes_uploads():
-                    reply = await self._with_uploads(replace(call, image_keys=await live.keys), task)
+                    reply = await self._with_uploads(replace(call, image_keys=await asyncio.shield(live.keys)), task)
                 else:
                     reply = await self._with_images(call, live)
         except TimeoutError:

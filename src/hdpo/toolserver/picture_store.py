@@ -99,19 +99,24 @@ class PictureStore:
     def hold(self, keys: Sequence[str]) -> HeldPictures:
         """Raises MissingPictures."""
         missing: list[str] = []
+        taken: list[str] = []
         with self._lock:
             for key in keys:
-                if not self._links[key]:
-                    try:
+                try:
+                    if not self._links[key]:
                         os.link(self._all / key, self._held / key)
-                    except FileNotFoundError:
-                        missing.append(key)
-                        continue
+                except FileNotFoundError:
+                    missing.append(key)
+                    continue
+                except OSError:
+                    self._release(taken)
+                    raise
                 self._links[key] += 1
+                taken.append(key)
                 with contextlib.suppress(OSError):
                     os.utime(self._all / key)
             if missing:
-                self._release([key for key in keys if key not in missing])
+                self._release(taken)
                 raise MissingPictures(list(dict.fromkeys(missing)))
         held = HeldPictures([self._held / key for key in keys])
         weakref.finalize(held, self._release, list(keys)).atexit = False
