@@ -165,8 +165,10 @@ def test_an_sft_run_is_planned_too(shapes: Shapes) -> None:
     made = check(configured(), shapes, 8, H100, 2, sft=True)
     assert list(made.phases) == ["update"] and list(made.host) == ["update", "save"]
     assert "sleeping engine" not in made.host["update"] and made.lines()
-    with pytest.raises(ConfigError, match="the update phase .* it fits with"):
-        check(configured(), shapes, 4, H100, 2, sft=True)
+    for values in ({}, {"rollout__kv_cache_gib": 2}):      # no setting of an engine that it doesn't have
+        with pytest.raises(ConfigError, match="the update phase .* it fits with") as refused:
+            check(configured(**values), shapes, 4, H100, 2, sft=True)
+        assert "rollout." not in str(refused.value)
 
 
 def test_a_model_that_no_setting_can_place_is_told_so(shapes: Shapes) -> None:

@@ -92,7 +92,7 @@ def test_a_dump_within_a_limit_loses_later_pictures_first_and_then_later_groups(
     assert read_rollouts(write_rollouts(tmp_path / "none.parquet", groups, step=1, byte_limit=0)) == []
 
 
-def test_the_dumps_of_a_run_stay_within_their_size_and_none_is_starved_by_those_before(tmp_path):
+def test_the_dumps_of_a_run_stay_within_their_size_and_none_is_starved_by_those_before(tmp_path, caplog):
     gib = 6e6 / 2**30
     config = Config.model_validate({"run": {"folder": str(tmp_path)}, "log": {"rollouts_gib": gib}, "optim": {"steps": 8}})
     dumps = RolloutDumps(config, World())
@@ -100,6 +100,7 @@ def test_the_dumps_of_a_run_stay_within_their_size_and_none_is_starved_by_those_
     for step in range(1, 9):
         dumps.write(step, [_photos(i) for i in range(8)], None)
         sizes.append((tmp_path / "run" / "rollouts" / f"step_{step:06d}.parquet").stat().st_size)
+        assert caplog.text.count("log.rollouts_gib") == (1 if step <= 4 else 2)      # said once, and not at every step
         if step == 4:
             dumps = RolloutDumps(config, World())     # a resumed run counts what is there
     assert sum(sizes) <= 6.3e6 and min(sizes) > 0.6 * max(sizes)

@@ -197,7 +197,9 @@ def host_remedies(config: Config, sft: bool) -> list[Change]:
 def remedies(config: Config, made: MemoryPlan, phase: str) -> list[Change]:
     """Settings worth trying, the least costly first."""
     rollout: list[Change] = []
-    if config.rollout.kv_cache_gib and made.device:
+    if "rollout" not in made.phases:      # an SFT run without an engine
+        pass
+    elif config.rollout.kv_cache_gib and made.device:
         spare = (made.device - made.total("rollout") + made.kv_bytes) / GIB
         rollout.append({"rollout.kv_cache_gib": math.floor(10 * spare) / 10})
         rollout.append({"rollout.kv_cache_gib": math.ceil(10 * made.kv_bytes_per_token * made.context / GIB) / 10})

@@ -10,9 +10,10 @@ import dataclasses
 import glob
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from hdpo.types import Judgement, Reward, RewardedGroup, Task, ToolCall, Traject
 if TYPE_CHECKING:
     from hdpo.ranks.world import World
 
+log = logging.getLogger(__name__)
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,([A-Za-z0-9+/=\r\n]{64,})")
 _ROW_GROUP_BYTES = 32 * 2**20       # of tokens and pictures, a picture counted as often as it is shown
 _LOSSLESS_PIXELS = 256 * 256       # pictures up to this size keep every pixel (PNG); larger ones are JPEG
@@ -94,6 +96,7 @@ class RolloutDumps:
         self._config, self._world = config, world
         self._folder = config.run.path / "rollouts"
         self._used: float | None = None      # bytes of this rank's share of the folder
+        self._told = False
 
     def write(self, step: int, groups: Sequence[RewardedGroup], advantages: Sequence[Sequence[float]] | None,
               trained: Sequence[TrainedRow] = ()) -> None:
@@ -105,43 +108,54 @@ class RolloutDumps:
         beside = write_trained(self._folder, step, trained, world.rank, world.size, None if limit is None else limit // 4)
         used = beside.stat().st_size
         part = write_rollouts(self._folder / f"step_{step:06d}.parquet", groups, step=step, rank=world.rank, world=world.size,
-                              advantages=advantages, byte_limit=None if limit is None else max(0, limit - used))
+                              advantages=advantages, byte_limit=None if limit is None else max(0, limit - used),
+                              thinned=self._tell)
         self._used += part.stat().st_size + used
 
+    def _tell(self, groups: int) -> None:
+        if not self._told:
+            self._told = True
+            log.warning("rollout dumps are thinned to their share of log.rollouts_gib: in this one %d groups have no pictures or "
+                        "are left out", groups)
+
     def _limit(self, step: int) -> int | None:
-        log = self._config.log
-        if not log.rollouts_gib or self._used is None:
+        given = self._config.log
+        if not given.rollouts_gib or self._used is None:
             return None
-        to_come = 1 + max(0, self._config.optim.steps - step) // log.rollouts_every
-        return int(max(0.0, log.rollouts_gib * 2**30 / self._world.size - self._used) / to_come)
+        to_come = 1 + max(0, self._config.optim.steps - step) // given.rollouts_every
+        return int(max(0.0, given.rollouts_gib * 2**30 / self._world.size - self._used) / to_come)
 
 
 def write_rollouts(path: str | os.PathLike[str], groups: Sequence[RewardedGroup], *, step: int, rank: int = 0,
                    world: int = 1, advantages: Sequence[Sequence[float]] | None = None, image_side: int = 1024,
-                   byte_limit: int | None = None) -> Path:
+                   byte_limit: int | None = None, thinned: Callable[[int], None] | None = None) -> Path:
     """Write this rank's part of `path`, for example `rollouts/step_000012.parquet`; returns the file written.
 
     With one rank the file is `path` itself, otherwise `step_000012.rank3.parquet`; `read_rollouts(path)` finds either.
     `advantages` [B][C]: trajectories of group 0 first. `image_side`: longest side kept, pixels. `byte_limit`: about so large
-    may the part be, see RolloutDumps (None: no limit).
+    may the part be, see RolloutDumps (None: no limit); `thinned` is told how many groups are not whole for it.
     """
     rows: list[DumpedRollout] = []
-    held, first = 0, 0
+    held, first, lacking = 0, 0, 0
     for group in groups:
         given = [list(some) for some in advantages[first:first + len(group.rewards)]] if advantages is not None else [
             [] for _ in group.rewards]
         first += len(group.rewards)
         text = sum(_text_bytes(trajectory) for trajectory in group.trajectories)
         if byte_limit is not None and held + text > byte_limit:
+            lacking += 1
             continue
         pictures = _Pictures(image_side)
         shown = [pictures.of(trajectory, len(group.task.images)) for trajectory in group.trajectories]
         if byte_limit is not None and held + text + pictures.nbytes > byte_limit:
             shown, pictures.nbytes = [([], 0) for _ in shown], 0
+            lacking += 1
         held += text + pictures.nbytes
         for trajectory, judgement, reward, own, (images, count) in zip(
                 group.trajectories, group.judgements, group.rewards, given, shown, strict=True):
             rows.append(_dumped(step, trajectory, judgement, reward, own, images, count))
+    if lacking and thinned is not None:
+        thinned(lacking)
     part = _part(Path(path), rank, world)
     _remove_other_layout(Path(path), rank, world)
     write_rows(part, rows)
