@@ -178,6 +178,9 @@ def test_a_model_that_no_setting_can_place_is_told_so(shapes: Shapes) -> None:
 
 def test_doctor_prints_the_plan_of_a_configuration_for_devices_elsewhere(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from deepspeed.accelerator import get_accelerator
+    get_accelerator()      # says once in a process which it takes
+    capsys.readouterr()
     folder = save_tiny_qwen3_vl(tmp_path)
     arguments = ["--config", str(ROOT / "launch/configs/demo_rl.yaml"), "--set", f"model.path={folder}", "--gpus", "2"]
     assert doctor([*arguments, "--gpu-gib", "80"]) == 0
