@@ -158,6 +158,8 @@ def test_some_columns_can_be_read_without_the_pictures(tmp_path):
     write_rollouts(tmp_path / "a.parquet", [_group()], step=1)
     row = read_rollouts(tmp_path / "a.parquet", columns=["task_id", "correct"])[0]
     assert row.task_id == "toy_0000" and row.correct and row.images is None
+    row = read_rollouts(tmp_path / "a.parquet", columns=["token_ids"])[0]
+    assert row.token_ids and row.task_id is None
 
 
 @pytest.mark.parametrize("content", [None, b"not parquet at all"])

@@ -222,9 +222,10 @@ def read_rollouts(path: str | os.PathLike[str], *, columns: Sequence[str] | None
     rows: list[DumpedRollout] = []
     for part in parts:
         with boundary(DataError, f"{part}: not a readable rollout dump", pa.ArrowException, OSError):
+            kept = pq.read_schema(part).names
             table = pq.read_table(part, columns=None if columns is None else list(columns),
                                   filters=None if task_ids is None else [("task_id", "in", list(task_ids))])
-        if "task_id" not in table.column_names:
+        if "task_id" not in kept:
             raise DataError(f"{part}: no rollout dump, it has no column task_id")
         rows += [_from_columns(row) for row in table.to_pylist()]
     return rows
