@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,22 @@ def _open(file: str, cache: str, start: float) -> list[str]:
     return [row["question"] for row in open_rows([file], cache=cache)]
 
 
-def test_processes_that_open_together_make_one_copy(tmp_path: Path, cache: str) -> None:
+def _open_without_locks(file: str, cache: str, start: float) -> list[str]:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    fcntl.flock = no_locks      # of this process alone
+    return _open(file, cache, start)
+
+
+@pytest.mark.parametrize("opened", [_open, _open_without_locks])
+def test_processes_that_open_together_all_get_their_rows_and_leave_one_copy(
+        tmp_path: Path, cache: str, opened: Callable[[str, str, float], list[str]]) -> None:
     write(tmp_path / "x.parquet", rows(0, 50))
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         start = time.time() + 2.0
-        seen = pool.starmap(_open, [(str(tmp_path / "x.parquet"), cache, start)] * 2)
+        seen = pool.starmap(opened, [(str(tmp_path / "x.parquet"), cache, start)] * 2)
     assert seen == [[f"q{i}" for i in range(50)]] * 2
-    assert len(list(Path(cache).rglob("rows.arrow*"))) == 1
+    assert [file.name for file in Path(cache).rglob("rows.arrow*")] == ["rows.arrow"]
 
 
 def test_a_torn_copy_is_made_again(tmp_path: Path, cache: str) -> None:
@@ -157,22 +167,6 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path, cache: str) -> None:
         open_rows([str(tmp_path / "x.parquet")], cache=cache)
         damage(next(Path(cache).glob("*/rows.arrow")).parent)
         assert [row["question"] for row in open_rows([str(tmp_path / "x.parquet")], cache=cache)] == ["q0", "q1", "q2", "q3"]
-
-
-def _open_without_locks(file: str, cache: str, start: float) -> list[str]:
-    def no_locks(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-    fcntl.flock = no_locks      # of this process alone
-    return _open(file, cache, start)
-
-
-def test_processes_without_locks_between_them_all_get_their_rows_and_leave_one_copy(tmp_path: Path, cache: str) -> None:
-    write(tmp_path / "x.parquet", rows(0, 50))
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        start = time.time() + 2.0
-        seen = pool.starmap(_open_without_locks, [(str(tmp_path / "x.parquet"), cache, start)] * 2)
-    assert seen == [[f"q{i}" for i in range(50)]] * 2
-    assert [file.name for file in Path(cache).rglob("rows.arrow*")] == ["rows.arrow"]
 
 
 def test_a_full_cache_is_one_line_that_names_the_setting_whatever_could_not_be_written(

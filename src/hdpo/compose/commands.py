@@ -107,13 +107,11 @@ def say_what_next(config: Config, command: str, report: bool) -> None:
     evaluation = command_line("eval", f"{config.run.path}/config.yaml", [
         f"model.path={checkpoint}", f"run.name={config.run.name}-eval", f"data.val=[{','.join(held_out) or 'VAL.parquet'}]"])
     lines = [("done", f"{config.optim.steps} steps; the final folder is {checkpoint}")]
-    if command == "sft" and PART_OF in os.environ:      # what comes next comes by itself
-        pass
-    elif command == "sft":
+    if command == "rl":
+        lines += [("next", evaluation), ("serve", f"hdpo serve --model {checkpoint} --port 8000")]
+    elif PART_OF not in os.environ:      # what comes next comes by itself there
         lines += [("next", command_line("rl", "metis_8b_rl", [f"model.path={checkpoint}", "data.train=[RL.parquet]"])),
                   ("evaluate", evaluation)]
-    else:
-        lines += [("next", evaluation), ("serve", f"hdpo serve --model {checkpoint} --port 8000")]
     try:
         page = write_report(config.run.path) if report else config.run.path / "report.html"
         lines.append(("look", f"{page}, tensorboard --logdir {config.run.path}/tensorboard"))
